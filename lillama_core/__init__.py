@@ -1,0 +1,36 @@
+"""lillama: pretrained models made smaller by low-rank maps and local distillation.
+
+Importing this package makes transformers load compressed models with ``from_pretrained``.
+"""
+
+from __future__ import annotations
+
+from lillama_core.architecture import Architecture
+from lillama_core.engine import Request, compress, make_plan, prepare
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.evaluation import Evaluation, EvaluationOptions, Measurement, Metric, Subject
+from lillama_core.plan import RankPlan
+from lillama_core.quantizer import register
+from lillama_core.recipe import Recipe, load_recipe
+from lillama_registry import hookimpl
+
+register()
+
+__all__ = [
+    "Architecture",
+    "Evaluation",
+    "EvaluationOptions",
+    "LillamaError",
+    "Measurement",
+    "Metric",
+    "RankPlan",
+    "Recipe",
+    "Request",
+    "Subject",
+    "UserError",
+    "compress",
+    "hookimpl",
+    "load_recipe",
+    "make_plan",
+    "prepare",
+]

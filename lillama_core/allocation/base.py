@@ -1,0 +1,82 @@
+"""What an allocator gets and gives, and how every allocator spends the last parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lillama_core.formats import Format
+from lillama_core.plan import Budget, PlannedMap, RankPlan, kept_parameters
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What each rank component of a map is worth.
+
+    ``energies`` [k], descending: the error that dropping the component adds. ``comparable`` says whether energies of
+    different maps are in one unit (the model's loss), so that they may be traded against each other as they are.
+    """
+
+    energies: torch.Tensor
+    comparable: bool
+
+
+@dataclass(frozen=True)
+class AllocationRequest:
+    """All that an allocator may look at."""
+
+    maps: list[PlannedMap]
+    """In forward order."""
+    budget: Budget
+    format: Format
+    minimum_rank: int
+    """Smallest rank of the depth-ordered allocators."""
+    rank_step: int
+    """Distance between their candidate ranks."""
+    spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    def cost(self, map_: PlannedMap, rank: int | None) -> int:
+        """Parameters of ``map_`` at ``rank``; None means dense."""
+        if rank is None:
+            return map_.dense_parameters
+        return self.format.parameters(map_.map.out_features, map_.map.in_features, rank)
+
+    def largest_rank(self, map_: PlannedMap, parameters: int) -> int:
+        """The largest rank of ``map_`` that costs at most ``parameters`` and less than dense; 0: none."""
+        return self.format.largest_rank(map_.map.out_features, map_.map.in_features, parameters)
+
+
+class Allocator(ABC):
+    """Chooses a rank for each map within a budget; found by its name."""
+
+    name: str
+    needs_spectra: bool = False
+
+    @abstractmethod
+    def allocate(self, request: AllocationRequest) -> RankPlan:
+        """A plan that keeps at most ``request.budget.maps_kept`` parameters, and as close to it as ranks go."""
+
+
+def spend_remainder(
+    request: AllocationRequest, ranks: dict[str, int], order: Iterable[PlannedMap]
+) -> RankPlan:
+    """Raise ranks, map by map in ``order``, with what ``ranks`` leaves of the budget.
+
+    Ranks are whole numbers, so every rule ends below the budget; the first map of ``order`` takes the
+    remainder, and what it cannot use goes to the next.
+    """
+    left = request.budget.maps_kept - kept_parameters(
+        request.maps, RankPlan(request.format.name, ranks), request.format
+    )
+    for map_ in order:
+        rank = ranks.get(map_.name)
+        if rank is None:
+            continue
+        spent = request.cost(map_, rank)
+        raised = max(rank, request.largest_rank(map_, spent + left))
+        left -= request.cost(map_, raised) - spent
+        ranks[map_.name] = raised
+    return RankPlan(request.format.name, ranks)

@@ -1,0 +1,91 @@
+"""``spectrum``: give each parameter to the map where it saves the most error.
+
+With e_i(r) the error of map i at rank r and c_i(r) its parameters, minimise sum e_i(r_i) subject to sum c_i(r_i) <= budget.
+The lower convex hull of each map's points (c_i(r), e_i(r)), its dense state included, makes the greedy choice by slope
+optimal up to the last segment (the Lagrangian relaxation of a multiple-choice knapsack), for costs that grow
+linearly in the rank as well as for those that do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
+from lillama_core.plan import PlannedMap, RankPlan
+
+RANK_FLOOR = 0.5
+"""Smallest rank, as a part of the uniform one, when spectra are not in one unit: relative errors are a poor
+guide to what a map matters (Swift-SVD, arXiv 2604.01609, table 6), the floor bounds the harm."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A state that a map may be in; rank None is dense."""
+
+    cost: int
+    error: float
+    rank: int | None
+
+
+def tail_errors(spectrum: Spectrum) -> list[float]:
+    """Error at rank 0, 1, …, k: the sum of the energies that are dropped, relative if not comparable."""
+    energies = spectrum.energies.double().clamp(min=0)
+    if not spectrum.comparable:
+        energies = energies / energies.sum().clamp(min=1e-300)
+    tails: list[float] = energies.flip(0).cumsum(0).flip(0).tolist()
+    return [*tails, 0.0]
+
+
+def lower_hull(points: list[Point]) -> list[Point]:
+    """The lower convex hull of points sorted by cost."""
+    hull: list[Point] = []
+    for p in points:
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (b.error - a.error) * (p.cost - a.cost) < (p.error - a.error) * (b.cost - a.cost):
+                break
+            hull.pop()
+        hull.append(p)
+    return hull
+
+
+class SpectrumAllocator(Allocator):
+    name = "spectrum"
+    needs_spectra = True
+
+    def allocate(self, request: AllocationRequest) -> RankPlan:
+        fraction = request.budget.maps_kept / request.budget.maps_dense
+        ranks: dict[str, int | None] = {}
+        segments: list[tuple[float, int, Point, PlannedMap]] = []
+        used = 0
+        for index, map_ in enumerate(request.maps):
+            spectrum = request.spectra[map_.name]
+            lowest = 1
+            if not spectrum.comparable:
+                even = request.largest_rank(map_, int(fraction * map_.dense_parameters))
+                lowest = max(1, int(RANK_FLOOR * even))
+            errors = tail_errors(spectrum)
+            highest = request.largest_rank(map_, map_.dense_parameters - 1)
+            points = [Point(request.cost(map_, r), errors[r], r) for r in range(lowest, highest + 1)]
+            hull = lower_hull([*points, Point(map_.dense_parameters, 0.0, None)])
+            used += hull[0].cost
+            ranks[map_.name] = hull[0].rank
+            for a, b in zip(hull, hull[1:], strict=False):
+                segments.append(((a.error - b.error) / (b.cost - a.cost), index, b, map_))
+
+        # Steepest first; on one hull the slopes fall, so a map's own segments come in order.
+        segments.sort(key=lambda s: (-s[0], s[1], s[2].cost))
+        blocked: set[str] = set()
+        reached: list[PlannedMap] = []
+        for _, _, point, map_ in segments:
+            if map_.name in blocked:
+                continue
+            extra = point.cost - request.cost(map_, ranks[map_.name])
+            if used + extra > request.budget.maps_kept:
+                blocked.add(map_.name)
+                reached.append(map_)
+                continue
+            used += extra
+            ranks[map_.name] = point.rank
+        chosen = {name: rank for name, rank in ranks.items() if rank is not None}
+        return spend_remainder(request, chosen, reached)

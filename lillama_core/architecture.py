@@ -1,0 +1,130 @@
+"""What an architecture tells the core: where its stacks of blocks and its linear maps live."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.errors import LillamaError, UserError, nearest
+from lillama_core.evaluation import Evaluation
+from lillama_core.maps import LinearMap, LinearSite, find_sites
+
+
+class Architecture:
+    """The description of a family of models; a plugin subclasses or instantiates it.
+
+    The smallest useful one states ``model_types`` and ``stacks``; everything else has a default that works
+    for a model whose blocks hold ``nn.Linear`` modules and pass one hidden stream from block to block.
+    """
+
+    name: str = ""
+    """What ``--architecture`` takes; defaults to the class name in lower case."""
+    model_types: tuple[str, ...] = ()
+    """Values of ``config.model_type`` that this architecture claims."""
+    stacks: Mapping[str, str] = {}
+    """Name of a stack -> path of its ``nn.ModuleList`` from the model, in the order of the forward pass."""
+    maps: tuple[str, ...] = ()
+    """Paths from the block of the linear maps to compress (``*`` matches one component); empty: all of them."""
+    exclude: tuple[str, ...] = ()
+    """Paths from the block of linear maps to leave alone."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The transformers auto class that loads the models."""
+    evaluation: Evaluation = Evaluation()
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        model_types: tuple[str, ...] | None = None,
+        stacks: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name or self.name or type(self).__name__.lower()
+        if model_types is not None:
+            self.model_types = model_types
+        if stacks is not None:
+            self.stacks = stacks
+
+    def sites(self, block: nn.Module) -> list[LinearSite]:
+        """The modules of ``block`` that are swapped, in module order."""
+        return find_sites(block, self.maps, self.exclude)
+
+    def call_block(
+        self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run one block on ``hidden`` [batch, length, width] with its recorded other arguments."""
+        output = block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model does to the hidden stream after block ``index``; nothing, for most."""
+        return hidden
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack, by position."""
+
+    stack: str
+    index: int
+    path: str
+    """Path of the block from the model: ``model.layers.3``."""
+    sites: tuple[LinearSite, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.index}"
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        return [m for site in self.sites for m in site.maps]
+
+    def full_name(self, map_: LinearMap) -> str:
+        """The map's path from the model."""
+        return f"{self.path}.{map_.name}"
+
+
+def find_blocks(
+    architecture: Architecture, model: nn.Module, selected: tuple[str, ...] = ()
+) -> dict[str, list[Block]]:
+    """The blocks of each stack of ``model``, which may live on the meta device.
+
+    Raises UserError for an unknown name in ``selected`` and LillamaError when a declared path does not lead
+    to a list of blocks with linear maps.
+    """
+    for name in selected:
+        if name not in architecture.stacks:
+            known = list(architecture.stacks)
+            raise UserError(
+                f"no stack named {name!r} in architecture {architecture.name!r}"
+                f" (it has: {', '.join(known)}){nearest(name, known)}"
+            )
+    found: dict[str, list[Block]] = {}
+    for name, path in architecture.stacks.items():
+        try:
+            modules = model.get_submodule(path)
+        except AttributeError:
+            raise LillamaError(
+                f"architecture {architecture.name!r} expects the {name} blocks at {path!r},"
+                f" but {type(model).__name__} has no such module"
+            ) from None
+        if not isinstance(modules, nn.ModuleList) or len(modules) == 0:
+            raise LillamaError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
+        if selected and name not in selected:
+            continue
+        blocks = [
+            Block(name, i, f"{path}.{i}", tuple(architecture.sites(module))) for i, module in enumerate(modules)
+        ]
+        if not any(block.sites for block in blocks):
+            raise LillamaError(f"no linear map found in the {name} blocks of {type(model).__name__}")
+        found[name] = blocks
+    return found
+
+
+def safe_file_stem(name: str) -> str:
+    """A block's name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)

@@ -1,0 +1,168 @@
+"""Running blocks on their own: what the parent passes to each, recorded without computing any of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.architecture import Architecture, Block
+
+Inputs = dict[str, torch.Tensor]
+"""The keyword arguments of one forward pass of the model."""
+
+
+@dataclass
+class BlockCall:
+    """The arguments that a block gets besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest is of no interest."""
+
+
+class Parent:
+    """The model around the blocks of one stack: it makes their arguments, and turns their result into outputs.
+
+    The blocks themselves are bypassed: each hands on the hidden states that it got. So the arguments of all blocks
+    (masks, rotary tables, an encoder's output) cost no more than the embedding.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, blocks: list[Block]) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.blocks = blocks
+        self._returns_tuple: tuple[Any, ...] | None = None
+        self._probed = False
+
+    def record(self, inputs: Inputs) -> tuple[torch.Tensor, list[BlockCall]]:
+        """The hidden states that enter the first block, and the other arguments of every block."""
+        calls: list[BlockCall] = []
+        first: list[torch.Tensor] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            if index == 0:
+                first.append(hidden)
+            calls.append(BlockCall(args, kwargs))
+            if index == len(self.blocks) - 1:
+                raise _Enough
+            return hidden
+
+        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(_Enough):
+            self._forward(inputs)
+        return first[0].detach().float(), calls
+
+    def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
+        """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            return last_hidden if index == len(self.blocks) - 1 else hidden
+
+        with self._bypassed(bypass):
+            return self._forward(inputs)
+
+    def _forward(self, inputs: Inputs) -> Any:
+        # A cache would only be carried along, and some models warn about it.
+        extra = {"use_cache": False} if getattr(self.model.config, "use_cache", None) is not None else {}
+        return self.model(**inputs, **extra)
+
+    @contextlib.contextmanager
+    def _bypassed(
+        self, bypass: Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+    ) -> Iterator[None]:
+        modules = [self.model.get_submodule(block.path) for block in self.blocks]
+
+        def replaced(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not self._probed:
+                    # Whether a block returns a tensor or a tuple is its own business: see once what it does.
+                    with torch.no_grad():
+                        result = original(*args, **kwargs)
+                    self._returns_tuple = result[1:] if isinstance(result, tuple) else None
+                    self._probed = True
+                if "hidden_states" in kwargs:
+                    rest = dict(kwargs)
+                    hidden = bypass(index, rest.pop("hidden_states"), args, rest)
+                else:
+                    hidden = bypass(index, args[0], args[1:], kwargs)
+                return hidden if self._returns_tuple is None else (hidden, *self._returns_tuple)
+
+            return forward
+
+        for index, module in enumerate(modules):
+            module.forward = replaced(index, module.forward)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["forward"]
+
+
+def share_equal(previous: list[BlockCall] | None, calls: list[BlockCall]) -> list[BlockCall]:
+    """``calls`` with tensors that equal those of ``previous`` replaced by them.
+
+    Masks and rotary tables are the same for every batch of one shape; holding one copy keeps memory flat.
+    """
+    if previous is None:
+        return calls
+    known: dict[int, Any] = {}
+
+    def shared(old: Any, new: Any) -> Any:
+        if isinstance(new, torch.Tensor):
+            if id(new) not in known:
+                same = isinstance(old, torch.Tensor) and old.shape == new.shape and torch.equal(old, new)
+                known[id(new)] = (old if same else new, new)
+            return known[id(new)][0]
+        if isinstance(new, tuple) and isinstance(old, tuple) and len(old) == len(new):
+            return tuple(shared(o, n) for o, n in zip(old, new, strict=True))
+        return new
+
+    return [
+        BlockCall(
+            shared(before.args, call.args),
+            {k: shared(before.kwargs.get(k), v) for k, v in call.kwargs.items()},
+        )
+        for before, call in zip(previous, calls, strict=True)
+    ]
+
+
+class BlockRunner:
+    """Runs single blocks on batches of hidden states, with the arguments recorded for each batch."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        calls: list[list[BlockCall]],
+        device: torch.device,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.architecture = architecture
+        self.calls = calls
+        """For each batch, for each block of the stack."""
+        self.device = device
+        self.autocast_dtype = autocast_dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Half-precision matrix products where the device is good at them; everything else stays fp32."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def __call__(self, module: nn.Module, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output in fp32 for the hidden states of ``batch`` [rows, length, width]."""
+        call = self.calls[batch][block.index]
+        with self.autocast():
+            out = self.architecture.call_block(module, hidden.to(self.device), call.args, call.kwargs)
+        return self.architecture.between_blocks(block.index, out.float())
+
+    def over(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The block's outputs for every batch of a stream, without gradients."""
+        with torch.no_grad():
+            return [self(module, block, i, hidden).to(hidden.device) for i, hidden in enumerate(stream)]

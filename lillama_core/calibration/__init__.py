@@ -1,0 +1,21 @@
+"""Calibration data: the tokens on which a model is observed and distilled.
+
+Texts come from files, from datasets of the Hugging Face Hub, or from the model itself, and are mixed by
+weight into rows of equal length. `sources` says how they are named, `data` puts them together.
+"""
+
+from lillama_core.calibration.checks import check_sources
+from lillama_core.calibration.data import CalibrationData, load_calibration, load_text_windows
+from lillama_core.calibration.options import CalibrationOptions
+from lillama_core.calibration.sources import DATASET_ALIASES, SELF, Source
+
+__all__ = [
+    "DATASET_ALIASES",
+    "SELF",
+    "CalibrationData",
+    "CalibrationOptions",
+    "Source",
+    "check_sources",
+    "load_calibration",
+    "load_text_windows",
+]

@@ -1,0 +1,51 @@
+"""Where and in what arithmetic the work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lillama_core.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }.get(device.type)
+    if available is None:
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if not available:
+        raise UserError(f"device {name!r} is not available on this machine")
+    return device
+
+
+def choose_autocast(compute: str, device: torch.device) -> torch.dtype | None:
+    """Half precision for matrix products, or None for fp32 throughout."""
+    if compute == "float32":
+        return None
+    return torch.bfloat16 if compute == "bfloat16" or has_fast_bfloat16(device) else None
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are done in hardware; emulated ones are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        try:
+            flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False

@@ -1,0 +1,587 @@
+"""Compression from beginning to end: checks, data, profile, plan, blocks, output."""
+
+from __future__ import annotations
+
+import gc
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.allocation import AllocationRequest
+from lillama_core.architecture import Architecture, Block, safe_file_stem
+from lillama_core.blocks import BlockCall, BlockRunner, Inputs, Parent, share_equal
+from lillama_core.calibration import CalibrationData, CalibrationOptions, Source, check_sources, load_calibration
+from lillama_core.compute import choose_autocast, choose_device
+from lillama_core.distillation import BlockData, TrainingOptions, distill_block
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.fidelity import measure_fidelity
+from lillama_core.formats import BUILT_IN, FactoredLinear, Format
+from lillama_core.initialization import Initializer, root
+from lillama_core.losses import Loss
+from lillama_core.models import (
+    ModelSource,
+    blocks_of,
+    check_dtype,
+    check_finite,
+    count_parameters,
+    find_architecture,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    meta_model,
+    model_fingerprint,
+)
+from lillama_core.output import write_result
+from lillama_core.plan import Budget, PlannedMap, RankPlan, describe_plan, make_budget
+from lillama_core.profile import Profile, profile_blocks
+from lillama_core.progress import Progress, Verbosity
+from lillama_core.recipe import Recipe
+from lillama_core.record import RunRecord, peak_memory_bytes, versions
+from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
+from lillama_core.sensitivity import measure_sensitivity
+from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
+from lillama_core.weights import ResidentSource
+
+METRIC_DAMPING = 1e-2
+"""Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compress and where to; how is the recipe's business."""
+
+    model: str
+    output: Path
+    recipe: Recipe
+    architecture: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that is known before a weight is read."""
+
+    source: ModelSource
+    config: Any
+    architecture: Architecture
+    blocks: dict[str, list[Block]]
+    maps: list[PlannedMap]
+    total_parameters: int
+    budget: Budget
+    format: Format
+    minimum_rank: int
+    rank_step: int
+
+
+def prepare(
+    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
+) -> Preparation:
+    """Find the maps of a model and the budget from its config alone, on the meta device."""
+    format_ = choose(formats(), recipe.format, "--format")
+    choose(allocators(), recipe.allocation, "--allocation")
+    choose(initializers(), recipe.init, "--init")
+    choose(all_losses(), recipe.loss, "--loss")
+    if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
+        raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
+    source = locate(model, trust_remote_code)
+    config = load_config(source)
+    found = find_architecture(config, architecture)
+    meta = meta_model(config, found, trust_remote_code)
+    blocks, reference = blocks_of(found, meta, recipe.stacks)
+    maps = planned_maps(blocks)
+    of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
+    width = max(min(m.map.out_features, m.map.in_features) for m in maps)
+    return Preparation(
+        source,
+        config,
+        found,
+        blocks,
+        maps,
+        count_parameters(meta),
+        make_budget(maps, reference, recipe.reduction, format_, of_what),
+        format_,
+        # The paper's 1024 and 256 at a width of 4096.
+        recipe.minimum_rank or max(1, width // 4),
+        recipe.rank_step or max(1, width // 16),
+    )
+
+
+def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
+    return [
+        PlannedMap(block.full_name(map_), block.stack, block.index, map_)
+        for stack in blocks.values()
+        for block in stack
+        for map_ in block.maps
+    ]
+
+
+def make_plan(prepared: Preparation, allocation: str, profile: Profile | None) -> RankPlan:
+    """The plan of an allocator; ``profile`` gives the spectra to those that want them."""
+    allocator = choose(allocators(), allocation, "--allocation")
+    spectra = {}
+    if allocator.needs_spectra and profile is not None:
+        for stack in prepared.blocks.values():
+            for block in stack:
+                found, _ = profile.load(block)
+                spectra.update({block.full_name(m): found[m.name].spectrum for m in block.maps})
+    return allocator.allocate(
+        AllocationRequest(
+            prepared.maps,
+            prepared.budget,
+            prepared.format,
+            prepared.minimum_rank,
+            prepared.rank_step,
+            spectra,
+        )
+    )
+
+
+def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
+    """Compress a model as ``request`` says; the output directory appears only when all is done.
+
+    Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for
+    what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
+    """
+    recipe = request.recipe
+    RunDirectory.check(request.output, request.overwrite, request.resume)
+    device = choose_device(request.device)
+    options = CalibrationOptions(
+        sources=tuple(Source.parse(s) for s in recipe.calibration),
+        tokens=recipe.tokens,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        self_share=recipe.self_share,
+        use_all=recipe.use_all_tokens,
+        trust_remote_code=request.trust_remote_code,
+    )
+    check_sources(options)
+    if recipe.tokens // recipe.sequence_length < 2 * recipe.batch_size:
+        raise UserError(
+            f"{recipe.tokens} tokens are {recipe.tokens // recipe.sequence_length} rows of {recipe.sequence_length};"
+            f" at least two batches of {recipe.batch_size} rows are needed: raise --tokens or lower --batch-size"
+        )
+    prepared = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
+    tokenizer = load_tokenizer(prepared.source, request.tokenizer)
+    with Progress(verbosity) as progress:
+        return _Run(request, prepared, tokenizer, device, options, progress).run()
+
+
+class _Run:
+    """One compression: the objects that its stages share."""
+
+    def __init__(
+        self,
+        request: Request,
+        prepared: Preparation,
+        tokenizer: Any,
+        device: torch.device,
+        calibration: CalibrationOptions,
+        progress: Progress,
+    ) -> None:
+        self.request = request
+        self.recipe = request.recipe
+        self.prepared = prepared
+        self.architecture = prepared.architecture
+        self.tokenizer = tokenizer
+        self.device = device
+        self.calibration = calibration
+        self.progress = progress
+        self.autocast = choose_autocast(self.recipe.compute, device)
+        self.loss: Loss = choose(all_losses(), self.recipe.loss, "--loss")
+        self.initializer: Initializer = choose(initializers(), self.recipe.init, "--init")
+        self.directory = RunDirectory(request.output)
+
+    def run(self) -> RunRecord:
+        prepared, recipe = self.prepared, self.recipe
+        fingerprint = model_fingerprint(prepared.source)
+        self.record = RunRecord(
+            model=self.request.model,
+            model_fingerprint=fingerprint,
+            architecture=self.architecture.name,
+            recipe=recipe.to_dict(),
+            data={},
+            device=str(self.device),
+            compute="float32" if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            resumed=self.request.resume and self.directory.path.exists(),
+        )
+        with self.record.timed("total"):
+            with self.record.timed("load model"):
+                self.progress.line(f"Loading {self.request.model}")
+                from_gguf = prepared.source.gguf_file is not None
+                model = load_model(prepared.source, self.architecture, torch.float16 if from_gguf else "auto")
+                check_finite(model, prepared.blocks)
+                self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
+                self.record.dtype = str(self.dtype).removeprefix("torch.")
+                self._upcast_outside_blocks(model)
+                model.to(self.device)
+            with ExitStack() as stack:
+                data = self._load_data(model, fingerprint)
+                self.directory.open(self._fingerprint(data), self.request.overwrite, self.request.resume)
+                stack.callback(self.directory.close)
+                try:
+                    return self._compress(model, data)
+                except UserError:
+                    # Known before the first block was done: nothing is worth keeping.
+                    self.directory.discard()
+                    raise
+
+    def _fingerprint(self, data: CalibrationData) -> dict[str, Any]:
+        return {
+            "model": self.record.model_fingerprint,
+            "data": data.sha256,
+            "recipe": self.recipe.to_dict(),
+            "versions": versions(),
+            "compute": self.record.compute,
+            "device": self.device.type,
+        }
+
+    def _upcast_outside_blocks(self, model: nn.Module) -> None:
+        """Everything but the blocks in fp32: the hidden stream and what the model derives from its dtype follow."""
+        inside = {
+            id(p)
+            for stack in self.architecture.stacks.values()
+            for p in [*model.get_submodule(stack).parameters(), *model.get_submodule(stack).buffers()]
+        }
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if id(tensor) not in inside and tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+    def _load_data(self, model: nn.Module, fingerprint: str) -> CalibrationData:
+        with self.record.timed("calibration data"):
+            data = load_calibration(
+                self.calibration,
+                model,
+                self.tokenizer,
+                model_fingerprint=fingerprint,
+                device=self.device,
+                autocast_dtype=self.autocast,
+                progress=self.progress,
+            )
+        self.record.data = {
+            "sha256": data.sha256,
+            "tokens": data.rows.numel(),
+            "sequence_length": data.rows.shape[1],
+            "sources": data.description,
+        }
+        return data
+
+    def _compress(self, model: nn.Module, data: CalibrationData) -> RunRecord:
+        prepared, recipe = self.prepared, self.recipe
+        batches: list[Inputs] = [{"input_ids": rows} for rows in data.rows.split(recipe.batch_size)]
+        if len(batches[-1]["input_ids"]) < recipe.batch_size:
+            batches.pop()
+        count = max(1, round(recipe.held_out * len(batches)))
+        held_out = list(range(len(batches) - count, len(batches)))
+        source = ResidentSource(model, self.device)
+        profile = Profile(self.directory.profile)
+        parents = {name: Parent(model, self.architecture, blocks) for name, blocks in prepared.blocks.items()}
+
+        calls: dict[str, list[list[BlockCall]]] = {}
+        streams: dict[str, list[torch.Tensor]] = {}
+        for name, parent in parents.items():
+            calls[name], streams[name] = self._record_calls(parent, batches)
+            self._check_chain(parent, batches[0], source, calls[name], streams[name][0])
+
+        with self.record.timed("profile"):
+            training = len(batches) - count
+            for name, parent in parents.items():
+                self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
+        plan = make_plan(prepared, recipe.allocation, profile)
+        self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
+        self.record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in prepared.maps}
+        self.record.parameters = describe_plan(
+            prepared.maps, plan, prepared.format, prepared.total_parameters, self.dtype.itemsize
+        )
+        self.progress.line(
+            f"Plan: {len(plan.ranks)} of {len(prepared.maps)} maps low rank,"
+            f" {self.record.parameters['parameters_before']:,} -> {self.record.parameters['parameters_after']:,} parameters"
+        )
+        with self.record.timed("blocks"):
+            for name, parent in parents.items():
+                last = self._compress_stack(
+                    parent, batches, calls[name], streams[name], held_out, source, profile, plan
+                )
+        with self.record.timed("report"):
+            held = [(batches[i], last[0][i], last[1][i]) for i in held_out]
+            self.record.fidelity = measure_fidelity(
+                parent, held, self.autocast, next_token=self.architecture.auto_class == "AutoModelForCausalLM"
+            )
+        del calls, streams, last, held
+        gc.collect()
+        with self.record.timed("output"):
+            self._finish(model, plan)
+        return self.record
+
+    def _record_calls(
+        self, parent: Parent, batches: list[Inputs]
+    ) -> tuple[list[list[BlockCall]], list[torch.Tensor]]:
+        calls: list[list[BlockCall]] = []
+        stream: list[torch.Tensor] = []
+        for inputs in batches:
+            hidden, found = parent.record(self._on_device(inputs))
+            calls.append(share_equal(calls[-1] if calls else None, found))
+            stream.append(hidden.cpu())
+        return calls, stream
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def _runner(self, calls: list[list[BlockCall]]) -> BlockRunner:
+        return BlockRunner(self.architecture, calls, self.device, self.autocast)
+
+    def _check_chain(
+        self,
+        parent: Parent,
+        inputs: Inputs,
+        source: ResidentSource,
+        calls: list[list[BlockCall]],
+        hidden: torch.Tensor,
+    ) -> None:
+        """Blocks run one after the other must give what the model gives, or nothing that follows means anything."""
+        runner = self._runner(calls)
+        short = {k: v[:1] for k, v in self._on_device(inputs).items()}
+        model, device_type = parent.model, self.device.type
+        seen: list[torch.Tensor] = []
+        modules = [source.block(block) for block in parent.blocks]
+        owner = model.get_submodule(parent.blocks[0].path.rpartition(".")[0])
+        assert isinstance(owner, nn.ModuleList)
+        originals = list(owner)
+        handle = modules[-1].register_forward_hook(
+            lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).detach())
+        )
+        try:
+            for index, module in enumerate(modules):
+                owner[index] = module
+            with torch.no_grad(), torch.autocast(device_type, self.autocast, enabled=self.autocast is not None):
+                model(**short)
+        finally:
+            handle.remove()
+            for index, module in enumerate(originals):
+                owner[index] = module
+        expected = seen[0].float()
+        with torch.no_grad():
+            chained = hidden[:1].to(self.device)
+            for block, module in zip(parent.blocks, modules, strict=True):
+                chained = runner(module, block, 0, chained)
+        # A wrong argument shows as a difference of the order of the values; rounding does not.
+        difference = (chained - expected).norm() / expected.norm().clamp(min=1e-30)
+        if not difference < 0.02:
+            raise LillamaError(
+                f"the blocks of {parent.blocks[0].stack!r} run one by one differ from the whole model by"
+                f" {difference:.2%}; architecture {self.architecture.name!r} does not describe this model"
+            )
+
+    def _profile(
+        self,
+        parent: Parent,
+        batches: list[Inputs],
+        calls: list[list[BlockCall]],
+        stream: list[torch.Tensor],
+        source: ResidentSource,
+        profile: Profile,
+    ) -> None:
+        blocks = parent.blocks
+        gradients: dict[str, dict[str, torch.Tensor]] = {}
+        needed = self.initializer.needs_gradients or (self.loss.needs_sensitivity and self.recipe.steps > 0)
+        if needed and not all(profile.has(block) for block in blocks):
+            with self.record.timed("sensitivity"):
+                gradients = self._sensitivity(parent, batches, source)
+        with self.record.timed("statistics"):
+            profile_blocks(
+                blocks,
+                source,
+                self._runner(calls),
+                [hidden.clone() for hidden in stream],
+                self.initializer,
+                gradients,
+                profile,
+                self.progress,
+            )
+
+    def _sensitivity(
+        self, parent: Parent, batches: list[Inputs], source: ResidentSource
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """The sensitivity pass of one stack, from a file if an earlier run got that far."""
+        path = self.directory.profile / f"sensitivity-{safe_file_stem(parent.blocks[0].stack)}.safetensors"
+        if not path.is_file():
+            rows = torch.cat([b["input_ids"] for b in batches])
+            rows = rows[: max(1, self.recipe.sensitivity_tokens // rows.shape[1])]
+            # Small batches: the logits of one with their gradients are the largest tensors of the whole run.
+            small = [self._on_device({"input_ids": r}) for r in rows.split(2)]
+            calls, _ = self._record_calls(parent, small)
+            found = measure_sensitivity(
+                parent, source, self._runner(calls), small, self.recipe.seed, self.progress
+            )
+            write_tensors(path, {f"{b}|{k}": v for b, t in found.items() for k, v in t.items()})
+        gradients: dict[str, dict[str, torch.Tensor]] = {block.name: {} for block in parent.blocks}
+        for key, tensor in read_tensors(path).items():
+            block, _, name = key.partition("|")
+            gradients[block][name] = tensor
+        return gradients
+
+    def _compress_stack(
+        self,
+        parent: Parent,
+        batches: list[Inputs],
+        calls: list[list[BlockCall]],
+        stream: list[torch.Tensor],
+        held_out: list[int],
+        source: ResidentSource,
+        profile: Profile,
+        plan: RankPlan,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Compress the blocks of one stack from the bottom up; the last hidden states, dense and compressed."""
+        recipe, runner = self.recipe, self._runner(calls)
+        training = TrainingOptions(
+            loss=self.loss,
+            mode=recipe.mode,
+            train=recipe.train,
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            schedule=recipe.schedule,
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            gradient_clip=recipe.gradient_clip,
+            seed=recipe.seed,
+        )
+        # Without training only the held-out rows are followed, for the report.
+        followed = range(len(batches)) if recipe.steps > 0 else held_out
+        teacher = [stream[i] for i in followed]
+        student = list(teacher)
+        runner = self._runner([calls[i] for i in followed])
+        held = [list(followed).index(i) for i in held_out]
+        last_changed = max(i for i, b in enumerate(parent.blocks) if any(b.full_name(m) in plan.ranks for m in b.maps))
+        self.progress.phase("Compressing blocks", len(parent.blocks))
+        for position, block in enumerate(parent.blocks):
+            path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
+            ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
+            dense = source.block(block)
+            targets = runner.over(dense, block, teacher)
+            if not path.is_file():
+                self._compress_block(
+                    block, dense, ranks, runner, BlockData(teacher, student, targets, [None] * len(teacher), held),
+                    profile, training, position <= last_changed,
+                )
+            note = read_json(path.with_suffix(".json"))
+            self.record.blocks.append(note)
+            teacher = targets
+            student = runner.over(self._finished_block(source.block(block), block, ranks), block, student)
+            self.progress.step(
+                f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
+            )
+        by_batch_teacher: list[Any] = [None] * len(batches)
+        by_batch_student: list[Any] = [None] * len(batches)
+        for position, i in enumerate(followed):
+            by_batch_teacher[i], by_batch_student[i] = teacher[position], student[position]
+        return by_batch_teacher, by_batch_student
+
+    def _compress_block(
+        self,
+        block: Block,
+        dense: nn.Module,
+        ranks: dict[str, int],
+        runner: BlockRunner,
+        data: BlockData,
+        profile: Profile,
+        training: TrainingOptions,
+        changes: bool,
+    ) -> None:
+        """Factor, train, convert and write one block. ``dense`` becomes the student."""
+        found, gradient_moment = profile.load(block)
+        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
+        student = dense
+        for site in block.sites:
+            for map_ in site.maps:
+                if map_.name not in ranks:
+                    continue
+                weight = site.weight(student, map_)
+                B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+                site.replace(student, BUILT_IN["factored"].from_factors(B, A, site.bias(student, map_)))
+        student.to(self.device)
+        metric = None
+        if self.loss.needs_sensitivity and gradient_moment is not None:
+            moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
+            metric = root(moment, METRIC_DAMPING).float().to(self.device)
+        result = distill_block(student, block, runner, data, metric, training, can_train=bool(ranks) and changes)
+        for site in block.sites:
+            for map_ in site.maps:
+                if map_.name not in ranks:
+                    continue
+                layer = student.get_submodule(site.name)
+                assert isinstance(layer, FactoredLinear)
+                converted = self.prepared.format.from_factors(
+                    layer.up.weight.data, layer.down.weight.data, layer.up.bias
+                )
+                site.replace(student, converted)
+        state = {
+            k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()
+        }
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise LillamaError(
+                    f"{block.path}.{name} does not fit {self.record.dtype}: values overflow; try --dtype bfloat16"
+                )
+        path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
+        write_json(
+            path.with_suffix(".json"),
+            {
+                "name": block.path,
+                "ranks": ranks,
+                "loss_before": result.loss_before,
+                "loss_after": result.loss_after,
+                "error_before": result.error_before,
+                "error_after": result.error_after,
+                "steps": result.steps,
+                "kept_step": result.kept_step,
+            },
+        )
+        # Last: the weights say that the block is done.
+        write_tensors(path, state)
+
+    def _finished_block(self, module: nn.Module, block: Block, ranks: dict[str, int]) -> nn.Module:
+        """The block as it was written, in fp32: what follows learns to live with its rounding, and a resumed
+        run sees the same as an uninterrupted one."""
+        self._put_low_rank(module, block, ranks, torch.float32)
+        state = read_tensors(self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors")
+        module.load_state_dict(state)
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _put_low_rank(self, module: nn.Module, block: Block, ranks: dict[str, int], dtype: torch.dtype) -> None:
+        for site in block.sites:
+            for map_ in site.maps:
+                if map_.name in ranks:
+                    has_bias = site.bias(module, map_) is not None
+                    layer = self.prepared.format.module(
+                        map_.out_features, map_.in_features, ranks[map_.name], has_bias, dtype, "cpu"
+                    )
+                    site.replace(module, layer)
+
+    def _finish(self, model: nn.Module, plan: RankPlan) -> None:
+        """Put the finished blocks into the model, write the result and make it appear."""
+        model.to("cpu")
+        for stack in self.prepared.blocks.values():
+            for block in stack:
+                module = model.get_submodule(block.path)
+                ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
+                self._put_low_rank(module, block, ranks, self.dtype)
+                state = read_tensors(self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors")
+                module.load_state_dict(state)
+        model.to(self.dtype)
+        counted = count_parameters(model)
+        if counted != self.record.parameters["parameters_after"]:
+            raise LillamaError(
+                f"the model has {counted:,} parameters where the plan promised"
+                f" {self.record.parameters['parameters_after']:,}; please report this"
+            )
+        self.record.peak_memory_bytes = peak_memory_bytes()
+        write_result(model, self.tokenizer, self.prepared, plan, self.record, self.directory, self.progress)

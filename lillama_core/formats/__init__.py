@@ -1,0 +1,19 @@
+"""Formats of a low-rank map: how a product of two factors is stored and applied."""
+
+from __future__ import annotations
+
+from lillama_core.formats.base import Format
+from lillama_core.formats.factored import Factored, FactoredLinear
+from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, Pivoted
+
+BUILT_IN: dict[str, Format] = {f.name: f for f in (Factored(), Pivoted())}
+
+__all__ = [
+    "BUILT_IN",
+    "Factored",
+    "FactoredLinear",
+    "Format",
+    "InputPivotedLinear",
+    "OutputPivotedLinear",
+    "Pivoted",
+]

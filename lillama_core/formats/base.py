@@ -1,0 +1,58 @@
+"""What a format of a low-rank map has to answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+
+class Format(ABC):
+    """A way to store and apply W' = B A with B [out, r] and A [r, in].
+
+    Training always uses plain factors; a format converts from and to them without changing the function,
+    so it decides how many parameters a rank costs and what the file holds.
+    """
+
+    name: str
+
+    @abstractmethod
+    def parameters(self, out_features: int, in_features: int, rank: int) -> int:
+        """Parameters of the map at ``rank``, its bias left out."""
+
+    @abstractmethod
+    def largest_rank(self, out_features: int, in_features: int, parameters: int) -> int:
+        """The largest rank that costs at most ``parameters`` and less than the dense map; 0 if there is none."""
+
+    @abstractmethod
+    def module(
+        self, out_features: int, in_features: int, rank: int, bias: bool, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        """An uninitialised low-rank module, ready for a state dict."""
+
+    @abstractmethod
+    def stored_as_weight(self, out_features: int, in_features: int) -> str:
+        """Path, from the low-rank module, of the layer whose matrix is stored on disk as ``<map>.weight``.
+
+        Its shape differs from the dense weight's, so that a loader which does not know the format stops
+        with an error instead of filling the map with random numbers.
+        """
+
+    @abstractmethod
+    def from_factors(self, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """The module that computes x -> B A x + bias, in the factors' dtype."""
+
+    @abstractmethod
+    def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, r], A [r, in]) of a module of this format."""
+
+
+def empty_linear(
+    in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: str
+) -> nn.Linear:
+    """A linear module whose memory is allocated but not initialised."""
+    # skip_init avoids the random numbers, which would also disturb the global generator.
+    layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype, device=device)
+    assert isinstance(layer, nn.Linear)
+    return layer

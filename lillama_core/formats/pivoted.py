@@ -1,0 +1,166 @@
+"""``pivoted``: one factor holds an r x r identity after a permutation, r (m + n - r) parameters.
+
+B A = (B R) (R^-1 A) for every invertible R. With R = A[:, J] for r pivot columns J, the new second factor is
+[I | T] up to a permutation, and the identity is neither stored nor multiplied (SkipCat, arXiv 2512.13494,
+section 3; an interpolative decomposition). The same holds for rows of B. Any r < min(m, n) saves parameters:
+mn - r (m + n - r) = (m - r)(n - r) > 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import scipy.linalg
+import torch
+from torch import nn
+
+from lillama_core.formats.base import Format, empty_linear
+
+
+class InputPivotedLinear(nn.Module):
+    """y = U (x_J + T x_rest) + bias: the identity stands on the input side.
+
+    ``permutation`` [in] lists the pivots J first; ``mix.weight`` is T [r, in - r], ``up.weight`` U [out, r].
+    """
+
+    permutation: torch.Tensor
+
+    def __init__(self, mix: nn.Linear, up: nn.Linear, permutation: torch.Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = mix.in_features + mix.out_features, up.out_features
+        self.mix = mix
+        self.up = up
+        self.register_buffer("permutation", permutation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rank = self.mix.out_features
+        # One gather of the whole input is cheaper than two of its parts.
+        x = x.index_select(-1, self.permutation.int())
+        out: torch.Tensor = self.up(x[..., :rank] + self.mix(x[..., rank:]))
+        return out
+
+
+class OutputPivotedLinear(nn.Module):
+    """z = D x, y = [z; T z] put back in order, + bias: the identity stands on the output side.
+
+    ``permutation`` [out] says where in [z; T z] each output feature is found; ``down.weight`` is D [r, in],
+    ``mix.weight`` T [out - r, r]; ``bias`` [out], if any.
+    """
+
+    permutation: torch.Tensor
+
+    def __init__(
+        self, down: nn.Linear, mix: nn.Linear, permutation: torch.Tensor, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = down.in_features, mix.in_features + mix.out_features
+        self.down = down
+        self.mix = mix
+        self.register_buffer("permutation", permutation)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.down(x)
+        y = torch.cat((z, self.mix(z)), dim=-1).index_select(-1, self.permutation.int())
+        return y if self.bias is None else y + self.bias
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """The smallest integer type that indexes ``size`` features: permutations are bytes on disk, too."""
+    return torch.int16 if size <= 2**15 else torch.int32
+
+
+def pivots(rows: torch.Tensor) -> torch.Tensor:
+    """Permutation [n] of the columns of ``rows`` [r, n] that puts r well-conditioned ones first.
+
+    QR with column pivoting of an orthonormal basis of the row space: T = R^-1 A depends on that space alone,
+    and the basis keeps a bad scaling of A out of the choice.
+    """
+    basis = torch.linalg.qr(rows.T.double(), mode="reduced").Q.T
+    order = scipy.linalg.qr(basis.cpu().numpy(), mode="r", pivoting=True)[1]
+    return torch.from_numpy(order).to(rows.device, torch.int64)
+
+
+def interpolate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write A [r, n] as R [I | T] with permuted columns: the permutation [n], R [r, r] and T [r, n - r] (fp64)."""
+    order = pivots(rows)
+    permuted = rows.double()[:, order]
+    r = rows.shape[0]
+    R = permuted[:, :r]
+    T = torch.linalg.solve(R, permuted[:, r:])
+    return order, R, T
+
+
+class Pivoted(Format):
+    name = "pivoted"
+
+    @staticmethod
+    def pivots_inputs(out_features: int, in_features: int) -> bool:
+        """Whether the identity stands on the input side: the smaller side, where permuting costs less."""
+        return in_features <= out_features
+
+    def stored_as_weight(self, out_features: int, in_features: int) -> str:
+        return "up" if self.pivots_inputs(out_features, in_features) else "down"
+
+    def parameters(self, out_features: int, in_features: int, rank: int) -> int:
+        return rank * (out_features + in_features - rank)
+
+    def largest_rank(self, out_features: int, in_features: int, parameters: int) -> int:
+        # The smaller root of r (m + n - r) = p, in integers: the discriminant (m + n)^2 - 4 p is exact.
+        total = out_features + in_features
+        parameters = min(parameters, out_features * in_features - 1)
+        if parameters <= 0:
+            return 0
+        root = math.isqrt(total * total - 4 * parameters)
+        rank = (total - root) // 2
+        # isqrt rounds down, which can put the rank one too high.
+        while rank * (total - rank) > parameters:
+            rank -= 1
+        return rank
+
+    def module(
+        self, out_features: int, in_features: int, rank: int, bias: bool, dtype: torch.dtype, device: str
+    ) -> nn.Module:
+        if self.pivots_inputs(out_features, in_features):
+            return InputPivotedLinear(
+                empty_linear(in_features - rank, rank, False, dtype, device),
+                empty_linear(rank, out_features, bias, dtype, device),
+                torch.empty(in_features, dtype=index_dtype(in_features), device=device),
+            )
+        return OutputPivotedLinear(
+            empty_linear(in_features, rank, False, dtype, device),
+            empty_linear(rank, out_features - rank, False, dtype, device),
+            torch.empty(out_features, dtype=index_dtype(out_features), device=device),
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None,
+        )
+
+    def from_factors(self, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        (out_features, rank), in_features = B.shape, A.shape[1]
+        layer = self.module(out_features, in_features, rank, bias is not None, B.dtype, str(B.device))
+        if isinstance(layer, InputPivotedLinear):
+            order, R, T = interpolate(A)
+            layer.permutation = order.to(index_dtype(in_features))
+            layer.mix.weight.data = T.to(B.dtype)
+            layer.up.weight.data = (B.double() @ R).to(B.dtype)
+            if bias is not None:
+                layer.up.bias.data = bias.detach().to(B.dtype, copy=True)
+        else:
+            assert isinstance(layer, OutputPivotedLinear)
+            order, R, T = interpolate(B.T)
+            # Row i of the output is entry inverse[i] of [z; T z].
+            layer.permutation = torch.argsort(order).to(index_dtype(out_features))
+            layer.mix.weight.data = T.T.to(B.dtype).contiguous()
+            layer.down.weight.data = (R.T @ A.double()).to(B.dtype)
+            if bias is not None and layer.bias is not None:
+                layer.bias.data = bias.detach().to(B.dtype, copy=True)
+        return layer
+
+    def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(module, InputPivotedLinear):
+            T = module.mix.weight.data
+            A = torch.cat((torch.eye(T.shape[0], dtype=T.dtype, device=T.device), T), dim=1)
+            return module.up.weight.data, A[:, torch.argsort(module.permutation.long())]
+        assert isinstance(module, OutputPivotedLinear)
+        T = module.mix.weight.data
+        B = torch.cat((torch.eye(T.shape[1], dtype=T.dtype, device=T.device), T), dim=0)
+        return B[module.permutation.long()], module.down.weight.data

@@ -1,0 +1,72 @@
+"""What an initialiser gets and gives: factors of a map at any rank, and what each component is worth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from lillama_core.allocation import Spectrum
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """What was seen of a map in the dense model.
+
+    ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the map's
+    output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller and
+    all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where an initialiser did not ask.
+    """
+
+    inputs: torch.Tensor | None = None
+    gradients: torch.Tensor | None = None
+    gradient_scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A map's matrix taken apart once, so that factors of every rank are slices.
+
+    On the output side W' = left[:, :r] (right[:r] W) with left, right [out, k]; on the input side
+    W' = (W left[:, :r]) right[:r]. Only the smaller side is kept, which is less than W itself needs.
+    """
+
+    spectrum: Spectrum
+    left: torch.Tensor
+    right: torch.Tensor
+    on_outputs: bool
+
+    def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, rank], A [rank, in]) in fp32 for W [out, in], with columns of B and rows of A of equal norm."""
+        weight = weight.float()
+        left, right = self.left[:, :rank].float(), self.right[:rank].float()
+        return balance(left, right @ weight) if self.on_outputs else balance(weight @ left, right)
+
+
+def balance(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rescale each component so that |B_i| = |A_i|; B A stays the same.
+
+    One learning rate then suits both factors, and neither overflows in half precision.
+    """
+    up, down = B.norm(dim=0), A.norm(dim=1)
+    scale = torch.where((up > 0) & (down > 0), (down / up.clamp(min=1e-30)).sqrt(), torch.ones_like(up))
+    return (B * scale).contiguous(), (A / scale[:, None]).contiguous()
+
+
+class Initializer(ABC):
+    """Turns a matrix into factors; found by its name."""
+
+    name: str
+    needs_inputs: bool = False
+    needs_gradients: bool = False
+
+    @abstractmethod
+    def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
+        """Take W [out, in] apart, in the light of ``statistics``."""
+
+    def factors(
+        self, weight: torch.Tensor, rank: int, decomposition: Decomposition, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, rank], A [rank, in]) from which training starts."""
+        return decomposition.factors(weight, rank)

@@ -1,0 +1,123 @@
+"""Initialisers that weigh errors by what the model does: ``activation`` and ``sensitivity``.
+
+Both solve min over rank r of |L^T (W - W') C|_F^2 in closed form, with C C^T = G = E[x x^T] the second moment of the map's
+inputs and L L^T = F a weight on its outputs. With M = L^T W C and its singular vectors U, V:
+W' = L^-T U_r U_r^T L^T W = W C V_r V_r^T C^-1, and the error is the sum of the squared singular values left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lillama_core.allocation import Spectrum
+from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics
+
+INPUT_DAMPING = 1e-4
+"""Ridge on G, relative to its mean diagonal: makes a singular G (fewer tokens than inputs, dead inputs) invertible."""
+GRADIENT_DAMPING = 0.1
+"""Ridge on F, relative likewise; F comes from fewer tokens than G, and is only a second-order guide."""
+
+
+def root(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Lower Cholesky factor (fp64) of a second moment [d, d] with a ridge of ``damping`` times its mean diagonal.
+
+    A moment without any energy (a map that no token reached) becomes the identity, so that the weights alone decide.
+    Rounding can leave a moment slightly indefinite: the ridge grows tenfold until the factor exists.
+    """
+    moment = moment.double()
+    size = moment.shape[0]
+    mean = moment.diagonal().mean().item()
+    if not mean > 0:
+        return torch.eye(size, dtype=torch.float64, device=moment.device)
+    # Scaled to a mean diagonal of 1 first: gradients can be so small that squares underflow.
+    moment = moment / mean
+    while True:
+        ridged = moment + damping * torch.eye(size, dtype=torch.float64, device=moment.device)
+        factor, info = torch.linalg.cholesky_ex(ridged)
+        if int(info.item()) == 0:
+            return factor * mean**0.5
+        damping *= 10
+
+
+class ActivationAware(Initializer):
+    """The smallest error of the map's outputs, min E|W x - W' x|^2 (SVD-LLM, arXiv 2403.07378).
+
+    When the outputs are the smaller side no factor of G is needed: U are the eigenvectors of W G W^T.
+    """
+
+    name = "activation"
+    needs_inputs = True
+
+    def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
+        if statistics.inputs is None:
+            raise ValueError(f"the initialiser {self.name!r} needs the second moment of the inputs")
+        W, G = weight.double(), statistics.inputs.double()
+        if not G.diagonal().sum() > 0:
+            G = torch.eye(G.shape[0], dtype=torch.float64, device=G.device)
+        if W.shape[0] <= W.shape[1]:
+            L = self.output_root(statistics, W)
+            LW = W if L is None else L.T @ W
+            energies, U = descending_eigenpairs(LW @ G @ LW.T)
+            left = U if L is None else torch.linalg.solve_triangular(L.T, U, upper=True)
+            right = U.T if L is None else U.T @ L.T
+        else:
+            C = root(G, INPUT_DAMPING)
+            energies, V = descending_eigenpairs(C.T @ self.weighted_gram(statistics, W) @ C)
+            left = C @ V
+            right = torch.linalg.solve_triangular(C.T, V, upper=True).T
+        return Decomposition(
+            Spectrum(energies.clamp(min=0), comparable=self.needs_gradients),
+            left.float().contiguous(),
+            right.float().contiguous(),
+            on_outputs=W.shape[0] <= W.shape[1],
+        )
+
+    def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
+        """L [out, out], or None for the identity."""
+        return None
+
+    def weighted_gram(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
+        """W^T L L^T W [in, in]."""
+        return W.T @ W
+
+
+class SensitivityAware(ActivationAware):
+    """The smallest change of the model's predictions: errors of the outputs weighed by F = E[g g^T].
+
+    With g the gradient of the log-likelihood of the model's own predictions, E[(e^T g)^2] is to second order twice the
+    Kullback-Leibler divergence that an output error e causes; taking inputs and gradients as independent (K-FAC,
+    Martens and Grosse, arXiv 1503.05671, section 3) gives |L^T (W - W') C|_F^2. Its singular values are in one unit
+    for all maps of the model, which is what lets ``spectrum`` trade ranks between them.
+    """
+
+    name = "sensitivity"
+    needs_gradients = True
+
+    def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
+        found = super().decompose(weight, statistics)
+        if statistics.gradient_scale > 0:
+            return found
+        # Nothing that this map does reaches the loss: any rank is as good as another.
+        return replace(found, spectrum=Spectrum(torch.zeros_like(found.spectrum.energies), comparable=True))
+
+    def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
+        return root(self._gradients(statistics), GRADIENT_DAMPING)
+
+    def weighted_gram(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
+        scale = statistics.gradient_scale
+        if not scale > 0:
+            return W.T @ W
+        return self._gradients(statistics).double() + GRADIENT_DAMPING * scale * (W.T @ W)
+
+    def _gradients(self, statistics: MapStatistics) -> torch.Tensor:
+        if statistics.gradients is None:
+            raise ValueError(f"the initialiser {self.name!r} needs the second moment of the output gradients")
+        return statistics.gradients
+
+
+def descending_eigenpairs(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues, largest first, and their eigenvectors as columns; rounding's asymmetry is averaged away."""
+    energies, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    return energies.flip(0), vectors.flip(1)

@@ -1,0 +1,315 @@
+"""Finding, checking and loading the model to compress."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.architecture import Architecture, Block, find_blocks
+from lillama_core.errors import LillamaError, UserError, nearest
+
+QUANT_METHOD = "lillama"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is, as transformers wants it: ``from_pretrained(location, **extra)``."""
+
+    spec: str
+    """What the user wrote."""
+    location: str
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.location).is_dir()
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file is not None:
+            found["gguf_file"] = self.gguf_file
+        return found
+
+    @property
+    def short_name(self) -> str:
+        """A name for tables and files."""
+        name = self.gguf_file or Path(self.location).name or self.location
+        return name.removesuffix(".gguf")
+
+
+def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
+    """Tell a GGUF file, a local directory and a hub id apart, and check what can be checked without loading.
+
+    Raises UserError for a missing or empty directory, a file that is no model, and damaged weight files.
+    """
+    path = Path(spec)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(f"{spec!r} is a file, but not a .gguf file; give a model directory, a .gguf file or a hub id")
+        check_gguf(path)
+        return ModelSource(spec, str(path.parent), path.name, trust_remote_code)
+    if path.is_dir():
+        _check_directory(path)
+        return ModelSource(spec, spec, None, trust_remote_code)
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or not spec:
+        raise UserError(f"no model at {spec!r}")
+    return ModelSource(spec, spec, None, trust_remote_code)
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f"; it holds {ggufs[0]}: give that file's path" if ggufs else ""
+        what = "is empty" if not any(path.iterdir()) else "has no config.json"
+        raise UserError(f"model directory {str(path)!r} {what}{hint}")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        if pickles:
+            raise UserError(
+                f"model directory {str(path)!r} holds {pickles[0]}, a pickle, which is never loaded;"
+                " convert it to safetensors first"
+            )
+        raise UserError(f"model directory {str(path)!r} has no .safetensors weights")
+    for file in weights:
+        check_safetensors(file)
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise UserError unless the header of a safetensors file is sound and its tensors lie within the file."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            # The header of even the largest models is a few megabytes; a wild length is not worth the memory.
+            if length > min(size - 8, 100_000_000):
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(stream.read(length))
+        end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+        raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {error}") from None
+
+
+def check_gguf(path: Path) -> None:
+    """Raise UserError unless a GGUF file can be parsed and its tensors lie within the file."""
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{str(path)!r} is not a GGUF file (its first four bytes are not 'GGUF')")
+    from gguf import GGUFReader
+
+    size = path.stat().st_size
+    try:
+        reader = GGUFReader(str(path))
+        if not reader.tensors:
+            raise ValueError("it has no tensors")
+        end = max(int(t.data_offset + t.n_bytes) for t in reader.tensors)
+        if end > size:
+            raise ValueError(f"it has {size} bytes where its tensors need {end}")
+    # The reader indexes into a memory map with whatever numbers the file holds.
+    except Exception as error:
+        raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {_one_line(error)}") from None
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's transformers config; raises UserError when there is none, or for an unsuitable model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.location, **source.extra)
+    except Exception as error:
+        raise UserError(f"cannot read the config of model {source.spec!r}: {_one_line(error)}") from None
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and source.gguf_file is None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        if str(method) == QUANT_METHOD:
+            raise UserError(f"model {source.spec!r} is already compressed by lillama; start from its base model")
+        raise UserError(f"model {source.spec!r} is quantized ({method}); start from its unquantized weights")
+    return config
+
+
+def find_architecture(config: Any, name: str | None = None) -> Architecture:
+    """The architecture named ``name``, or the one that claims the config's model type.
+
+    Raises UserError that lists the nearest when there is none, and that names both when two plugins claim one.
+    """
+    from lillama_registry import registry
+
+    found = registry()
+    model_type = str(getattr(config, "model_type", ""))
+    if name is not None:
+        named = [a for a in found.architectures if a.name == name]
+        if not named:
+            known = sorted({a.name for a in found.architectures})
+            raise UserError(f"no architecture named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
+        return next((a for a in named if model_type in a.model_types), named[0])
+    matching = found.architectures_for(model_type)
+    if len(matching) > 1:
+        names = " and ".join(repr(a.name) for a in matching)
+        raise UserError(f"model type {model_type!r} is claimed by {names}; choose with --architecture")
+    if not matching:
+        import difflib
+
+        known = sorted({t for a in found.architectures for t in a.model_types})
+        near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.3) or known[:3]
+        broken = f"; not loaded: {', '.join(f.name for f in found.failures)}" if found.failures else ""
+        raise UserError(
+            f"no plugin handles model type {model_type!r} (nearest: {', '.join(near)}); use --architecture NAME if its"
+            f" blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the README{broken}"
+        )
+    architecture: Architecture = matching[0]
+    return architecture
+
+
+def auto_class(architecture: Architecture) -> Any:
+    import transformers
+
+    return getattr(transformers, architecture.auto_class)
+
+
+def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights, on the meta device: shapes and names only."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto_class(architecture).from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot build a {config.model_type!r} model from its config: {_one_line(error)}") from None
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
+    """The tokenizer at ``spec``, or the model's own; raises UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        if spec is None:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.extra)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=source.trust_remote_code)
+    except Exception as error:
+        where = spec or source.spec
+        raise UserError(
+            f"no tokenizer found at {where!r} ({_one_line(error)}); name one with --tokenizer"
+        ) from None
+    # Without its files transformers builds some tokenizers empty instead of failing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"the tokenizer at {spec or source.spec!r} has no vocabulary; name one with --tokenizer")
+    return tokenizer
+
+
+def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dtype | str) -> nn.Module:
+    """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises LillamaError when it cannot load."""
+    import transformers
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model: Any = auto_class(architecture).from_pretrained(
+            source.location, dtype=dtype, use_safetensors=source.gguf_file is None or None, **source.extra
+        )
+    except Exception as error:
+        raise UserError(f"cannot load model {source.spec!r}: {_one_line(error)}") from None
+    finally:
+        logger.setLevel(level)
+    if source.gguf_file is not None:
+        # The weights are plain numbers now; transformers would otherwise refuse to save them.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model._weight_conversions = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.eval().requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def check_finite(model: nn.Module, blocks: dict[str, list[Block]]) -> None:
+    """Raise UserError that names the first map whose weight holds NaN or infinity."""
+    for stack in blocks.values():
+        for block in stack:
+            module = model.get_submodule(block.path)
+            for site in block.sites:
+                for map_ in site.maps:
+                    if not torch.isfinite(site.weight(module, map_)).all():
+                        raise UserError(f"the weight of {block.full_name(map_)} holds NaN or infinite values")
+
+
+def model_fingerprint(source: ModelSource) -> str:
+    """A hash over the model's files: sizes, and 64 samples of 64 KiB of each.
+
+    Reading a large model whole would take minutes; a changed weight file differs all over.
+    """
+    digest = hashlib.sha256()
+    if source.gguf_file is not None:
+        files = [Path(source.location) / source.gguf_file]
+    elif source.is_local:
+        folder = Path(source.location)
+        files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source.location, "config.json")
+        # The snapshot folder is named by the commit.
+        digest.update(f"{source.location} {Path(str(cached)).parent.name}".encode())
+        files = []
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for i in range(64):
+                stream.seek(size * i // 64)
+                digest.update(stream.read(65536))
+    return digest.hexdigest()
+
+
+def blocks_of(
+    architecture: Architecture, model: nn.Module, selected: tuple[str, ...]
+) -> tuple[dict[str, list[Block]], int]:
+    """The blocks to compress, and the parameters that a reduction is a fraction of.
+
+    That is the whole model, or the selected stacks when some are selected.
+    """
+    blocks = find_blocks(architecture, model, selected)
+    if not selected:
+        return blocks, count_parameters(model)
+    modules = [model.get_submodule(architecture.stacks[name]) for name in blocks]
+    return blocks, sum(count_parameters(m) for m in modules)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence of an error that may be a page."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+def check_dtype(name: str | None, model_dtype: torch.dtype, from_gguf: bool) -> torch.dtype:
+    """The dtype of the output: as asked, else the input's; float16 for GGUF, whose own types are not kept."""
+    if name is not None:
+        return DTYPES[name]
+    if from_gguf:
+        return torch.float16
+    if model_dtype not in DTYPES.values():
+        raise LillamaError(f"the model's dtype {model_dtype} is not one that lillama writes; choose with --dtype")
+    return model_dtype

@@ -1,0 +1,129 @@
+"""Rank plans: which map gets which rank, and what that saves, counted exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lillama_core.errors import UserError
+from lillama_core.formats import Format
+from lillama_core.maps import LinearMap
+
+
+@dataclass(frozen=True)
+class PlannedMap:
+    """One map's place in a plan."""
+
+    name: str
+    """Path from the model."""
+    stack: str
+    block: int
+    map: LinearMap
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.map.parameters
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Map name -> rank; a map that is not listed stays dense."""
+
+    format: str
+    ranks: Mapping[str, int]
+
+    def to_json(self) -> str:
+        """The plan as a JSON object with ``format`` and ``ranks``."""
+        return json.dumps({"format": self.format, "ranks": dict(self.ranks)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> RankPlan:
+        """Read a plan from a stranger's JSON; raises UserError when it is not one."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        if not isinstance(data, dict) or set(data) != {"format", "ranks"}:
+            raise UserError(f"{where} must be an object with exactly 'format' and 'ranks'")
+        ranks = data["ranks"]
+        if not isinstance(data["format"], str) or not isinstance(ranks, dict):
+            raise UserError(f"{where}: 'format' must be a string and 'ranks' an object")
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise UserError(f"{where}: the rank of {name!r} must be a positive integer, not {rank!r}")
+        return cls(data["format"], ranks)
+
+    @classmethod
+    def load(cls, path: Path) -> RankPlan:
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def kept_parameters(maps: list[PlannedMap], plan: RankPlan, format_: Format) -> int:
+    """Parameters of ``maps`` under ``plan``, biases left out."""
+    return sum(
+        m.dense_parameters
+        if (rank := plan.ranks.get(m.name)) is None
+        else format_.parameters(m.map.out_features, m.map.in_features, rank)
+        for m in maps
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters the maps may keep for the model to reach the wanted size."""
+
+    maps_dense: int
+    """Parameters of all maps that may be compressed."""
+    reference: int
+    """Parameters that the reduction is a fraction of: the model's, or the selected stacks'."""
+    removed: int
+    """Parameters to remove."""
+
+    @property
+    def maps_kept(self) -> int:
+        return self.maps_dense - self.removed
+
+
+def make_budget(
+    maps: list[PlannedMap], reference: int, reduction: float, format_: Format, of_what: str = "the model"
+) -> Budget:
+    """The budget for removing the fraction ``reduction`` of ``reference`` parameters.
+
+    Raises UserError when ``reduction`` is not in (0, 1) or more than the maps give at rank 1.
+    """
+    if not math.isfinite(reduction) or not 0 < reduction < 1:
+        raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {reduction:g}")
+    dense = sum(m.dense_parameters for m in maps)
+    smallest = sum(format_.parameters(m.map.out_features, m.map.in_features, 1) for m in maps)
+    removed = round(reduction * reference)
+    if dense - removed < smallest:
+        # Rounded down, so that the number named can be asked for.
+        most = math.floor((dense - smallest) / reference * 1000) / 1000
+        raise UserError(
+            f"a reduction of {reduction:g} is more than the linear maps of {of_what} can give;"
+            f" the maximum is {most:.3f}"
+        )
+    return Budget(dense, reference, removed)
+
+
+def describe_plan(
+    maps: list[PlannedMap], plan: RankPlan, format_: Format, total: int, bytes_per_parameter: int
+) -> dict[str, Any]:
+    """What a plan means before anything is computed: parameters, multiply-adds a token, bytes."""
+    kept = kept_parameters(maps, plan, format_)
+    dense = sum(m.dense_parameters for m in maps)
+    after = total - dense + kept
+    return {
+        "parameters_before": total,
+        "parameters_after": after,
+        "reduction": 1 - after / total,
+        # One multiply-add a parameter and token, in the dense map and in both formats.
+        "multiply_adds_per_token_before": dense,
+        "multiply_adds_per_token_after": kept,
+        "bytes_before": total * bytes_per_parameter,
+        "bytes_after": after * bytes_per_parameter,
+    }

@@ -1,0 +1,92 @@
+"""One pass over the dense model that takes every map apart, ready for any rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lillama_core.allocation import Spectrum
+from lillama_core.architecture import Block, safe_file_stem
+from lillama_core.blocks import BlockRunner
+from lillama_core.initialization import Decomposition, Initializer, MapStatistics
+from lillama_core.progress import Progress
+from lillama_core.run_directory import read_tensors, write_tensors
+from lillama_core.statistics import InputObserver, map_statistics
+from lillama_core.weights import WeightSource
+
+
+class Profile:
+    """Decompositions of all maps, one file a block: together they are as large as the model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _file(self, block: Block) -> Path:
+        return self.folder / f"{safe_file_stem(block.name)}.safetensors"
+
+    def has(self, block: Block) -> bool:
+        return self._file(block).is_file()
+
+    def save(self, block: Block, found: dict[str, Decomposition], metric: torch.Tensor | None) -> None:
+        """Store what was found of a block's maps, and its output metric if there is one."""
+        tensors: dict[str, torch.Tensor] = {} if metric is None else {"metric": metric}
+        for name, d in found.items():
+            tensors[f"energies.{name}"] = d.spectrum.energies
+            tensors[f"left.{name}"] = d.left
+            tensors[f"right.{name}"] = d.right
+            tensors[f"flags.{name}"] = torch.tensor([d.spectrum.comparable, d.on_outputs])
+        write_tensors(self._file(block), tensors)
+
+    def load(self, block: Block) -> tuple[dict[str, Decomposition], torch.Tensor | None]:
+        """The decompositions of a block's maps by name, and its metric."""
+        tensors = read_tensors(self._file(block))
+        found = {}
+        for map_ in block.maps:
+            comparable, on_outputs = tensors[f"flags.{map_.name}"].tolist()
+            spectrum = Spectrum(tensors[f"energies.{map_.name}"], comparable)
+            left, right = tensors[f"left.{map_.name}"], tensors[f"right.{map_.name}"]
+            found[map_.name] = Decomposition(spectrum, left, right, on_outputs)
+        return found, tensors.get("metric")
+
+
+def profile_blocks(
+    blocks: list[Block],
+    source: WeightSource,
+    runner: BlockRunner,
+    stream: list[torch.Tensor],
+    initializer: Initializer,
+    gradients: dict[str, dict[str, torch.Tensor]],
+    profile: Profile,
+    progress: Progress,
+) -> None:
+    """Decompose every map of ``blocks`` into ``profile``; ``stream`` enters the first block and is used up.
+
+    ``gradients`` holds what the sensitivity pass found for each block, if it ran. Blocks that ``profile`` has
+    already are only passed through, for the sake of the stream.
+    """
+    progress.phase("Statistics of the dense blocks", len(blocks))
+    for position, block in enumerate(blocks):
+        done = profile.has(block)
+        if done and all(profile.has(b) for b in blocks[position:]):
+            return
+        module = source.block(block)
+        observer = InputObserver(block)
+        if initializer.needs_inputs:
+            with torch.no_grad(), observer.watching(module):
+                for index, hidden in enumerate(stream):
+                    stream[index] = runner(module, block, index, hidden).to(hidden.device)
+                    observer.next_batch()
+        if not done:
+            seen = gradients.get(block.name, {})
+            found = {}
+            for site in block.sites:
+                for map_ in site.maps:
+                    statistics = (
+                        map_statistics(map_.name, observer.moment(map_.name), seen)
+                        if initializer.needs_inputs
+                        else MapStatistics()
+                    )
+                    found[map_.name] = initializer.decompose(site.weight(module, map_), statistics)
+            profile.save(block, found, seen.get("output"))
+        progress.step(block.name)

@@ -1,0 +1,208 @@
+"""The recipe: every choice of a compression, in one object.
+
+YAML files, the command line and Python are views of this dataclass: a field is an option of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lillama_core.errors import UserError, nearest
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of the recipe: its default, what it means, and the values it may take."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to remove, from what data, and how. The defaults are the recipe ``default``."""
+
+    name: str = option("default", "name under which the recipe is recorded")
+    reduction: float = option(0.2, "fraction of the parameters to remove")
+    stacks: tuple[str, ...] = option((), "stacks to compress, such as 'decoder'; empty: all of the model")
+
+    calibration: tuple[str, ...] = option(
+        (), "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several"
+    )
+    self_share: float = option(0.5, "part of the tokens that the model writes itself when other data is named")
+    tokens: int = option(32768, "calibration tokens")
+    sequence_length: int = option(512, "tokens in a calibration row")
+    use_all_tokens: bool = option(False, "take what there is when the data has fewer tokens")
+    held_out: float = option(0.0625, "part of the rows that is kept for choosing checkpoints and for the report")
+
+    init: str = option("sensitivity", "where the factors start: sensitivity, activation, svd or random")
+    sensitivity_tokens: int = option(8192, "calibration tokens of the backward pass that 'sensitivity' needs")
+    allocation: str = option("spectrum", "how ranks are shared out: spectrum, uniform, bottom-first or top-first")
+    minimum_rank: int | None = option(None, "smallest rank of bottom-first and top-first; default: width / 4")
+    rank_step: int | None = option(None, "their distance between ranks; default: width / 16")
+    format: str = option("pivoted", "how a low-rank map is stored: pivoted or factored")
+
+    loss: str = option("sensitivity", "distillation loss: sensitivity, l1+logcos or mse")
+    mode: str = option(
+        "student", "whose inputs the student block sees", ("teacher", "student", "teacher+student")
+    )
+    train: str = option("factors", "what of a block is trained", ("factors", "block"))
+    steps: int = option(40, "optimiser steps a block; 0: no distillation")
+    batch_size: int = option(4, "rows in a step")
+    learning_rate: float = option(3e-4, "peak learning rate")
+    schedule: str = option("cosine", "decay of the learning rate after the warm-up", ("cosine", "constant"))
+    warmup: float = option(0.1, "part of the steps in which the learning rate rises")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    gradient_clip: float = option(0.0, "largest norm of a block's gradient; 0: no limit")
+
+    dtype: str | None = option(
+        None,
+        "dtype of the saved weights; default: the input's, float16 for GGUF",
+        ("float32", "bfloat16", "float16"),
+    )
+    compute: str = option(
+        "auto",
+        "arithmetic of matrix products; auto: bfloat16 where the processor has it",
+        ("auto", "float32", "bfloat16"),
+    )
+    seed: int = option(0, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("self_share", 0.0, 1.0),
+            ("held_out", 0.0, 0.5),
+            ("warmup", 0.0, 1.0),
+            ("weight_decay", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{dashed(name)} must be between {low:g} and {high:g}, not {value!r}")
+        for name, least in (
+            ("tokens", 1),
+            ("sequence_length", 2),
+            ("sensitivity_tokens", 1),
+            ("batch_size", 1),
+            ("steps", 0),
+            ("seed", 0),
+            ("minimum_rank", 1),
+            ("rank_step", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{dashed(name)} must be at least {least}, not {value}")
+        for name in ("learning_rate", "gradient_clip"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{dashed(name)} must be a finite number and not negative, not {value!r}")
+        for spec in dataclasses.fields(self):
+            choices, value = spec.metadata["choices"], getattr(self, spec.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(
+                    f"{dashed(spec.name)} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, ready for YAML or JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def with_options(self, options: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """This recipe with ``options`` over it; raises UserError for unknown keys and wrong types."""
+        known = {spec.name: spec for spec in dataclasses.fields(self)}
+        hints = typing.get_type_hints(Recipe)
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise UserError(f"{where}: unknown key {key!r}{nearest(name, list(known))}")
+            values[name] = _converted(value, hints[name], f"{where}: {key}")
+        return dataclasses.replace(self, **values)
+
+
+def dashed(name: str) -> str:
+    """The option of a field: ``--learning-rate``."""
+    return "--" + name.replace("_", "-")
+
+
+def _converted(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the field's type, or a UserError that says what was expected."""
+    accepted = typing.get_args(hint)
+    if type(None) in accepted:
+        if value is None:
+            return None
+        hint = next(a for a in accepted if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(i, str) for i in items):
+            return tuple(items)
+        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 3e-4 as a string, because it has no point.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}[hint]
+    raise UserError(f"{where} must be {expected}, not {value!r}")
+
+
+def recipe_names() -> list[str]:
+    """Recipes that can be named: built in, and added by plugins."""
+    from lillama_registry import registry
+
+    folder = importlib.resources.files("lillama_core.recipes")
+    built_in = [f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")]
+    return sorted({*built_in, *registry().strategies("recipes")})
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A recipe by name or from a YAML file, whose ``recipe: NAME`` names its base (``default`` if absent)."""
+    return _load(name_or_file, ())
+
+
+def _load(name_or_file: str, chain: tuple[str, ...]) -> Recipe:
+    if name_or_file in chain:
+        raise UserError(f"recipe {name_or_file!r} is based on itself")
+    is_file = name_or_file.endswith((".yaml", ".yml")) or Path(name_or_file).is_file()
+    if is_file:
+        path = Path(name_or_file)
+        if not path.is_file():
+            raise UserError(f"no recipe file {name_or_file!r}")
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {name_or_file!r} is not YAML: {' '.join(str(error).split())}") from None
+        if data is None:
+            raise UserError(f"recipe {name_or_file!r} is empty")
+        name = path.stem
+    else:
+        data = _named(name_or_file)
+        name = name_or_file
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {name_or_file!r} must be a mapping of option to value")
+    base_name = data.pop("recipe", None)
+    base = Recipe() if base_name is None else _load(str(base_name), (*chain, name_or_file))
+    return base.with_options({"name": name, **data}, f"recipe {name_or_file!r}")
+
+
+def _named(name: str) -> dict[str, Any]:
+    from lillama_registry import registry
+
+    if name not in (known := recipe_names()):
+        raise UserError(f"no recipe named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
+    added = registry().strategies("recipes")
+    if name in added:
+        return dict(added[name])
+    text = (importlib.resources.files("lillama_core.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text) or {})

@@ -1,0 +1,96 @@
+"""What happened in a run: the numbers that go into lillama.json, the card and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, libraries included."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in kibibytes, macOS in bytes.
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    names = ("lillama", "torch", "transformers", "safetensors", "numpy", "scipy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@dataclass
+class Fidelity:
+    """How the compressed model predicts on held-out calibration rows, against the dense model."""
+
+    tokens: int
+    perplexity_before: float | None
+    perplexity_after: float | None
+    divergence: float | None
+    """Mean Kullback-Leibler divergence of the predictions from the dense model's, in nats a token."""
+    agreement: float | None
+    """Part of the tokens where both models find the same next token the most likely."""
+    relative_error: float
+    """Squared error of the last hidden states, relative to their squares."""
+
+
+@dataclass
+class RunRecord:
+    """Everything that lillama.json says."""
+
+    model: str
+    model_fingerprint: str
+    architecture: str
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(
+        default_factory=lambda: {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": psutil.cpu_count(logical=True),
+        }
+    )
+    device: str = "cpu"
+    compute: str = "float32"
+    dtype: str = "float32"
+    plan: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """[out, in] of every map that could be compressed."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    fidelity: dict[str, Any] | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    resumed: bool = False
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[name]``."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

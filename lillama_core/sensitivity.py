@@ -1,0 +1,74 @@
+"""One backward pass through the dense model, block by block: how much its predictions depend on each map."""
+
+from __future__ import annotations
+
+import torch
+
+from lillama_core.blocks import BlockRunner, Inputs, Parent
+from lillama_core.errors import LillamaError
+from lillama_core.progress import Progress
+from lillama_core.statistics import GradientObserver
+from lillama_core.weights import WeightSource
+
+
+def output_gradient(parent: Parent, inputs: Inputs, last_hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Gradient of the model's log-likelihood of labels that it draws itself, at the last block's output.
+
+    Labels from the model's own predictions make the second moment of the gradients the Fisher information, and need
+    no ground truth (Martens, arXiv 1412.1193, section 9.2). The sum runs over all tokens.
+    """
+    last_hidden = last_hidden.detach().requires_grad_(True)
+    outputs = parent.outputs(inputs, last_hidden)
+    logits = getattr(outputs, "logits", None)
+    if logits is None:
+        raise LillamaError(
+            f"{type(parent.model).__name__} returns no logits, which 'sensitivity' needs;"
+            " use --init activation --loss mse"
+        )
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    probabilities = logits.detach().softmax(-1)
+    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+    # d(-log p(label))/d logits = p - onehot(label); written out, it spares a second table of logits.
+    gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))
+    logits.backward(gradient)
+    assert last_hidden.grad is not None
+    return last_hidden.grad
+
+
+def measure_sensitivity(
+    parent: Parent,
+    source: WeightSource,
+    runner: BlockRunner,
+    batches: list[Inputs],
+    seed: int,
+    progress: Progress,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Second moments of the gradients for every block of the parent's stack: block name -> named tensors.
+
+    ``runner`` holds the calls of ``batches``. Each block is run once more with gradients, one at a time, so that memory
+    is the blocks' inputs of one batch and the graph of one block.
+    """
+    blocks = parent.blocks
+    observers = {block.name: GradientObserver(block) for block in blocks}
+    generator = torch.Generator().manual_seed(seed)
+    progress.phase("Sensitivity of the predictions", len(batches) * len(blocks))
+    for index, inputs in enumerate(batches):
+        hidden, _ = parent.record(inputs)
+        entering: list[torch.Tensor] = []
+        with torch.no_grad():
+            for block in blocks:
+                entering.append(hidden)
+                hidden = runner(source.block(block), block, index, hidden)
+        with runner.autocast():
+            gradient = output_gradient(parent, inputs, hidden, generator)
+        for block in reversed(blocks):
+            observer = observers[block.name]
+            observer.output.add(gradient.reshape(-1, gradient.shape[-1]))
+            module = source.block(block)
+            hidden = entering.pop().to(runner.device).requires_grad_(True)
+            with observer.watching(module):
+                runner(module, block, index, hidden).backward(gradient)
+            assert hidden.grad is not None
+            gradient = hidden.grad
+            progress.step(block.name)
+    return {name: observer.statistics() for name, observer in observers.items()}

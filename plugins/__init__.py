@@ -1,0 +1,1 @@
+"""Built-in architecture plugins of lillama, one package each."""
