@@ -88,9 +88,7 @@ class Block:
         return f"{self.path}.{map_.name}"
 
 
-def find_blocks(
-    architecture: Architecture, model: nn.Module, selected: tuple[str, ...] = ()
-) -> dict[str, list[Block]]:
+def find_blocks(architecture: Architecture, model: nn.Module, selected: tuple[str, ...] = ()) -> dict[str, list[Block]]:
     """The blocks of each stack of ``model``, which may live on the meta device.
 
     Raises UserError for an unknown name in ``selected`` and LillamaError when a declared path does not lead
@@ -116,9 +114,7 @@ def find_blocks(
             raise LillamaError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
         if selected and name not in selected:
             continue
-        blocks = [
-            Block(name, i, f"{path}.{i}", tuple(architecture.sites(module))) for i, module in enumerate(modules)
-        ]
+        blocks = [Block(name, i, f"{path}.{i}", tuple(architecture.sites(module))) for i, module in enumerate(modules)]
         if not any(block.sites for block in blocks):
             raise LillamaError(f"no linear map found in the {name} blocks of {type(model).__name__}")
         found[name] = blocks

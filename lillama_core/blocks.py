@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class BlockCall:
     kwargs: dict[str, Any]
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818  not an error: it ends a pass early
     """Ends a forward pass whose rest is of no interest."""
 
 
@@ -79,12 +80,14 @@ class Parent:
     ) -> Iterator[None]:
         modules = [self.model.get_submodule(block.path) for block in self.blocks]
 
-        def replaced(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def replaced(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if not self._probed:
                     # Whether a block returns a tensor or a tuple is its own business: see once what it does.
+                    block = copy.deepcopy(modules[index]).float()
+                    del block.__dict__["forward"]
                     with torch.no_grad():
-                        result = original(*args, **kwargs)
+                        result = block(*args, **kwargs)
                     self._returns_tuple = result[1:] if isinstance(result, tuple) else None
                     self._probed = True
                 if "hidden_states" in kwargs:
@@ -97,7 +100,7 @@ class Parent:
             return forward
 
         for index, module in enumerate(modules):
-            module.forward = replaced(index, module.forward)  # type: ignore[method-assign]
+            module.forward = replaced(index)
         try:
             yield
         finally:

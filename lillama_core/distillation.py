@@ -90,6 +90,7 @@ def trained_parameters(student: nn.Module, train: str) -> list[nn.Parameter]:
         for module in student.modules()
         if isinstance(module, FactoredLinear)
         for p in (module.down.weight, module.up.weight)
+        if isinstance(p, nn.Parameter)
     ]
 
 

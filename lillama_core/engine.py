@@ -15,7 +15,13 @@ from torch import nn
 from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block, safe_file_stem
 from lillama_core.blocks import BlockCall, BlockRunner, Inputs, Parent, share_equal
-from lillama_core.calibration import CalibrationData, CalibrationOptions, Source, check_sources, load_calibration
+from lillama_core.calibration import (
+    CalibrationData,
+    CalibrationOptions,
+    Source,
+    check_sources,
+    load_calibration,
+)
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, TrainingOptions, distill_block
 from lillama_core.errors import LillamaError, UserError
@@ -231,8 +237,8 @@ class _Run:
                 try:
                     return self._compress(model, data)
                 except UserError:
-                    # Known before the first block was done: nothing is worth keeping.
-                    self.directory.discard()
+                    if not any(self.directory.blocks.glob("*.safetensors")):
+                        self.directory.discard()
                     raise
 
     def _fingerprint(self, data: CalibrationData) -> dict[str, Any]:
@@ -304,7 +310,8 @@ class _Run:
         )
         self.progress.line(
             f"Plan: {len(plan.ranks)} of {len(prepared.maps)} maps low rank,"
-            f" {self.record.parameters['parameters_before']:,} -> {self.record.parameters['parameters_after']:,} parameters"
+            f" {self.record.parameters['parameters_before']:,} ->"
+            f" {self.record.parameters['parameters_after']:,} parameters"
         )
         with self.record.timed("blocks"):
             for name, parent in parents.items():
@@ -322,9 +329,7 @@ class _Run:
             self._finish(model, plan)
         return self.record
 
-    def _record_calls(
-        self, parent: Parent, batches: list[Inputs]
-    ) -> tuple[list[list[BlockCall]], list[torch.Tensor]]:
+    def _record_calls(self, parent: Parent, batches: list[Inputs]) -> tuple[list[list[BlockCall]], list[torch.Tensor]]:
         calls: list[list[BlockCall]] = []
         stream: list[torch.Tensor] = []
         for inputs in batches:
@@ -362,7 +367,10 @@ class _Run:
         try:
             for index, module in enumerate(modules):
                 owner[index] = module
-            with torch.no_grad(), torch.autocast(device_type, self.autocast, enabled=self.autocast is not None):
+            with (
+                torch.no_grad(),
+                torch.autocast(device_type, self.autocast, enabled=self.autocast is not None),
+            ):
                 model(**short)
         finally:
             handle.remove()
@@ -416,12 +424,10 @@ class _Run:
         if not path.is_file():
             rows = torch.cat([b["input_ids"] for b in batches])
             rows = rows[: max(1, self.recipe.sensitivity_tokens // rows.shape[1])]
-            # Small batches: the logits of one with their gradients are the largest tensors of the whole run.
+            # All inputs of all blocks are held for one batch: two rows keep that small.
             small = [self._on_device({"input_ids": r}) for r in rows.split(2)]
             calls, _ = self._record_calls(parent, small)
-            found = measure_sensitivity(
-                parent, source, self._runner(calls), small, self.recipe.seed, self.progress
-            )
+            found = measure_sensitivity(parent, source, self._runner(calls), small, self.recipe.seed, self.progress)
             write_tensors(path, {f"{b}|{k}": v for b, t in found.items() for k, v in t.items()})
         gradients: dict[str, dict[str, torch.Tensor]] = {block.name: {} for block in parent.blocks}
         for key, tensor in read_tensors(path).items():
@@ -469,8 +475,14 @@ class _Run:
             targets = runner.over(dense, block, teacher)
             if not path.is_file():
                 self._compress_block(
-                    block, dense, ranks, runner, BlockData(teacher, student, targets, [None] * len(teacher), held),
-                    profile, training, position <= last_changed,
+                    block,
+                    dense,
+                    ranks,
+                    runner,
+                    BlockData(teacher, student, targets, [None] * len(teacher), held),
+                    profile,
+                    training,
+                    position <= last_changed,
                 )
             note = read_json(path.with_suffix(".json"))
             self.record.blocks.append(note)
@@ -523,9 +535,7 @@ class _Run:
                     layer.up.weight.data, layer.down.weight.data, layer.up.bias
                 )
                 site.replace(student, converted)
-        state = {
-            k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()
-        }
+        state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()}
         for name, tensor in state.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise LillamaError(
@@ -576,7 +586,9 @@ class _Run:
                 self._put_low_rank(module, block, ranks, self.dtype)
                 state = read_tensors(self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors")
                 module.load_state_dict(state)
-        model.to(self.dtype)
+        # Parameters only: tables such as rotary frequencies are made in fp32, and stay so when the result is loaded.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.dtype)
         counted = count_parameters(model)
         if counted != self.record.parameters["parameters_after"]:
             raise LillamaError(

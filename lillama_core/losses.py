@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 
 class Loss(ABC):
@@ -47,7 +47,7 @@ class L1LogCos(Loss):
         self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, metric: torch.Tensor | None
     ) -> torch.Tensor:
         distance = (a - y).abs().mean(dim=-1)
-        direction = F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
+        direction = functional.logsigmoid(functional.cosine_similarity(a, y, dim=-1))
         return token_mean(distance - direction, mask)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import struct
@@ -57,7 +59,9 @@ def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
     path = Path(spec)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise UserError(f"{spec!r} is a file, but not a .gguf file; give a model directory, a .gguf file or a hub id")
+            raise UserError(
+                f"{spec!r} is a file, but not a .gguf file; give a model directory, a .gguf file or a hub id"
+            )
         check_gguf(path)
         return ModelSource(spec, str(path.parent), path.name, trust_remote_code)
     if path.is_dir():
@@ -124,7 +128,7 @@ def check_gguf(path: Path) -> None:
         raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {_one_line(error)}") from None
 
 
-def load_config(source: ModelSource) -> Any:
+def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
     """The model's transformers config; raises UserError when there is none, or for an unsuitable model."""
     from transformers import AutoConfig
 
@@ -136,6 +140,8 @@ def load_config(source: ModelSource) -> Any:
     if quantization is not None and source.gguf_file is None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         if str(method) == QUANT_METHOD:
+            if allow_compressed:
+                return config
             raise UserError(f"model {source.spec!r} is already compressed by lillama; start from its base model")
         raise UserError(f"model {source.spec!r} is quantized ({method}); start from its unquantized weights")
     return config
@@ -167,8 +173,9 @@ def find_architecture(config: Any, name: str | None = None) -> Architecture:
         near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.3) or known[:3]
         broken = f"; not loaded: {', '.join(f.name for f in found.failures)}" if found.failures else ""
         raise UserError(
-            f"no plugin handles model type {model_type!r} (nearest: {', '.join(near)}); use --architecture NAME if its"
-            f" blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the README{broken}"
+            f"no plugin handles model type {model_type!r} (nearest: {', '.join(near)}); use --architecture NAME"
+            " if its blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the"
+            f" README{broken}"
         )
     architecture: Architecture = matching[0]
     return architecture
@@ -209,9 +216,7 @@ def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=source.trust_remote_code)
     except Exception as error:
         where = spec or source.spec
-        raise UserError(
-            f"no tokenizer found at {where!r} ({_one_line(error)}); name one with --tokenizer"
-        ) from None
+        raise UserError(f"no tokenizer found at {where!r} ({_one_line(error)}); name one with --tokenizer") from None
     # Without its files transformers builds some tokenizers empty instead of failing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"the tokenizer at {spec or source.spec!r} has no vocabulary; name one with --tokenizer")
@@ -227,9 +232,11 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = auto_class(architecture).from_pretrained(
-            source.location, dtype=dtype, use_safetensors=source.gguf_file is None or None, **source.extra
-        )
+        # Its bars for the conversion of GGUF have no switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model: Any = auto_class(architecture).from_pretrained(
+                source.location, dtype=dtype, use_safetensors=source.gguf_file is None or None, **source.extra
+            )
     except Exception as error:
         raise UserError(f"cannot load model {source.spec!r}: {_one_line(error)}") from None
     finally:
@@ -242,7 +249,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.eval().requires_grad_(False)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_finite(model: nn.Module, blocks: dict[str, list[Block]]) -> None:

@@ -32,7 +32,8 @@ class Recipe:
     stacks: tuple[str, ...] = option((), "stacks to compress, such as 'decoder'; empty: all of the model")
 
     calibration: tuple[str, ...] = option(
-        (), "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several"
+        (),
+        "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several",
     )
     self_share: float = option(0.5, "part of the tokens that the model writes itself when other data is named")
     tokens: int = option(32768, "calibration tokens")
@@ -48,9 +49,7 @@ class Recipe:
     format: str = option("pivoted", "how a low-rank map is stored: pivoted or factored")
 
     loss: str = option("sensitivity", "distillation loss: sensitivity, l1+logcos or mse")
-    mode: str = option(
-        "student", "whose inputs the student block sees", ("teacher", "student", "teacher+student")
-    )
+    mode: str = option("student", "whose inputs the student block sees", ("teacher", "student", "teacher+student"))
     train: str = option("factors", "what of a block is trained", ("factors", "block"))
     steps: int = option(40, "optimiser steps a block; 0: no distillation")
     batch_size: int = option(4, "rows in a step")

@@ -1,6 +1,6 @@
 """The directory of a run that is not finished: everything needed to go on after a kill.
 
-``DIR.partial`` holds the fingerprint of the run, the profile, the plan and one file for each finished block. Every file is
+``DIR.partial`` holds the fingerprint of the run, the profile and one file for each finished block. Every file is
 written under another name and renamed, so that what exists is complete. DIR itself appears by rename, complete.
 """
 

@@ -11,7 +11,9 @@ from lillama_core.statistics import GradientObserver
 from lillama_core.weights import WeightSource
 
 
-def output_gradient(parent: Parent, inputs: Inputs, last_hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def output_gradient(
+    parent: Parent, inputs: Inputs, last_hidden: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Gradient of the model's log-likelihood of labels that it draws itself, at the last block's output.
 
     Labels from the model's own predictions make the second moment of the gradients the Fisher information, and need
@@ -60,7 +62,13 @@ def measure_sensitivity(
                 entering.append(hidden)
                 hidden = runner(source.block(block), block, index, hidden)
         with runner.autocast():
-            gradient = output_gradient(parent, inputs, hidden, generator)
+            # Row by row: the logits and their gradients would be the largest tensors of the whole run.
+            gradient = torch.cat(
+                [
+                    output_gradient(parent, {k: v[i : i + 1] for k, v in inputs.items()}, hidden[i : i + 1], generator)
+                    for i in range(hidden.shape[0])
+                ]
+            )
         for block in reversed(blocks):
             observer = observers[block.name]
             observer.output.add(gradient.reshape(-1, gradient.shape[-1]))

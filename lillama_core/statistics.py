@@ -85,9 +85,7 @@ class InputObserver:
 
     def _observe(self, name: str, tensor: torch.Tensor, rows: torch.Tensor) -> None:
         # The first call decides which maps read one tensor; only the first of them accumulates.
-        leader = self._leader.setdefault(
-            name, next((other for other, seen in self._seen if seen is tensor), name)
-        )
+        leader = self._leader.setdefault(name, next((other for other, seen in self._seen if seen is tensor), name))
         if leader == name:
             self._seen.append((name, tensor))
             self.moments.setdefault(name, SecondMoment()).add(rows)
@@ -146,11 +144,7 @@ class GradientObserver:
         return found
 
 
-def map_statistics(
-    name: str, inputs: torch.Tensor | None, gradients: dict[str, torch.Tensor]
-) -> MapStatistics:
+def map_statistics(name: str, inputs: torch.Tensor | None, gradients: dict[str, torch.Tensor]) -> MapStatistics:
     """What an initialiser may see of one map."""
     scale = gradients.get(f"scale.{name}")
-    return MapStatistics(
-        inputs, gradients.get(f"gradients.{name}"), 0.0 if scale is None else float(scale.item())
-    )
+    return MapStatistics(inputs, gradients.get(f"gradients.{name}"), 0.0 if scale is None else float(scale.item()))

@@ -415,18 +415,14 @@ def test_chat_without_template_is_plain_text() -> None:
 
 
 def test_template_without_system_role_gets_it_in_the_question() -> None:
-    strict = make_tokenizer(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
-    )
+    strict = make_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE)
     talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert render_chat(strict, talk) == "<s><user> be kind\n\nhello"
 
 
 def test_template_that_refuses(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hello " * 9}]
-    picky = make_tokenizer(
-        "{% if 'w1' in messages[0]['content'] %}{{ raise_exception('odd') }}{% endif %}" + TEMPLATE
-    )
+    picky = make_tokenizer("{% if 'w1' in messages[0]['content'] %}{{ raise_exception('odd') }}{% endif %}" + TEMPLATE)
     bad = [{"role": "user", "content": "w1"}]
     path = jsonl_file(tmp_path, [{"messages": bad}, {"messages": talk}])
     demand = named_module.Demand(LENGTH, 1, None)
@@ -476,9 +472,7 @@ def test_dataset_by_name(tokenizer: Any, cache: Path, monkeypatch: pytest.Monkey
     assert EOS not in found
 
 
-def test_dataset_with_a_script_is_taken_converted(
-    tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dataset_with_a_script_is_taken_converted(tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(repo: str, config: str | None, **settings: Any) -> FakeDataset:
         if settings.get("revision") != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported")
@@ -493,9 +487,7 @@ def test_dataset_that_cannot_be_had(tokenizer: Any, cache: Path, monkeypatch: py
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("datasets.load_dataset", fake)
-    with pytest.raises(
-        UserError, match="dataset org/name:train cannot be loaded: no route to host"
-    ) as caught:
+    with pytest.raises(UserError, match="dataset org/name:train cannot be loaded: no route to host") as caught:
         load(options("org/name"), None, tokenizer, cache)
     assert "\n" not in str(caught.value)
 
@@ -696,9 +688,7 @@ def test_tokenizer_of_another_model(tokenizer: Any, tmp_path: Path, cache: Path)
         load(options(text_file(tmp_path)), make_model(vocab_size=20), tokenizer, cache)
 
 
-def test_named_data_fails_before_the_model_is_asked(
-    model: Any, tokenizer: Any, tmp_path: Path, cache: Path
-) -> None:
+def test_named_data_fails_before_the_model_is_asked(model: Any, tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="30 tokens"):
         load(options(text_file(tmp_path, 30), self_share=0.5, tokens=160), model, tokenizer, cache)
     assert model.calls == 0

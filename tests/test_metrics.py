@@ -144,9 +144,7 @@ def test_maker_gives_the_files_that_are_shipped(tmp_path: Path) -> None:
         assert (tmp_path / path).read_bytes() == (zero_shot.TASKS_FOLDER.parent / path).read_bytes()
 
 
-def test_accuracy_is_that_of_the_likeliest_answer(
-    subject: Subject, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_accuracy_is_that_of_the_likeliest_answer(subject: Subject, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
     expected = []
     for name in SETS:

@@ -235,9 +235,7 @@ def make(target: Path) -> None:
     (target / "data" / "wikitext2-test-head.txt").write_bytes(wikitext[:head_end].encode())
     for name, made in sets.items():
         if len(made) != ITEMS:
-            raise ValueError(
-                f"{name}: the text yields {len(made)} items instead of {ITEMS}; loosen its rules"
-            )
+            raise ValueError(f"{name}: the text yields {len(made)} items instead of {ITEMS}; loosen its rules")
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in made)
         (target / "tasks" / f"{name}.jsonl").write_bytes(lines.encode())
 

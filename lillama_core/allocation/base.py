@@ -60,9 +60,7 @@ class Allocator(ABC):
         """A plan that keeps at most ``request.budget.maps_kept`` parameters, and as close to it as ranks go."""
 
 
-def spend_remainder(
-    request: AllocationRequest, ranks: dict[str, int], order: Iterable[PlannedMap]
-) -> RankPlan:
+def spend_remainder(request: AllocationRequest, ranks: dict[str, int], order: Iterable[PlannedMap]) -> RankPlan:
     """Raise ranks, map by map in ``order``, with what ``ranks`` leaves of the budget.
 
     Ranks are whole numbers, so every rule ends below the budget; the first map of ``order`` takes the

@@ -1,6 +1,6 @@
 """``spectrum``: give each parameter to the map where it saves the most error.
 
-With e_i(r) the error of map i at rank r and c_i(r) its parameters, minimise sum e_i(r_i) subject to sum c_i(r_i) <= budget.
+With e_i(r) the error of map i at rank r and c_i(r) its parameters: minimise sum e_i(r_i), sum c_i(r_i) within budget.
 The lower convex hull of each map's points (c_i(r), e_i(r)), its dense state included, makes the greedy choice by slope
 optimal up to the last segment (the Lagrangian relaxation of a multiple-choice knapsack), for costs that grow
 linearly in the rank as well as for those that do not.
@@ -8,6 +8,7 @@ linearly in the rank as well as for those that do not.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
@@ -70,7 +71,7 @@ class SpectrumAllocator(Allocator):
             hull = lower_hull([*points, Point(map_.dense_parameters, 0.0, None)])
             used += hull[0].cost
             ranks[map_.name] = hull[0].rank
-            for a, b in zip(hull, hull[1:], strict=False):
+            for a, b in itertools.pairwise(hull):
                 segments.append(((a.error - b.error) / (b.cost - a.cost), index, b, map_))
 
         # Steepest first; on one hull the slopes fall, so a map's own segments come in order.

@@ -32,9 +32,7 @@ class BatchCache:
     that is not exactly what was asked for counts as absent: anybody may have put it there.
     """
 
-    def __init__(
-        self, root: Path, conditions: dict[str, Any], shape: tuple[int, int], vocabulary: int
-    ) -> None:
+    def __init__(self, root: Path, conditions: dict[str, Any], shape: tuple[int, int], vocabulary: int) -> None:
         self._conditions = json.dumps(conditions, sort_keys=True)
         self._shape = shape
         self._vocabulary = vocabulary

@@ -29,9 +29,7 @@ def check_sources(options: CalibrationOptions) -> None:
 
 def _check_numbers(options: CalibrationOptions) -> None:
     if options.sequence_length < 2:
-        raise UserError(
-            f"sequence length {options.sequence_length} is too small; it must be at least 2 tokens"
-        )
+        raise UserError(f"sequence length {options.sequence_length} is too small; it must be at least 2 tokens")
     if options.tokens < options.sequence_length:
         raise UserError(
             f"{options.tokens} tokens do not fill one sequence of {options.sequence_length}; "

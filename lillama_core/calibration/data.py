@@ -73,9 +73,7 @@ def load_calibration(
             continue
         if source.name == SELF:
             place = SamplingPlace(torch.device(device), autocast_dtype, model_fingerprint, cache_dir)
-            rows = sample_rows(
-                model, tokenizer, count, options.sequence_length, options.seed, place, progress
-            )
+            rows = sample_rows(model, tokenizer, count, options.sequence_length, options.seed, place, progress)
             details: dict[str, Any] = {
                 "kind": "self",
                 "temperature": TEMPERATURE,

@@ -91,8 +91,7 @@ def _string(value: Any, where: str) -> str:
         return value
     if isinstance(value, list):  # content in parts; parts other than text cannot be used here
         return "".join(
-            _string(part.get("text"), where) if isinstance(part, dict) else _string(part, where)
-            for part in value
+            _string(part.get("text"), where) if isinstance(part, dict) else _string(part, where) for part in value
         )
     raise UserError(f"{where}: expected text, found {type(value).__name__}")
 
@@ -151,11 +150,7 @@ def _apply_template(tokenizer: Any, messages: list[Message]) -> str:
     if "strftime_now" in template:
         # A macro hides the clock that the renderer offers under this name.
         template = "{% macro strftime_now(format) %}" + _FIXED_DATE + "{% endmacro %}" + template
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, chat_template=template, date_string=_FIXED_DATE
-        )
-    )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, date_string=_FIXED_DATE))
 
 
 def _system_folded(messages: list[Message]) -> list[Message] | None:

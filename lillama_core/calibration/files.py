@@ -133,9 +133,7 @@ def _json_object(path: Path, number: str, line: Any) -> dict[str, Any]:
         try:
             value = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}, {number} is not valid JSON ({error}); every line must hold one object"
-            ) from error
+            raise UserError(f"{path}, {number} is not valid JSON ({error}); every line must hold one object") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}, {number} holds a {type(value).__name__}, not an object with named fields")
     return value

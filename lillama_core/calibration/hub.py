@@ -28,9 +28,7 @@ def dataset_rows(dataset: HubDataset, seed: int | None, trust_remote_code: bool)
     except UserError:
         raise
     except Exception as error:  # the library passes on errors of many others: network, formats, scripts
-        raise UserError(
-            f"dataset {_label(dataset)} cannot be loaded: {_one_line(error)}{_advice()}"
-        ) from error
+        raise UserError(f"dataset {_label(dataset)} cannot be loaded: {_one_line(error)}{_advice()}") from error
 
 
 def _load(dataset: HubDataset, trust_remote_code: bool) -> Any:

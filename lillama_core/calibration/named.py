@@ -106,14 +106,10 @@ def _joined_text(dataset: HubDataset, demand: Demand, trust_remote_code: bool) -
     return "\n\n".join(pieces)
 
 
-def _from_text(
-    name: str, text: str, tokenizer: Any, demand: Demand, description: dict[str, Any]
-) -> NamedWindows:
+def _from_text(name: str, text: str, tokenizer: Any, demand: Demand, description: dict[str, Any]) -> NamedWindows:
     ids = encode(tokenizer, text)
     if not ids:
-        raise UserError(
-            f"{name}: the tokenizer makes no tokens of this text; is it the model's own tokenizer?"
-        )
+        raise UserError(f"{name}: the tokenizer makes no tokens of this text; is it the model's own tokenizer?")
     rows = cut(ids, demand.sequence_length)
     if demand.seed is not None:
         rows = rows[permutation(len(rows), demand.seed, "windows")]
@@ -132,6 +128,4 @@ def _from_rows(
             raise UserError(f"{name}: the chat template refuses every conversation ({joined.refusal})")
         raise UserError(f"{name}: the tokenizer makes no tokens of these rows; do they hold any text?")
     description |= {"documents": joined.documents, "refused_by_chat_template": joined.skipped}
-    return NamedWindows(
-        cut(joined.ids, demand.sequence_length)[: demand.rows].clone(), len(joined.ids), description
-    )
+    return NamedWindows(cut(joined.ids, demand.sequence_length)[: demand.rows].clone(), len(joined.ids), description)

@@ -35,9 +35,7 @@ class CalibrationOptions:
         if self.self_share == 0 or any(source.name == SELF for source in self.sources):
             return self.sources
         total = sum(source.weight for source in self.sources)
-        named = tuple(
-            Source(source.name, source.weight / total * (1 - self.self_share)) for source in self.sources
-        )
+        named = tuple(Source(source.name, source.weight / total * (1 - self.self_share)) for source in self.sources)
         return (Source(SELF, self.self_share), *named)
 
     def rows(self) -> int:

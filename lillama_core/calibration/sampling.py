@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,7 @@ def sample_rows(
         "precision": f"{getattr(model, 'dtype', None)}/{place.autocast_dtype}/{place.device.type}",
         "sampler": SAMPLER_VERSION,
     }
-    cache = BatchCache(
-        place.cache_dir or default_cache_dir(), conditions, (width, sequence_length), vocabulary
-    )
+    cache = BatchCache(place.cache_dir or default_cache_dir(), conditions, (width, sequence_length), vocabulary)
     count = -(-rows // width)
     found = {number: cache.load(number) for number in range(count)}
     missing = [number for number, batch in found.items() if batch is None]
@@ -101,8 +100,12 @@ def sample_rows(
         progress.detail(f"sampled text: {count - len(missing)} of {count} batches from {cache.folder}")
     if missing:
         progress.phase("Sampling text from the model", len(missing))
-        with _prepared(model):
-            sampler = _Sampler(model, start, vocabulary, width, sequence_length, place, progress)
+        writer = model
+        if place.autocast_dtype is not None:
+            # Autocast would convert every weight again for every token; a converted copy does it once.
+            writer = copy.deepcopy(model).to(place.autocast_dtype)
+        with _prepared(writer):
+            sampler = _Sampler(writer, start, vocabulary, width, sequence_length, place, progress)
             for number in missing:
                 batch = sampler.batch(seed, number)
                 found[number] = batch
@@ -200,10 +203,7 @@ class _Sampler:
         )
         # Options left open would be filled in from the model's own settings: its end tokens, penalties, …
         self._model.generation_config = settings
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self._place.autocast_dtype is not None:
-            autocast = torch.autocast(device.type, self._place.autocast_dtype)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(derived(seed, "sample", number))
             try:
                 rows = self._model.generate(
@@ -230,14 +230,4 @@ class _Sampler:
         """An empty cache for one batch."""
         from transformers import StaticCache
 
-        dtype = self._place.autocast_dtype
-
-        class OneTypeCache(StaticCache):
-            """Under autocast keys and values may come in different types, which the cache cannot hold."""
-
-            def update(self, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> Any:
-                if dtype is not None:
-                    keys, values = keys.to(dtype), values.to(dtype)
-                return super().update(keys, values, *rest, **more)
-
-        return OneTypeCache(config=text_config(self._model), max_cache_len=self._shape[1])
+        return StaticCache(config=text_config(self._model), max_cache_len=self._shape[1])

@@ -62,9 +62,7 @@ class Source:
             except ValueError:
                 name, weight = text, 1.0
         if not name:
-            raise UserError(
-                f"source {text!r} names nothing; give 'self', a file, or a dataset such as wikitext2"
-            )
+            raise UserError(f"source {text!r} names nothing; give 'self', a file, or a dataset such as wikitext2")
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"source {text!r}: the weight after '@' must be a positive number, not {suffix}")
         return cls(name, weight)

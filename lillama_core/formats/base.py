@@ -48,9 +48,7 @@ class Format(ABC):
         """(B [out, r], A [r, in]) of a module of this format."""
 
 
-def empty_linear(
-    in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: str
-) -> nn.Linear:
+def empty_linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: str) -> nn.Linear:
     """A linear module whose memory is allocated but not initialised."""
     # skip_init avoids the random numbers, which would also disturb the global generator.
     layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, dtype=dtype, device=device)

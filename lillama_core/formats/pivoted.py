@@ -49,9 +49,7 @@ class OutputPivotedLinear(nn.Module):
 
     permutation: torch.Tensor
 
-    def __init__(
-        self, down: nn.Linear, mix: nn.Linear, permutation: torch.Tensor, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, down: nn.Linear, mix: nn.Linear, permutation: torch.Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = down.in_features, mix.in_features + mix.out_features
         self.down = down

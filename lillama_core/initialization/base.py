@@ -14,9 +14,9 @@ from lillama_core.allocation import Spectrum
 class MapStatistics:
     """What was seen of a map in the dense model.
 
-    ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the map's
-    output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller and
-    all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where an initialiser did not ask.
+    ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the
+    map's output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller
+    and all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where nobody asked for it.
     """
 
     inputs: torch.Tensor | None = None

@@ -1,7 +1,7 @@
 """Initialisers that weigh errors by what the model does: ``activation`` and ``sensitivity``.
 
-Both solve min over rank r of |L^T (W - W') C|_F^2 in closed form, with C C^T = G = E[x x^T] the second moment of the map's
-inputs and L L^T = F a weight on its outputs. With M = L^T W C and its singular vectors U, V:
+Both solve min over rank r of |L^T (W - W') C|_F^2 in closed form, with C C^T = G = E[x x^T] the second moment of the
+inputs and L L^T = F a weight on the outputs. With M = L^T W C and its singular vectors U, V:
 W' = L^-T U_r U_r^T L^T W = W C V_r V_r^T C^-1, and the error is the sum of the squared singular values left out.
 """
 

@@ -45,9 +45,7 @@ def window_losses(model: Any, rows: Tensor, device: torch.device, batch: int | N
     return losses / (length - 1)
 
 
-def perplexity(
-    model: Any, rows: Tensor, device: torch.device, batch: int | None = None
-) -> tuple[float, float]:
+def perplexity(model: Any, rows: Tensor, device: torch.device, batch: int | None = None) -> tuple[float, float]:
     """Perplexity of ``rows`` (token ids [windows, L]) and its standard error.
 
     The perplexity is exp of the mean of :func:`window_losses`. The standard error treats the windows as

@@ -77,9 +77,7 @@ def _task_manager(names: tuple[str, ...]) -> Any:
     known = [*manager.all_tasks, *ALIASES]
     for name in names:
         if name not in known:
-            raise UserError(
-                f"task {name!r} is unknown to lm-eval{nearest(name, known)}; `lm-eval ls tasks` lists them"
-            )
+            raise UserError(f"task {name!r} is unknown to lm-eval{nearest(name, known)}; `lm-eval ls tasks` lists them")
     return manager
 
 
@@ -156,9 +154,7 @@ def _score(results: dict[str, Any], task: str) -> _Score:
     values = {key.split(",")[0]: value for key, value in results["results"][task].items()}
     metric = "acc_norm" if task in NORMALISED and "acc_norm" in values else "acc"
     if metric not in values:
-        raise UserError(
-            f"task {task!r} is not a multiple-choice task with an accuracy; name tasks that report acc"
-        )
+        raise UserError(f"task {task!r} is not a multiple-choice task with an accuracy; name tasks that report acc")
     return _Score(float(values[metric]), int(results["n-samples"][task]["effective"]), metric)
 
 

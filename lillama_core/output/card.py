@@ -1,2 +1,373 @@
-"""x"""
-def write_card(*a): pass
+"""README.md of a result: the model card, and the recipe as a file that repeats the run.
+
+The names and numbers that people read are made here for the card and the report alike. A result is meant to be
+published, so folders of the machine that made it appear in neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+
+from lillama_core.calibration import Source
+from lillama_core.recipe import Recipe
+from lillama_core.record import RunRecord
+
+if TYPE_CHECKING:
+    from lillama_core.engine import Preparation
+
+RECIPE_FILE = "lillama_recipe.yaml"
+
+STAGE_PARTS = {"profile": ("sensitivity", "statistics")}
+"""Stages of a run that are timed both whole and in parts."""
+
+STAGE_LABELS = {
+    "load model": "loading the model",
+    "sensitivity": "sensitivity pass",
+    "statistics": "activation statistics",
+    "profile": "rest of the profile",
+    "blocks": "compressing blocks",
+    "report": "measuring fidelity",
+    "output": "writing the result",
+}
+
+
+def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
+    """Write README.md, whose front matter the Hugging Face Hub reads, and the recipe as YAML, to ``result``."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = prepared.source
+    causal = prepared.architecture.auto_class == "AutoModelForCausalLM"
+    data = ModelCardData(
+        base_model=None if source.is_local else record.model,
+        datasets=hub_datasets(record) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation" if causal else None,
+        tags=["lillama", "low-rank"],
+        **find_license(prepared),
+    )
+    name = source.short_name if source.is_local else record.model
+    text = (
+        environment(autoescape=False)
+        .get_template("card.md.j2")
+        .render(
+            card_data=data.to_yaml(),
+            name=code(name),
+            share=percent(record.parameters["parameters_after"] / record.parameters["parameters_before"]),
+            removed=percent(record.parameters["reduction"]),
+            sizes=[tuple(map(str, row)) for row in size_rows(record)],
+            fidelity=fidelity_rows(record),
+            fidelity_tokens=(record.fidelity or {}).get("tokens"),
+            trained=bool(record.recipe.get("steps")),
+            low_rank=len(record.plan["ranks"]),
+            maps=len(record.shapes),
+            format=code(record.plan["format"]),
+            auto_class=prepared.architecture.auto_class,
+            causal=causal,
+            remote_code=source.trust_remote_code,
+            recipe=[(code(k), code(v), meaning) for k, v, meaning in recipe_rows(record)],
+            data=record.data,
+            sources=[
+                (code(s["name"]), s["what"], s["rows"], s["tokens"], code(s["sha256"])) for s in source_rows(record)
+            ],
+            cost=cost_rows(record),
+            versions=[(code(k), code(v)) for k, v in record.versions.items()],
+            command=reproduce_command(record, prepared),
+            recipe_file=RECIPE_FILE,
+        )
+    )
+    ModelCard(text).save(result / "README.md")
+    header = "# Repeats this run. Files of calibration data are named without their folders: run it beside them.\n"
+    recipe = yaml.safe_dump(public_recipe(record), sort_keys=False, allow_unicode=True)
+    (result / RECIPE_FILE).write_text(header + recipe, encoding="utf-8")
+
+
+def environment(autoescape: bool) -> jinja2.Environment:
+    """Where the templates are; a name that one of them lacks is an error, not an empty string."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def find_license(prepared: Preparation) -> dict[str, str]:
+    """``license`` and its companions from the front matter of the base model's README; empty when unknown."""
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    source = prepared.source
+    try:
+        readme = (
+            Path(source.location) / "README.md" if source.is_local else hf_hub_download(source.location, "README.md")
+        )
+        found = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    # A README that is missing, unreadable or out of reach must not cost a finished run.
+    except Exception:
+        found = {}
+    found = {"license": getattr(prepared.config, "license", None), **found}
+    keys = ("license", "license_name", "license_link")
+    return {k: found[k] for k in keys if isinstance(found.get(k), str) and 0 < len(found[k]) <= 200}
+
+
+def reproduce_command(record: RunRecord, prepared: Preparation) -> str:
+    """The command line that repeats the run, given the recipe file."""
+    source = prepared.source
+    model = (source.gguf_file or source.short_name) if source.is_local else record.model
+    parts = ["lillama", "compress", one_line(model), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
+    if getattr(prepared.config, "model_type", None) not in prepared.architecture.model_types:
+        parts += ["--architecture", record.architecture]
+    if source.trust_remote_code:
+        parts.append("--trust-remote-code")
+    return shlex.join(parts)
+
+
+# Names
+
+
+def public_name(spec: str) -> str:
+    """A model or a data source as others may know it: without folders when it is local."""
+    path = Path(os.path.expanduser(spec))
+    if path.is_absolute() or spec.startswith((".", "~")) or path.exists():
+        return Path(os.path.abspath(path)).name
+    return spec
+
+
+def public_recipe(record: RunRecord) -> dict[str, Any]:
+    """The recipe, with files of calibration data named without their folders."""
+    sources = [Source.parse(text) for text in record.recipe["calibration"]]
+    public = [str(dataclasses.replace(source, name=public_name(source.name))) for source in sources]
+    return {**record.recipe, "calibration": public}
+
+
+def hub_datasets(record: RunRecord) -> list[str]:
+    """Datasets of the Hugging Face Hub among the calibration data."""
+    sources = record.data.get("sources", {}).values()
+    return sorted({s["dataset"] for s in sources if s.get("kind") == "dataset"})
+
+
+def one_line(text: Any) -> str:
+    """``text`` without line breaks and other control characters."""
+    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(text)).strip()
+
+
+def code(text: Any) -> str:
+    """``text`` as a Markdown code span, where no HTML, link or table cell can begin."""
+    inside = one_line(text).replace("`", "'").replace("|", "\\|")
+    return f"`{inside}`" if inside else ""
+
+
+# Numbers
+
+
+def percent(part: float) -> str:
+    return f"{100 * part:.1f} %"
+
+
+def signed_percent(part: float) -> str:
+    return f"{100 * part:+.1f} %".replace("-", "−")
+
+
+def number(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def count(value: float) -> str:
+    """A count with a decimal unit: 134.5 M."""
+    return _scaled(value, ("", " K", " M", " B", " T"))
+
+
+def size(value: float) -> str:
+    """Bytes with a decimal unit: 269.1 MB."""
+    return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        # What would be rounded to 1000.0 belongs to the next unit.
+        if abs(value) < 999.95:
+            return f"{value:.0f}{unit}" if unit == units[0] else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}{units[-1]}"
+
+
+def duration(seconds: float) -> str:
+    """2 h 05 min, 3 min 12 s, 45 s or 0.4 s."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+# What the record says
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A quantity of the dense model and of the compressed one."""
+
+    label: str
+    before: int
+    after: int
+    unit: Any
+    """Writes a value for people: `count` or `size`."""
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before if self.before else 1.0
+
+
+def changes(record: RunRecord) -> list[Change]:
+    """What became smaller, as far as it was counted."""
+    numbers, stored = record.parameters, record.bytes
+    candidates = [
+        ("parameters", numbers.get("parameters_before"), numbers.get("parameters_after"), count),
+        (
+            "weights",
+            stored.get("dense", numbers.get("bytes_before")),
+            stored.get("compressed", numbers.get("bytes_after")),
+            size,
+        ),
+        (
+            "multiply-adds per token of the maps",
+            numbers.get("multiply_adds_per_token_before"),
+            numbers.get("multiply_adds_per_token_after"),
+            count,
+        ),
+    ]
+    return [
+        Change(label, before, after, unit)
+        for label, before, after, unit in candidates
+        if before is not None and after is not None
+    ]
+
+
+def size_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """Quantity, before, after and change; counts exactly."""
+    return [
+        (
+            change.label,
+            *(f"{v:,}" if change.unit is count else f"{size(v)} ({v:,} bytes)" for v in (change.before, change.after)),
+            signed_percent(change.ratio - 1),
+        )  # type: ignore[misc]
+        for change in changes(record)
+    ]
+
+
+def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Measure, value and what it means, for what was measured."""
+    found = record.fidelity or {}
+    rows = []
+    before, after = found.get("perplexity_before"), found.get("perplexity_after")
+    if before is not None and after is not None:
+        rows.append(
+            (
+                "perplexity",
+                f"{number(before)} → {number(after)}",
+                "how uncertain the next token is, dense model → this model; 1 is certainty",
+            )
+        )
+    if found.get("divergence") is not None:
+        rows.append(
+            (
+                "divergence",
+                f"{number(found['divergence'])} nats/token",
+                "Kullback-Leibler divergence of the predictions from the dense model's; 0 is equality",
+            )
+        )
+    if found.get("agreement") is not None:
+        rows.append(
+            (
+                "agreement",
+                percent(found["agreement"]),
+                "tokens at which both models find the same next token the most likely",
+            )
+        )
+    if found.get("relative_error") is not None:
+        rows.append(
+            (
+                "relative error",
+                number(found["relative_error"]),
+                "squared error of the last hidden states, relative to their squares",
+            )
+        )
+    return rows
+
+
+def recipe_rows(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Option, value and meaning."""
+    help_ = {field.name: str(field.metadata["help"]) for field in dataclasses.fields(Recipe)}
+    return [(k, _plain(v), help_.get(k, "")) for k, v in public_recipe(record).items()]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def source_rows(record: RunRecord) -> list[dict[str, Any]]:
+    """The calibration data by source: name, what it is, rows, tokens and hash."""
+    return [
+        {
+            "name": public_name(name),
+            "what": _what(found),
+            "rows": f"{found['rows']:,}" if "rows" in found else "",
+            "tokens": f"{found['tokens']:,}" if "tokens" in found else "",
+            "sha256": found.get("sha256", ""),
+        }
+        for name, found in record.data.get("sources", {}).items()
+    ]
+
+
+def _what(source: Mapping[str, Any]) -> str:
+    kind = source.get("kind")
+    if kind == "self":
+        return "text sampled from the dense model"
+    if kind == "dataset":
+        details = (source.get("dataset"), source.get("config"), source.get("split"))
+        return "dataset " + ", ".join(one_line(d) for d in details if d)
+    return f"{kind} file"
+
+
+def stages(record: RunRecord) -> list[tuple[str, float]]:
+    """Where the time went: stages that do not overlap, in the order of the run."""
+    seconds = {k: v for k, v in record.seconds.items() if not k.startswith("total")}
+    for whole, parts in STAGE_PARTS.items():
+        if whole in seconds:
+            seconds[whole] -= sum(seconds.get(part, 0.0) for part in parts)
+    return [(STAGE_LABELS.get(k, k), max(0.0, v)) for k, v in seconds.items()]
+
+
+def cost_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """Time, memory and what they were measured on."""
+    rows = []
+    if total := record.seconds.get("total") or sum(v for _, v in stages(record)):
+        resumed = " (since the run was resumed)" if record.resumed else ""
+        rows.append(("time", duration(total) + resumed))
+    if record.peak_memory_bytes:
+        rows.append(("peak memory", size(record.peak_memory_bytes)))
+    rows.append(("device", record.device))
+    labels = {"processor": "processor", "cores": "logical cores", "system": "system"}
+    rows += [(label, str(record.machine[k])) for k, label in labels.items() if record.machine.get(k)]
+    rows += [("compute dtype", record.compute), ("dtype of the weights", record.dtype)]
+    return rows

@@ -38,9 +38,7 @@ def write_result(
 ) -> None:
     """Write ``model``, whose maps are low rank already, and publish the directory once it has been loaded back."""
     result = directory.result
-    sites = {
-        name: {"kind": LinearSite.kind, "format": plan.format, "rank": rank} for name, rank in plan.ranks.items()
-    }
+    sites = {name: {"kind": LinearSite.kind, "format": plan.format, "rank": rank} for name, rank in plan.ranks.items()}
     model.config.dtype = next(model.parameters()).dtype
     attach(model, LillamaConfig(sites))
     logger = logging.getLogger("transformers")
@@ -57,7 +55,6 @@ def write_result(
     }
     progress.line("Checking that a fresh process loads the result")
     check_reload(model, result, prepared.architecture.auto_class)
-    record.seconds["total so far"] = 0.0
     write_json(result / "lillama.json", record.to_dict())
     write_card(result, record, prepared)
     write_report(result, record)

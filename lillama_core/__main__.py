@@ -1,0 +1,7 @@
+"""``python -m lillama_core``: the command line."""
+
+import sys
+
+from lillama_core.cli import main
+
+sys.exit(main())

@@ -1,0 +1,296 @@
+"""The command line: ``lillama compress | plan | evaluate | plugins``, and what plugins add.
+
+Every field of the recipe is an option of ``compress`` under the same name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.recipe import Recipe, dashed, load_recipe, recipe_names
+from lillama_registry import registry
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong command in the one line that every error of lillama has."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())} (see '{self.prog} --help')")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for a user's mistake, 1 for any other failure."""
+    try:
+        options = build_parser().parse_args(arguments)
+        status: int = options.run(options)
+        return status
+    except LillamaError as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted; what was finished is kept, --resume goes on from there", 1)
+    except MemoryError:
+        return _complain(OUT_OF_MEMORY, 1)
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`| head`): nothing to say, and nobody to say it to.
+        return 1
+    except OSError as error:
+        return _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except Exception as error:
+        if "--debug" in (sys.argv if arguments is None else arguments):
+            raise
+        out_of_memory = "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+        what = OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {error} (--debug shows where)"
+        return _complain(what, 1)
+
+
+OUT_OF_MEMORY = "out of memory; lower --batch-size, --sequence-length or --tokens, and go on with --resume"
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands, those of plugins included."""
+    parser = _Parser(
+        prog="lillama",
+        description="Make pretrained models smaller: low-rank linear maps, distilled block by block.",
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_compress(commands)
+    _add_plan(commands)
+    _add_evaluate(commands)
+    plugins = commands.add_parser("plugins", help="list plugins, what each provides and where it comes from")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
+    plugins.set_defaults(run=run_plugins)
+    registry().manager.hook.lillama_commands(subparsers=commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from lillama_core.record import versions
+
+        print(f"lillama {versions()['lillama']}")
+        parser.exit(0)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, local directory, or .gguf file")
+    parser.add_argument(
+        "--architecture", metavar="NAME", help="use this architecture instead of the one found by model type"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model brings (off by default)"
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe", "each option overrides the recipe; a YAML file takes the same names")
+    group.add_argument(
+        "--recipe",
+        default="default",
+        metavar="NAME|FILE.yaml",
+        help=f"one of {', '.join(recipe_names())}, or a file (default: default)",
+    )
+    hints = typing.get_type_hints(Recipe)
+    for spec in dataclasses.fields(Recipe):
+        if spec.name == "name":
+            continue
+        shown = "" if spec.default in (None, ()) else f" (default: {spec.default})"
+        arguments: dict[str, Any] = {
+            "help": spec.metadata["help"] + shown,
+            "default": None,
+            "dest": f"recipe.{spec.name}",
+        }
+        hint = hints[spec.name]
+        kind = next((t for t in typing.get_args(hint) if t is not type(None)), hint)
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple:
+            arguments |= {"action": "append", "metavar": "SRC" if spec.name == "calibration" else "NAME"}
+        else:
+            arguments |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
+            if spec.metadata["choices"]:
+                arguments["metavar"] = "|".join(spec.metadata["choices"])
+        group.add_argument(dashed(spec.name), **arguments)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    given = {
+        key.removeprefix("recipe."): value
+        for key, value in vars(options).items()
+        if key.startswith("recipe.") and value is not None
+    }
+    for name in ("calibration", "stacks"):
+        if name in given:
+            given[name] = [part for item in given[name] for part in item.split(",") if part]
+    return load_recipe(options.recipe).with_options(given, "command line")
+
+
+def _add_compress(commands: Any) -> None:
+    parser = commands.add_parser("compress", help="make a model smaller", description="Make a model smaller.")
+    _add_model(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--tokenizer", metavar="SRC", help="tokenizer, if the model does not bring one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR, and forget an unfinished run")
+    parser.add_argument("--resume", action="store_true", help="go on from the last finished block")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print nothing but the result and errors")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="print more")
+    _add_recipe(parser)
+    parser.set_defaults(run=run_compress)
+
+
+def run_compress(options: argparse.Namespace) -> int:
+    """``lillama compress``: the result's sizes and place on stdout."""
+    recipe = _recipe(options)
+    from lillama_core.engine import Request, compress
+
+    request = Request(
+        model=options.model,
+        output=Path(options.output),
+        recipe=recipe,
+        architecture=options.architecture,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        overwrite=options.overwrite,
+        resume=options.resume,
+    )
+    record = compress(request, "quiet" if options.quiet else "verbose" if options.verbose else "normal")
+    sizes, numbers = record.bytes, record.parameters
+    print(
+        f"parameters  {numbers['parameters_before']:,} -> {numbers['parameters_after']:,}"
+        f"  ({-numbers['reduction']:+.1%})"
+    )
+    print(
+        f"bytes       {sizes['dense']:,} -> {sizes['compressed']:,}"
+        f"  ({sizes['compressed'] / sizes['dense'] - 1:+.1%}, {record.dtype})"
+    )
+    fidelity = record.fidelity or {}
+    if fidelity.get("perplexity_after") is not None:
+        print(
+            f"perplexity  {fidelity['perplexity_before']:.2f} -> {fidelity['perplexity_after']:.2f}"
+            f"  (held-out calibration rows, {fidelity['tokens']} tokens)"
+        )
+    print(f"time        {record.seconds['total']:.0f} s, peak memory {record.peak_memory_bytes / 1e6:,.0f} MB")
+    print(f"report      {Path(options.output) / 'report.html'}")
+    return 0
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="ranks, parameters and memory before anything is computed",
+        description="Ranks, parameters, multiply-adds and memory, from the config and shapes alone.",
+    )
+    _add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_recipe(parser)
+    parser.set_defaults(run=run_plan)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """``lillama plan``: a table or JSON on stdout."""
+    from lillama_core.planning import plan_before_computing, show_plan
+
+    found = plan_before_computing(options.model, _recipe(options), options.architecture, options.trust_remote_code)
+    print(json.dumps(found, indent=1) if options.json else show_plan(found))
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a model, beside another one",
+        description="Measure a model with the metrics of its architecture's plugin, dense or compressed.",
+    )
+    _add_model(parser)
+    parser.add_argument("--baseline", metavar="MODEL", help="measure this model as well, side by side")
+    parser.add_argument("--data", metavar="SRC", help="text for perplexity (default: the offline set)")
+    parser.add_argument(
+        "--tasks",
+        default="",
+        metavar="A,B",
+        help="lm-eval tasks, 'paper' for the paper's (default: the offline set)",
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=512, metavar="N", help="tokens in a window (default: 512)"
+    )
+    parser.add_argument("--windows", type=int, default=40, metavar="N", help="windows of text, 0 for all (default: 40)")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random")
+    parser.add_argument("--tokenizer", metavar="SRC", help="tokenizer, if the model does not bring one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to a file as well")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but the result and errors")
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """``lillama evaluate``: a table on stdout, and JSON in a file when asked."""
+    from lillama_core.comparison import EvaluationRequest, compare, show_comparison
+
+    request = EvaluationRequest(
+        models=tuple(m for m in (options.baseline, options.model) if m is not None),
+        data=options.data,
+        tasks=tuple(t for t in options.tasks.split(",") if t),
+        sequence_length=options.sequence_length,
+        windows=options.windows,
+        limit=options.limit,
+        seed=options.seed,
+        architecture=options.architecture,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        json_file=None if options.json is None else Path(options.json),
+        quiet=options.quiet,
+    )
+    print(show_comparison(compare(request)))
+    return 0
+
+
+def run_plugins(options: argparse.Namespace) -> int:
+    """``lillama plugins``: who provides what, and what could not be loaded."""
+    found = registry()
+    listed = [
+        {
+            "plugin": p.name,
+            "distribution": p.distribution,
+            "version": p.version,
+            "provides": found.provides(p),
+        }
+        for p in found.loaded
+    ]
+    failed = [{"plugin": f.name, "distribution": f.distribution, "error": f.reason} for f in found.failures]
+    if options.json:
+        print(json.dumps({"plugins": listed, "failed": failed}, indent=1))
+        return 0
+    for entry in listed:
+        print(f"{entry['plugin']}  ({entry['distribution']} {entry['version']})")
+        for kind, names in entry["provides"].items():  # type: ignore[attr-defined]
+            print(f"  {kind}: {', '.join(names)}")
+    for failure in failed:
+        print(f"{failure['plugin']}  ({failure['distribution']})  not loaded: {failure['error']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""``lillama evaluate``: the metrics of an architecture's plugin, for one model or several side by side."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama_core.compute import choose_device
+from lillama_core.errors import UserError
+from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
+from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
+from lillama_core.progress import Progress
+from lillama_core.run_directory import write_json
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to measure; the first model is the one that the others are compared with."""
+
+    models: tuple[str, ...]
+    data: str | None = None
+    tasks: tuple[str, ...] = ()
+    sequence_length: int = 512
+    windows: int = 40
+    limit: int | None = None
+    seed: int = 0
+    architecture: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    json_file: Path | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model and what was measured of it."""
+
+    model: str
+    measurements: list[Measurement]
+
+
+def compare(request: EvaluationRequest) -> list[Evaluated]:
+    """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
+    if request.sequence_length < 2 or request.windows < 0:
+        raise UserError("--sequence-length must be at least 2 and --windows not negative")
+    if request.json_file is not None and not os.access(request.json_file.absolute().parent, os.W_OK):
+        raise UserError(f"{str(request.json_file)!r} cannot be written")
+    device = choose_device(request.device)
+    options = EvaluationOptions(
+        request.data, request.tasks, request.sequence_length, request.windows, request.limit, request.seed
+    )
+    prepared = []
+    for spec in request.models:
+        source = locate(spec, request.trust_remote_code)
+        config = load_config(source, allow_compressed=True)
+        architecture = find_architecture(config, request.architecture)
+        if not architecture.evaluation.metrics:
+            raise UserError(f"architecture {architecture.name!r} has no evaluation")
+        prepared.append((spec, source, architecture))
+    found = []
+    with Progress("quiet" if request.quiet else "normal") as progress:
+        for spec, source, architecture in prepared:
+            progress.line(f"Measuring {spec}")
+            tokenizer = load_tokenizer(source, request.tokenizer)
+            # Half precision is slow on a CPU, and rounds what is to be compared.
+            model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
+            model.to(device)
+            subject = Subject(source.short_name, model, tokenizer, device)
+            found.append(Evaluated(spec, architecture.evaluation.run(subject, options, progress.line)))
+            del model, subject
+            gc.collect()
+    if request.json_file is not None:
+        write_json(
+            request.json_file,
+            {e.model: [vars(m) for m in e.measurements] for e in found},
+        )
+    return found
+
+
+def show_comparison(found: list[Evaluated]) -> str:
+    """A table with a row for each metric and a column for each model, then what each metric means."""
+    names = [Path(e.model).name for e in found]
+    header = ["metric", *names, *(["change"] if len(found) == 2 else []), "unit", "better"]
+    rows, meanings = [header], []
+    for first in found[0].measurements:
+        values = [next((m for m in e.measurements if m.name == first.name), None) for e in found]
+        cells = ["—" if m is None else _number(m) for m in values]
+        if len(found) == 2:
+            before, after = values
+            relative = before is not None and after is not None and before.value != 0
+            cells.append(f"{after.value / before.value - 1:+.1%}" if relative and after and before else "")
+        rows.append([first.name, *cells, first.unit, first.better])
+        meanings.append(f"{first.name}: {first.meaning}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 or i > len(names) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join([*lines, "", *meanings])
+
+
+def _number(m: Measurement) -> str:
+    digits = 2 if abs(m.value) < 1000 else 0
+    text = f"{m.value:,.{digits}f}"
+    return text if m.standard_error is None else f"{text} ± {m.standard_error:.{digits}f}"

@@ -1,0 +1,89 @@
+"""``lillama plan``: what a recipe would do, from the config and the shapes alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from lillama_core.engine import make_plan, prepare
+from lillama_core.models import check_dtype
+from lillama_core.plan import describe_plan
+from lillama_core.recipe import Recipe
+from lillama_core.strategies import allocators, choose
+
+
+def plan_before_computing(
+    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Ranks by map, totals, and a note when the real ranks will follow measurements; JSON-serialisable.
+
+    An allocator that needs spectra cannot be run without weights: ``uniform`` ranks at the same budget stand in,
+    and the totals are the same.
+    """
+    prepared = prepare(model, recipe, architecture, trust_remote_code)
+    measured = choose(allocators(), recipe.allocation, "--allocation").needs_spectra
+    plan = make_plan(prepared, "uniform" if measured else recipe.allocation, None)
+    dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)
+    totals = describe_plan(prepared.maps, plan, prepared.format, prepared.total_parameters, dtype.itemsize)
+    note = (
+        f"allocation {recipe.allocation!r} chooses ranks from measured spectra; shown are uniform ranks at the same"
+        " budget, and the totals hold for both"
+        if measured
+        else None
+    )
+    maps = [
+        {
+            "name": m.name,
+            "out": m.map.out_features,
+            "in": m.map.in_features,
+            "rank": plan.ranks.get(m.name),
+            "parameters": m.dense_parameters
+            if m.name not in plan.ranks
+            else prepared.format.parameters(m.map.out_features, m.map.in_features, plan.ranks[m.name]),
+        }
+        for m in prepared.maps
+    ]
+    return {
+        "model": model,
+        "architecture": prepared.architecture.name,
+        "allocation": recipe.allocation,
+        "format": recipe.format,
+        "dtype": str(dtype).removeprefix("torch."),
+        "note": note,
+        **totals,
+        "maps": maps,
+    }
+
+
+def _config_dtype(config: Any) -> Any:
+    import torch
+
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def show_plan(found: dict[str, Any]) -> str:
+    """The plan as text: totals, then one line for each kind of map with its ranks by block."""
+    lines = [
+        f"{found['model']}  (architecture {found['architecture']}, {found['allocation']}, {found['format']},"
+        f" {found['dtype']})",
+        f"parameters              {found['parameters_before']:>16,} -> {found['parameters_after']:,}"
+        f"  ({-found['reduction']:+.2%})",
+        f"multiply-adds per token {found['multiply_adds_per_token_before']:>16,} ->"
+        f" {found['multiply_adds_per_token_after']:,}  (linear maps)",
+        f"bytes                   {found['bytes_before']:>16,} -> {found['bytes_after']:,}",
+    ]
+    if found["note"]:
+        lines.append(f"note: {found['note']}")
+    groups: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for m in found["maps"]:
+        # Block numbers are the numeric components of the path.
+        kind = ".".join(part for part in m["name"].split(".") if not part.isdigit())
+        groups[kind, m["out"], m["in"]].append("dense" if m["rank"] is None else str(m["rank"]))
+    width = max(len(kind) for kind, _, _ in groups)
+    lines.append("")
+    lines.append(f"{'map':<{width}}  {'shape':>13}  ranks by block")
+    for (kind, rows, columns), ranks in groups.items():
+        shown = f"{ranks[0]} in all {len(ranks)}" if len(set(ranks)) == 1 else " ".join(ranks)
+        lines.append(f"{kind:<{width}}  {f'{rows} x {columns}':>13}  {shown}")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Formats: the same function, exactly counted, through every conversion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lillama_core.formats import BUILT_IN, Format
+
+FORMATS = list(BUILT_IN.values())
+shapes = st.tuples(st.integers(2, 40), st.integers(2, 40))
+
+
+def factors(m: int, n: int, r: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, r, generator=generator), torch.randn(r, n, generator=generator)
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda f: f.name)
+@given(shape=shapes, bias=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_format_computes_the_product_of_its_factors(
+    format_: Format, shape: tuple[int, int], bias: bool, data: st.DataObject
+) -> None:
+    m, n = shape
+    r = data.draw(st.integers(1, min(m, n) - 1))
+    B, A = factors(m, n, r, data.draw(st.integers(0, 1000)))
+    b = torch.randn(m) if bias else None
+    layer = format_.from_factors(B.double(), A.double(), None if b is None else b.double())
+    x = torch.randn(3, 5, n, dtype=torch.float64)
+    expected = x @ (B.double() @ A.double()).T + (0 if b is None else b.double())
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    back_B, back_A = format_.to_factors(layer)
+    torch.testing.assert_close(back_B @ back_A, B.double() @ A.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda f: f.name)
+@given(shape=shapes, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_counted_parameters_are_those_of_the_module(
+    format_: Format, shape: tuple[int, int], data: st.DataObject
+) -> None:
+    m, n = shape
+    r = data.draw(st.integers(1, min(m, n) - 1))
+    layer = format_.module(m, n, r, bias=False, dtype=torch.float32, device="meta")
+    assert sum(p.numel() for p in layer.parameters()) == format_.parameters(m, n, r)
+    with_bias = format_.module(m, n, r, bias=True, dtype=torch.float32, device="meta")
+    assert sum(p.numel() for p in with_bias.parameters()) == format_.parameters(m, n, r) + m
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda f: f.name)
+@given(shape=shapes, data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_largest_rank_is_the_largest_that_fits(format_: Format, shape: tuple[int, int], data: st.DataObject) -> None:
+    m, n = shape
+    budget = data.draw(st.integers(0, m * n + 5))
+    fitting = [r for r in range(1, min(m, n)) if format_.parameters(m, n, r) <= min(budget, m * n - 1)]
+    assert format_.largest_rank(m, n, budget) == max(fitting, default=0)
+
+
+def test_pivoted_is_bounded_where_the_leading_columns_are_singular() -> None:
+    """The identity must not be built on dependent columns: the first half of A repeats one column."""
+    A = torch.randn(8, 20)
+    A[:, :10] = A[:, :1]
+    layer = BUILT_IN["pivoted"].from_factors(torch.randn(30, 8), A, None)
+    assert layer.mix.weight.abs().max() < 20
+
+
+def test_stored_names_differ_in_shape_from_the_dense_weight() -> None:
+    """What a stock loader compares is the shape of ``<map>.weight``."""
+    for format_ in FORMATS:
+        for m, n in ((6, 10), (10, 6), (7, 7)):
+            for r in range(1, min(m, n)):
+                layer = format_.module(m, n, r, bias=False, dtype=torch.float32, device="meta")
+                stored = layer.get_submodule(format_.stored_as_weight(m, n)).weight
+                assert tuple(stored.shape) != (m, n)

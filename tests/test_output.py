@@ -1,0 +1,468 @@
+"""The card, the recipe file and the report of a result."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lillama_core import Architecture, Recipe, Request, compress, load_recipe
+from lillama_core.engine import Preparation
+from lillama_core.formats import BUILT_IN
+from lillama_core.models import ModelSource
+from lillama_core.output import card
+from lillama_core.output.card import write_card
+from lillama_core.output.report import stacks, write_report
+from lillama_core.plan import Budget
+from lillama_core.record import RunRecord
+
+MAPS = {"attention.query": (8, 8), "mlp.up": (16, 8), "mlp.down": (8, 16)}
+HOSTILE = "<script>alert(1)</script>$x_|`&\"'"
+VOID = {"meta", "br"}
+URL = re.compile(r"https?://[^\s\"'<]*")
+
+
+def make_record(
+    blocks: int = 3, paths: tuple[str, ...] = ("model.layers",), maps: dict[str, tuple[int, int]] = MAPS, **fields: Any
+) -> RunRecord:
+    """A record with ``blocks`` blocks in each stack; the first map of each block is left dense."""
+    names = list(maps)
+    notes, shapes, ranks = [], {}, {}
+    for path in paths:
+        for i in range(blocks):
+            shapes |= {f"{path}.{i}.{name}": list(shape) for name, shape in maps.items()}
+            ranks |= {f"{path}.{i}.{name}": 3 + i % 4 for name in names[1:]}
+            notes.append(
+                {
+                    "name": f"{path}.{i}",
+                    "ranks": {name: 3 + i % 4 for name in names[1:]},
+                    "loss_before": 2e-5 * (i + 1),
+                    "loss_after": 1e-5 * (i + 1),
+                    "error_before": 0.02 * (i + 1),
+                    "error_after": 0.01 * (i + 1),
+                    "steps": 4,
+                    "kept_step": 4,
+                }
+            )
+    sources = {
+        "/home/someone/cal.txt": {
+            "kind": "text",
+            "path": "/home/someone/cal.txt",
+            "rows": 8,
+            "tokens": 512,
+            "sha256": "c4" * 32,
+        },
+        "wikitext2": {"kind": "dataset", "dataset": "Salesforce/wikitext", "config": None, "split": "train"},
+        "self": {"kind": "self", "rows": 8, "tokens": 512, "sha256": "72" * 32},
+    }
+    values: dict[str, Any] = {
+        "model": "/home/someone/models/tiny",
+        "model_fingerprint": "ab" * 32,
+        "architecture": "transformer",
+        "recipe": Recipe(name="mine", calibration=("/home/someone/cal.txt@2", "wikitext2")).to_dict(),
+        "data": {"sha256": "27" * 32, "tokens": 1024, "sequence_length": 64, "sources": sources},
+        "plan": {"format": "pivoted", "ranks": ranks},
+        "shapes": shapes,
+        "blocks": notes,
+        "parameters": {
+            "parameters_before": 134_515_008,
+            "parameters_after": 107_612_006,
+            "reduction": 1 - 107_612_006 / 134_515_008,
+            "multiply_adds_per_token_before": 106_168_320,
+            "multiply_adds_per_token_after": 79_265_318,
+            "bytes_before": 538_060_032,
+            "bytes_after": 430_448_024,
+        },
+        "fidelity": {
+            "tokens": 2048,
+            "perplexity_before": 20.12,
+            "perplexity_after": 22.34,
+            "divergence": 0.0812,
+            "agreement": 0.871,
+            "relative_error": 0.0312,
+        },
+        "bytes": {"dense": 269_030_016, "compressed": 215_250_123},
+        "seconds": {"load model": 1.0, "sensitivity": 61.0, "statistics": 44.0, "profile": 105.5, "blocks": 412.0},
+        "peak_memory_bytes": 2_300_000_000,
+    }
+    return RunRecord(**(values | fields))
+
+
+def make_preparation(source: ModelSource, **fields: Any) -> Preparation:
+    return Preparation(
+        source=source,
+        config=SimpleNamespace(model_type="tiny"),
+        architecture=Architecture(name="transformer", model_types=("tiny",), stacks={"decoder": "model.layers"}),
+        blocks={},
+        maps=[],
+        total_parameters=1,
+        budget=Budget(1, 1, 0),
+        format=BUILT_IN["pivoted"],
+        minimum_rank=1,
+        rank_step=1,
+        **fields,
+    )
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Preparation:
+    """A model in a directory that has no README."""
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    return make_preparation(ModelSource(str(folder), str(folder)))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Preparation:
+    """A model of the Hub, out of reach."""
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    return make_preparation(ModelSource("maker/tiny", "maker/tiny"))
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> Path:
+    folder = tmp_path / "result"
+    folder.mkdir()
+    return folder
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page; ``open`` ends empty when all that was opened was closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report_of(result: Path, record: RunRecord) -> tuple[str, Page]:
+    """The report of ``record``, after checks that hold for all."""
+    write_report(result, record)
+    text = (result / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert len(text.encode()) < 1_000_000
+    assert {url for url in URL.findall(text) if not url.startswith("http://www.w3.org/")} == set()
+    assert not {"script", "link", "img", "iframe", "object", "image", "a"} & set(page.elements)
+    for name, value in page.attributes:
+        assert name != "src"
+        assert not name.startswith("on")
+        assert not name.endswith("href") or (value or "").startswith("#")
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    assert "nan" not in re.findall(r"\b\w+\b", page.text)
+    assert "None" not in page.text
+    return text, page
+
+
+# Card
+
+
+def test_card_front_matter_of_a_hub_model(result: Path, hub: Preparation) -> None:
+    write_card(result, make_record(model="maker/tiny"), hub)
+    data = ModelCard.load(result / "README.md").data
+    assert data.base_model == "maker/tiny"
+    assert data.library_name == "transformers"
+    assert data.tags == ["lillama", "low-rank"]
+    assert data.pipeline_tag == "text-generation"
+    assert data.datasets == ["Salesforce/wikitext"]
+    assert data.license is None
+
+
+def test_card_of_a_local_model_has_no_base_model(result: Path, local: Preparation) -> None:
+    write_card(result, make_record(model=local.source.spec), local)
+    assert ModelCard.load(result / "README.md").data.base_model is None
+
+
+def test_card_takes_the_license_of_the_base_model(result: Path, local: Preparation) -> None:
+    readme = "---\nlicense: other\nlicense_name: own\nlicense_link: [1]\n---\ntext\n"
+    (Path(local.source.location) / "README.md").write_text(readme)
+    write_card(result, make_record(), local)
+    data = ModelCard.load(result / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "own", None)
+
+
+@pytest.mark.parametrize("readme", [b"---\n[: {\n---\n", b"\xff\xfe", b"", b"---\nlicense: [mit]\n---\n"])
+def test_card_omits_a_license_that_cannot_be_read(result: Path, local: Preparation, readme: bytes) -> None:
+    (Path(local.source.location) / "README.md").write_bytes(readme)
+    write_card(result, make_record(), local)
+    assert ModelCard.load(result / "README.md").data.license is None
+
+
+def test_card_states_the_numbers_of_the_record(result: Path, local: Preparation) -> None:
+    record = make_record()
+    write_card(result, record, local)
+    text = (result / "README.md").read_text(encoding="utf-8")
+    for value in record.parameters.values():
+        if isinstance(value, int) and value not in (538_060_032, 430_448_024):
+            assert f"{value:,}" in text
+    # The bytes written, not those planned.
+    assert f"{record.bytes['dense']:,}" in text
+    assert f"{record.bytes['compressed']:,}" in text
+    for expected in ("20.0 % of its parameters", "20.1 → 22.3", "0.0812 nats/token", "87.1 %", "0.0312", "8 min 38 s"):
+        assert expected in text
+    for expected in (record.data["sha256"], "1,024 tokens", "2.3 GB", record.versions["torch"], "6 of its 9"):
+        assert expected in text
+    for option in record.recipe:
+        assert f"| `{option}` |" in text
+    assert "import lillama_core" in text
+    assert "lillama compress tiny --recipe lillama_recipe.yaml --output OUTPUT\n" in text
+
+
+def test_card_leaks_no_folder(result: Path, local: Preparation) -> None:
+    write_card(result, make_record(model=local.source.spec), local)
+    for file in result.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert "/home" not in text
+        assert "someone" not in text
+        assert str(result.parent) not in text
+
+
+def test_card_without_measurements(result: Path, local: Preparation) -> None:
+    empty = {"tokens": 0, "relative_error": 0.5}
+    fidelity = dict.fromkeys(("perplexity_before", "perplexity_after", "divergence", "agreement")) | empty
+    encoder = Architecture(name="e", model_types=("tiny",), stacks={"encoder": "layers"})
+    encoder.auto_class = "AutoModel"
+    bare = {"bytes": {}, "seconds": {}, "peak_memory_bytes": 0, "data": {}}
+    for measured in (fidelity, None):
+        write_card(result, make_record(fidelity=measured, **bare), replace(local, architecture=encoder))
+        text = (result / "README.md").read_text(encoding="utf-8")
+        assert "None" not in text
+        assert "perplexity" not in text
+        assert "AutoModel.from_pretrained" in text
+        assert ModelCard(text).data.pipeline_tag is None
+        assert ("0.5" in text) == ("relative error" in text) or measured is None
+
+
+def test_card_escapes_names(result: Path, hub: Preparation) -> None:
+    recipe = make_record().recipe | {"name": HOSTILE + "\n# heading"}
+    source = replace(hub.source, spec=HOSTILE, location=HOSTILE)
+    write_card(result, make_record(model=HOSTILE, recipe=recipe), replace(hub, source=source))
+    loaded = ModelCard.load(result / "README.md")
+    assert loaded.data.base_model == HOSTILE
+    # Outside of code, whose content Markdown leaves alone, nothing of them is left.
+    rest = re.sub(r"```.*?```|`[^`\n]*`", "", loaded.text, flags=re.DOTALL)
+    assert "<" not in rest
+    assert "alert" not in rest
+    assert "\n# heading" not in loaded.text
+
+
+def test_command_repeats_the_choices_outside_the_recipe(local: Preparation) -> None:
+    source = replace(local.source, gguf_file="my model.gguf", trust_remote_code=True)
+    other = replace(local, source=source, config=SimpleNamespace(model_type="other"))
+    assert card.reproduce_command(make_record(), other) == (
+        "lillama compress 'my model.gguf' --recipe lillama_recipe.yaml --output OUTPUT"
+        " --architecture transformer --trust-remote-code"
+    )
+
+
+def test_recipe_file_is_the_recipe(result: Path, local: Preparation) -> None:
+    record = make_record()
+    write_card(result, record, local)
+    loaded = load_recipe(str(result / "lillama_recipe.yaml"))
+    assert loaded.calibration == ("cal.txt@2", "wikitext2")
+    assert loaded.to_dict() | {"calibration": 0} == record.recipe | {"calibration": 0}
+    assert yaml.safe_load((result / "lillama_recipe.yaml").read_text(encoding="utf-8"))["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (card.size(999_949), "999.9 kB"),
+        (card.size(999_960), "1.0 MB"),
+        (card.size(0), "0 B"),
+        (card.count(134_515_008), "134.5 M"),
+        (card.count(7_000_000_000_000), "7.0 T"),
+        (card.duration(0.04), "0.0 s"),
+        (card.duration(59.7), "1 min 00 s"),
+        (card.duration(3599.9), "1 h 00 min"),
+        (card.number(48_738.1), "48,738"),
+        (card.number(1e300), "1e+300"),
+        (card.number(20.12), "20.1"),
+    ],
+)
+def test_numbers_for_people(written: str, expected: str) -> None:
+    assert written == expected
+
+
+# Report
+
+
+@pytest.mark.parametrize(
+    ("blocks", "paths"), [(3, ("model.layers",)), (1, ("h",)), (60, ("encoder.layers", "decoder.layers"))]
+)
+def test_report_holds_every_map_and_block(result: Path, blocks: int, paths: tuple[str, ...]) -> None:
+    text, page = report_of(result, make_record(blocks, paths))
+    for name in MAPS:
+        # In the heat map and in the table of each stack.
+        assert page.text.count(name) == 2 * len(paths)
+    # A row for the names, then one for each block.
+    for table in re.findall(r'<table class="ranks">.*?</table>', text, flags=re.DOTALL):
+        assert table.count("<tr>") == 1 + blocks
+    assert page.elements.count("svg") == 2 + 2 * len(paths)
+
+
+def test_report_states_the_numbers_of_the_record(result: Path) -> None:
+    record = make_record()
+    _, page = report_of(result, record)
+    assert (
+        "20.0 % smaller: 134.5 M → 107.6 M parameters, 269.0 MB → 215.3 MB;"
+        " perplexity on held-out rows 20.1 → 22.3" in page.text
+    )
+    for expected in (record.data["sha256"], record.model_fingerprint, "2.3 GB", "107,612,006", "6 min 52 s"):
+        assert expected in page.text
+    for name, version in record.versions.items():
+        assert name in page.text
+        assert version in page.text
+    assert "/home" not in page.text
+
+
+def test_report_shares_are_those_of_the_format(result: Path) -> None:
+    record = make_record(blocks=1)
+    (stack,) = stacks(record)
+    assert stack.cells["attention.query"][0].text == "dense"
+    cell = stack.cells["mlp.up"][0]
+    assert (cell.text, cell.share) == ("3", 3 * (16 + 8 - 3) / (16 * 8))
+    _, page = report_of(result, record)
+    assert f"{100 * cell.share:.0f}" in page.text
+
+
+def test_report_escapes_names(result: Path) -> None:
+    recipe = make_record().recipe | {"name": HOSTILE}
+    maps = {"first": (8, 8), HOSTILE.replace(".", ""): (8, 8)}
+    # A stack is named only when there are two.
+    paths = (f"{HOSTILE}.a", f"{HOSTILE}.b")
+    record = make_record(model=f"maker{HOSTILE}", recipe=recipe, maps=maps, paths=paths, architecture=HOSTILE)
+    record.data["sources"] = {HOSTILE: {"kind": HOSTILE}}
+    record.machine["processor"] = HOSTILE
+    record.versions["torch"] = HOSTILE
+    text, page = report_of(result, record)
+    assert "<script" not in text
+    # Model (title and heading), recipe, source (name and kind), architecture, machine, version; each stack's heading,
+    # and its map in plot and table.
+    assert page.text.count("alert(1)") >= 8 + 2 * 3
+
+
+def test_report_of_a_run_without_training(result: Path) -> None:
+    record = make_record(recipe=Recipe(steps=0).to_dict())
+    for block in record.blocks:
+        block |= {"steps": 0, "loss_after": block["loss_before"], "error_after": block["error_before"]}
+    _, page = report_of(result, record)
+    assert "Training was switched off" in page.text
+    assert "before training" not in page.text
+
+
+def test_report_without_measurements(result: Path) -> None:
+    record = make_record(fidelity=None, bytes={}, seconds={}, peak_memory_bytes=0, data={})
+    record.blocks[0] |= {"loss_before": None, "loss_after": None, "error_before": 0.0, "error_after": 0.0}
+    _, page = report_of(result, record)
+    assert "perplexity" not in page.text
+    assert "Where the time went" not in page.text
+    for block in record.blocks:
+        block |= dict.fromkeys(("loss_before", "loss_after", "error_before", "error_after"))
+    report_of(result, record)
+
+
+def test_report_of_a_stack_that_stayed_dense(result: Path) -> None:
+    record = make_record(paths=("encoder.layers", "decoder.layers"))
+    record.plan["ranks"] = {k: v for k, v in record.plan["ranks"].items() if k.startswith("decoder")}
+    _, page = report_of(result, record)
+    assert "left dense" in page.text
+
+
+def test_report_puts_many_maps_that_differ_in_numbers_in_one_row(result: Path) -> None:
+    maps = {f"mlp.experts.{i}.up": (16, 8) for i in range(128)}
+    _, page = report_of(result, make_record(blocks=24, maps=maps))
+    assert "mlp.experts.*.up" in page.text
+    assert "mlp.experts.7.up" not in page.text
+    # One of each block's experts is dense.
+    assert "3, dense" in page.text
+
+
+def test_report_is_the_same_for_the_same_record(result: Path) -> None:
+    record = make_record()
+    assert report_of(result, record)[0] == report_of(result, record)[0]
+
+
+# A real run
+
+
+def test_card_and_report_of_a_run(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The cat sat on the mat, and the dog lay by the door. " * 100)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train([str(corpus)], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"]))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    dense = tmp_path / "dense"
+    LlamaForCausalLM(config).save_pretrained(dense)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>").save_pretrained(dense)
+    recipe = Recipe(
+        reduction=0.1,
+        calibration=(str(corpus),),
+        self_share=0.0,
+        tokens=512,
+        sequence_length=32,
+        batch_size=2,
+        sensitivity_tokens=128,
+        steps=2,
+    )
+    output = tmp_path / "output"
+    record = compress(Request(str(dense), output, recipe), "quiet")
+
+    readme = (output / "README.md").read_text(encoding="utf-8")
+    report = (output / "report.html").read_text(encoding="utf-8")
+    for text in (readme, report, (output / "lillama_recipe.yaml").read_text(encoding="utf-8")):
+        assert str(tmp_path) not in text
+    assert ModelCard(readme).data.library_name == "transformers"
+    saved = json.loads((output / "lillama.json").read_text(encoding="utf-8"))
+    assert saved["parameters"] == record.parameters
+    assert f"{record.parameters['parameters_after']:,}" in readme
+    assert f"{record.parameters['parameters_after']:,}" in report
+    assert Page(report).open == []
+    assert {name.split(".", 3)[3] for name in record.shapes} <= set(re.findall(r"[\w.]+", report))

@@ -1,0 +1,170 @@
+"""Second moments and the block-wise backward pass, against the whole model's own arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lillama_core.architecture import find_blocks
+from lillama_core.blocks import BlockRunner, Parent, share_equal
+from lillama_core.models import find_architecture
+from lillama_core.progress import Progress
+from lillama_core.sensitivity import measure_sensitivity, output_gradient
+from lillama_core.statistics import InputObserver, SecondMoment
+from lillama_core.weights import ResidentSource
+
+
+def tiny_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [5, 384, 900])
+def test_second_moment_equals_the_plain_product(size: int) -> None:
+    rows = torch.randn(64, size)
+    moment = SecondMoment()
+    for part in rows.split(20):
+        moment.add(part)
+    torch.testing.assert_close(moment.mean(), rows.T @ rows / 64, rtol=1e-4, atol=1e-5)
+
+
+def test_second_moment_is_not_rounded_by_autocast() -> None:
+    rows = torch.randn(64, 10)
+    moment = SecondMoment()
+    with torch.autocast("cpu", torch.bfloat16):
+        moment.add(rows)
+    torch.testing.assert_close(moment.mean(), rows.T @ rows / 64)
+
+
+def parts(model: nn.Module):
+    architecture = find_architecture(model.config)
+    blocks = find_blocks(architecture, model)["decoder"]
+    return architecture, blocks, Parent(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+
+
+def test_chained_blocks_equal_the_whole_forward() -> None:
+    model = tiny_llama()
+    architecture, blocks, parent, source = parts(model)
+    tokens = torch.randint(0, 50, (2, 9))
+    hidden, calls = parent.record({"input_ids": tokens})
+    runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
+    for block in blocks:
+        hidden = runner(source.block(block), block, 0, hidden)
+    torch.testing.assert_close(parent.outputs({"input_ids": tokens}, hidden).logits, model(tokens).logits)
+
+
+def test_the_model_is_whole_again_after_its_blocks_were_bypassed() -> None:
+    model = tiny_llama()
+    _, _, parent, _ = parts(model)
+    tokens = torch.randint(0, 50, (1, 5))
+    before = model(tokens).logits
+    parent.record({"input_ids": tokens})
+    torch.testing.assert_close(model(tokens).logits, before)
+
+
+def test_equal_arguments_are_held_once() -> None:
+    model = tiny_llama()
+    _, _, parent, _ = parts(model)
+    _, first = parent.record({"input_ids": torch.randint(0, 50, (2, 9))})
+    _, second = parent.record({"input_ids": torch.randint(0, 50, (2, 9))})
+    shared = share_equal(first, second)
+    for a, b in zip(first, shared, strict=True):
+        assert a.kwargs["position_embeddings"][0] is b.kwargs["position_embeddings"][0]
+
+
+def test_maps_that_read_one_tensor_share_a_moment() -> None:
+    model = tiny_llama()
+    _, blocks, parent, source = parts(model)
+    hidden, calls = parent.record({"input_ids": torch.randint(0, 50, (2, 9))})
+    module = source.block(blocks[0])
+    observer = InputObserver(blocks[0])
+    seen: dict[str, torch.Tensor] = {}
+    for site in blocks[0].sites:
+        module.get_submodule(site.name).register_forward_pre_hook(
+            lambda _m, inputs, name=site.name: seen.update({name: inputs[0].reshape(-1, inputs[0].shape[-1])})
+        )
+    with observer.watching(module):
+        module(hidden, *calls[0].args, **calls[0].kwargs)
+    assert len(observer.moments) == 4  # q k v | o | gate up | down
+    for name, rows in seen.items():
+        torch.testing.assert_close(observer.moment(name), rows.T @ rows / len(rows))
+
+
+def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
+    """The same labels, one ordinary backward pass through the whole model: the same second moments."""
+    model = tiny_llama()
+    architecture, blocks, parent, source = parts(model)
+    tokens = torch.randint(0, 50, (2, 9))
+    inputs = {"input_ids": tokens}
+    hidden, calls = parent.record(inputs)
+    runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
+    found = measure_sensitivity(parent, source, runner, [inputs], 7, Progress("quiet"))
+
+    gradients: dict[str, torch.Tensor] = {}
+    outputs: list[torch.Tensor] = []
+
+    def keep(name: str):
+        def hook(_m: nn.Module, _i: tuple, out) -> None:
+            out = out[0] if isinstance(out, tuple) else out
+            out.register_hook(lambda g: gradients.update({name: g.reshape(-1, g.shape[-1])}))
+            outputs.append(out)
+
+        return hook
+
+    for block in blocks:
+        module = model.get_submodule(block.path)
+        module.register_forward_hook(keep(block.name))
+        for site in block.sites:
+            module.get_submodule(site.name).register_forward_hook(keep(f"{block.name}/{site.name}"))
+    embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
+    logits = model(inputs_embeds=embedded).logits
+    labels = torch.multinomial(
+        logits.detach().reshape(-1, 50).softmax(-1), 1, generator=torch.Generator().manual_seed(7)
+    )
+    logits.reshape(-1, 50).log_softmax(-1).gather(1, labels).sum().neg().backward()
+    for block in blocks:
+        statistics = found[block.name]
+        g = gradients[block.name]
+        torch.testing.assert_close(statistics["output"], g.T @ g / 18, rtol=1e-3, atol=1e-6)
+        module = source.block(block)
+        for site in block.sites:
+            g = gradients[f"{block.name}/{site.name}"]
+            assert statistics[f"scale.{site.name}"].item() == pytest.approx(g.square().mean().item(), rel=1e-3)
+            W = site.weight(module, site.maps[0])
+            if W.shape[0] > W.shape[1]:
+                g = g @ W
+            torch.testing.assert_close(statistics[f"gradients.{site.name}"], g.T @ g / 18, rtol=1e-3, atol=1e-5)
+
+
+def test_output_gradient_is_that_of_the_log_likelihood() -> None:
+    model = tiny_llama()
+    _, _, parent, _ = parts(model)
+    tokens = torch.randint(0, 50, (1, 6))
+    hidden = torch.randn(1, 6, 24)
+    found = output_gradient(parent, {"input_ids": tokens}, hidden, torch.Generator().manual_seed(3))
+    x = hidden.clone().requires_grad_(True)
+    logits = model.lm_head(model.model.norm(x)).reshape(-1, 50)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3))
+    logits.log_softmax(-1).gather(1, labels).sum().neg().backward()
+    torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_core_names_no_architecture() -> None:
+    """The core must not know which models there are."""
+    import re
+
+    import lillama_core
+
+    folder = Path(lillama_core.__file__).parent
+    names = re.compile(r"\b(whisper|mamba|mixtral|falcon|phi|gemma|qwen|gpt2|mistral)", re.IGNORECASE)
+    for file in folder.rglob("*.py"):
+        assert not names.search(file.read_text(encoding="utf-8")), file
