@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.errors import LillamaError, UserError, nearest
+from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation import Evaluation
 from lillama_core.maps import LinearMap, LinearSite, find_sites
 
@@ -91,8 +91,8 @@ class Block:
 def find_blocks(architecture: Architecture, model: nn.Module, selected: tuple[str, ...] = ()) -> dict[str, list[Block]]:
     """The blocks of each stack of ``model``, which may live on the meta device.
 
-    Raises UserError for an unknown name in ``selected`` and LillamaError when a declared path does not lead
-    to a list of blocks with linear maps.
+    Raises UserError for an unknown name in ``selected``, and when a declared path does not lead to a list of blocks
+    with linear maps.
     """
     for name in selected:
         if name not in architecture.stacks:
@@ -106,17 +106,17 @@ def find_blocks(architecture: Architecture, model: nn.Module, selected: tuple[st
         try:
             modules = model.get_submodule(path)
         except AttributeError:
-            raise LillamaError(
+            raise UserError(
                 f"architecture {architecture.name!r} expects the {name} blocks at {path!r},"
                 f" but {type(model).__name__} has no such module"
             ) from None
         if not isinstance(modules, nn.ModuleList) or len(modules) == 0:
-            raise LillamaError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
+            raise UserError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
         if selected and name not in selected:
             continue
         blocks = [Block(name, i, f"{path}.{i}", tuple(architecture.sites(module))) for i, module in enumerate(modules)]
         if not any(block.sites for block in blocks):
-            raise LillamaError(f"no linear map found in the {name} blocks of {type(model).__name__}")
+            raise UserError(f"no linear map found in the {name} blocks of {type(model).__name__}")
         found[name] = blocks
     return found
 

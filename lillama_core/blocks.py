@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture import Architecture, Block
+from lillama_core.errors import LillamaError
 
 Inputs = dict[str, torch.Tensor]
 """The keyword arguments of one forward pass of the model."""
@@ -163,6 +164,12 @@ class BlockRunner:
         call = self.calls[batch][block.index]
         with self.autocast():
             out = self.architecture.call_block(module, hidden.to(self.device), call.args, call.kwargs)
+        # Once infinite, every later number is; with gradients the loss is looked at instead.
+        if not torch.is_grad_enabled() and not torch.isfinite(out).all():
+            raise LillamaError(
+                f"block {block.path} gives activations that are infinite or not a number; its weights, or the"
+                " rounding of its factors, are too large for the arithmetic"
+            )
         return self.architecture.between_blocks(block.index, out.float())
 
     def over(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lillama_core.calibration import (
 )
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, TrainingOptions, distill_block
-from lillama_core.errors import LillamaError, UserError
+from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear, Format
 from lillama_core.initialization import Initializer, root
@@ -53,7 +52,9 @@ from lillama_core.run_directory import RunDirectory, read_json, read_tensors, wr
 from lillama_core.sensitivity import measure_sensitivity
 from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
 from lillama_core.weights import ResidentSource
+from lillama_registry import registry
 
+PROBE_TOKENS = 16
 METRIC_DAMPING = 1e-2
 """Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
 
@@ -159,7 +160,8 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
     """
     recipe = request.recipe
-    RunDirectory.check(request.output, request.overwrite, request.resume)
+    directory = RunDirectory(request.output)
+    directory.check(request.overwrite, request.resume)
     device = choose_device(request.device)
     options = CalibrationOptions(
         sources=tuple(Source.parse(s) for s in recipe.calibration),
@@ -178,8 +180,11 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         )
     prepared = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
     tokenizer = load_tokenizer(prepared.source, request.tokenizer)
-    with Progress(verbosity) as progress:
-        return _Run(request, prepared, tokenizer, device, options, progress).run()
+    advice = "what was finished is kept, and --resume goes on from there"
+    with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
+        for failure in registry().failures:
+            progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
+        return _Run(request, prepared, tokenizer, device, options, directory, progress).run()
 
 
 class _Run:
@@ -192,6 +197,7 @@ class _Run:
         tokenizer: Any,
         device: torch.device,
         calibration: CalibrationOptions,
+        directory: RunDirectory,
         progress: Progress,
     ) -> None:
         self.request = request
@@ -205,7 +211,7 @@ class _Run:
         self.autocast = choose_autocast(self.recipe.compute, device)
         self.loss: Loss = choose(all_losses(), self.recipe.loss, "--loss")
         self.initializer: Initializer = choose(initializers(), self.recipe.init, "--init")
-        self.directory = RunDirectory(request.output)
+        self.directory = directory
 
     def run(self) -> RunRecord:
         prepared, recipe = self.prepared, self.recipe
@@ -220,32 +226,38 @@ class _Run:
             compute="float32" if self.autocast is None else str(self.autocast).removeprefix("torch."),
             resumed=self.request.resume and self.directory.path.exists(),
         )
+        if self.request.resume:
+            # What can be compared before the model is loaded: the data can not.
+            self.directory.check_fingerprint(self._fingerprint(None))
         with self.record.timed("total"):
             with self.record.timed("load model"):
                 self.progress.line(f"Loading {self.request.model}")
                 from_gguf = prepared.source.gguf_file is not None
                 model = load_model(prepared.source, self.architecture, torch.float16 if from_gguf else "auto")
-                check_finite(model, prepared.blocks)
+                check_finite(model)
                 self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
                 self.record.dtype = str(self.dtype).removeprefix("torch.")
                 self._upcast_outside_blocks(model)
                 model.to(self.device)
-            with ExitStack() as stack:
-                data = self._load_data(model, fingerprint)
-                self.directory.open(self._fingerprint(data), self.request.overwrite, self.request.resume)
-                stack.callback(self.directory.close)
-                try:
-                    return self._compress(model, data)
-                except UserError:
-                    if not any(self.directory.blocks.glob("*.safetensors")):
-                        self.directory.discard()
-                    raise
+                self._probe(model)
+            data = self._load_data(model, fingerprint)
+            self.directory.open(self._fingerprint(data), self.request.overwrite)
+            self.progress.release()
+            try:
+                return self._compress(model, data)
+            except UserError:
+                if not any(self.directory.blocks.glob("*.safetensors")):
+                    self.directory.discard()
+                raise
 
-    def _fingerprint(self, data: CalibrationData) -> dict[str, Any]:
+    def _fingerprint(self, data: CalibrationData | None) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on with; ``data`` None: not known yet."""
         return {
             "model": self.record.model_fingerprint,
-            "data": data.sha256,
-            "recipe": self.recipe.to_dict(),
+            "architecture": self.architecture.name,
+            **({} if data is None else {"data": data.sha256}),
+            # The name of a recipe changes nothing.
+            "recipe": {k: v for k, v in self.recipe.to_dict().items() if k != "name"},
             "versions": versions(),
             "compute": self.record.compute,
             "device": self.device.type,
@@ -262,6 +274,17 @@ class _Run:
             if id(tensor) not in inside and tensor.is_floating_point():
                 tensor.data = tensor.data.float()
 
+    def _probe(self, model: nn.Module) -> None:
+        """Run the blocks on a few tokens: a model that overflows is better named now than by the sampler."""
+        vocabulary = int(self.prepared.config.get_text_config(decoder=True).vocab_size)
+        tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        inputs: Inputs = {"input_ids": tokens}
+        source = ResidentSource(model, self.device)
+        for blocks in self.prepared.blocks.values():
+            parent = Parent(model, self.architecture, blocks)
+            calls, stream = self._record_calls(parent, [inputs])
+            self._check_chain(parent, inputs, source, calls, stream[0])
+
     def _load_data(self, model: nn.Module, fingerprint: str) -> CalibrationData:
         with self.record.timed("calibration data"):
             data = load_calibration(
@@ -272,6 +295,12 @@ class _Run:
                 device=self.device,
                 autocast_dtype=self.autocast,
                 progress=self.progress,
+            )
+        if len(data.rows) < 2 * self.recipe.batch_size:
+            # Possible with --use-all-tokens only.
+            raise UserError(
+                f"the data has {len(data.rows)} rows of {self.recipe.sequence_length} tokens; at least two batches of"
+                f" {self.recipe.batch_size} rows are needed: lower --batch-size or --sequence-length"
             )
         self.record.data = {
             "sha256": data.sha256,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
+
 
 class LillamaError(Exception):
     """Something failed after work had begun; the message is one line that says what, and what to do.
@@ -21,9 +25,52 @@ class UserError(LillamaError):
     exit_status = 2
 
 
+OUT_OF_MEMORY = "out of memory; lower --batch-size, --sequence-length or --tokens, or free some memory"
+
+
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """A suggestion such as ``; did you mean 'fast'?`` for a misspelt ``word``, or an empty string."""
     import difflib
 
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, which may be a page, as one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python, the operating system, torch's allocators and C++ each say so their own way."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # torch says "can't allocate memory" on the CPU and "out of memory" on CUDA; libraries in C++ and Rust pass on
+    # their own words and the system's.
+    said = str(error).lower()
+    return any(
+        words in said
+        for words in ("out of memory", "allocate memory", "bad_alloc", "bad allocation", "memory allocation", "os error 12")
+    )
+
+
+@contextlib.contextmanager
+def in_one_line(advice: str) -> Iterator[None]:
+    """Turn what memory, disks and libraries raise into a LillamaError of one line that ends with ``advice``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except LillamaError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise LillamaError(f"{OUT_OF_MEMORY}; {advice}") from error
+        if isinstance(error, OSError):
+            where = f" ({error.filename})" if error.filename else ""
+            raise LillamaError(f"cannot read or write: {error.strerror or one_line(error)}{where}; {advice}") from error
+        if isinstance(error, SafetensorError):
+            # It has no errno: the message holds the system's words.
+            raise LillamaError(f"cannot read or write weights: {one_line(error)}; {advice}") from error
+        raise

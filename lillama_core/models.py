@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture import Architecture, Block, find_blocks
-from lillama_core.errors import LillamaError, UserError, nearest
+from lillama_core.errors import UserError, is_out_of_memory, nearest, one_line
 
 QUANT_METHOD = "lillama"
 
@@ -57,6 +57,13 @@ def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
     Raises UserError for a missing or empty directory, a file that is no model, and damaged weight files.
     """
     path = Path(spec)
+    try:
+        return _locate(spec, path, trust_remote_code)
+    except OSError as error:
+        raise UserError(f"model {spec!r} cannot be read: {error.strerror or error}") from None
+
+
+def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(
@@ -89,6 +96,15 @@ def _check_directory(path: Path) -> None:
         raise UserError(f"model directory {str(path)!r} has no .safetensors weights")
     for file in weights:
         check_safetensors(file)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"weight index {str(index)!r} is corrupt: {one_line(error)}") from None
+        absent = sorted(name for name in named if not (path / str(name)).is_file())
+        if absent:
+            raise UserError(f"model directory {str(path)!r} lacks {absent[0]}, which its weight index names")
 
 
 def check_safetensors(path: Path) -> None:
@@ -101,11 +117,14 @@ def check_safetensors(path: Path) -> None:
             if length > min(size - 8, 100_000_000):
                 raise ValueError(f"its header claims {length} bytes")
             header = json.loads(stream.read(length))
-        end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        tensors = [t for k, t in header.items() if k != "__metadata__"]
+        if not tensors:
+            raise ValueError("it has no tensors")
+        end = max(int(t["data_offsets"][1]) for t in tensors)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
-        raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
+        raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
 
 
 def check_gguf(path: Path) -> None:
@@ -125,7 +144,7 @@ def check_gguf(path: Path) -> None:
             raise ValueError(f"it has {size} bytes where its tensors need {end}")
     # The reader indexes into a memory map with whatever numbers the file holds.
     except Exception as error:
-        raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {_one_line(error)}") from None
+        raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
 
 
 def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
@@ -135,7 +154,7 @@ def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.location, **source.extra)
     except Exception as error:
-        raise UserError(f"cannot read the config of model {source.spec!r}: {_one_line(error)}") from None
+        raise _bad_config(source, error) from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and source.gguf_file is None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -147,6 +166,43 @@ def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
     return config
 
 
+def _bad_config(source: ModelSource, error: Exception) -> UserError:
+    """Why there is no config, in the words of the user's request instead of the library's."""
+    from transformers import CONFIG_MAPPING
+
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model {source.spec!r} brings code of its own, which is not run unless you pass --trust-remote-code"
+        )
+    if not source.is_local:
+        return UserError(f"no file or directory {source.spec!r}, and not to be had from the hub: {one_line(error)}")
+    model_type = None
+    if source.gguf_file is None:
+        with contextlib.suppress(Exception):
+            found = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
+            model_type = found.get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        return _no_plugin(model_type, " (nor does this version of transformers know it)")
+    return UserError(f"cannot read the config of model {source.spec!r}: {one_line(error)}")
+
+
+def _no_plugin(model_type: str, remark: str = "") -> UserError:
+    import difflib
+
+    from lillama_registry import registry
+
+    found = registry()
+    known = sorted({t for a in found.architectures for t in a.model_types})
+    near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.3) or known[:3]
+    nearest_ones = f"nearest: {', '.join(near)}" if near else "no plugin is loaded"
+    broken = f"; not loaded: {', '.join(f.name for f in found.failures)}" if found.failures else ""
+    return UserError(
+        f"no plugin handles model type {model_type!r}{remark} ({nearest_ones}); use --architecture NAME"
+        " if its blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the"
+        f" README{broken}"
+    )
+
+
 def find_architecture(config: Any, name: str | None = None) -> Architecture:
     """The architecture named ``name``, or the one that claims the config's model type.
 
@@ -156,29 +212,34 @@ def find_architecture(config: Any, name: str | None = None) -> Architecture:
 
     found = registry()
     model_type = str(getattr(config, "model_type", ""))
+    claiming: list[Architecture] = found.architectures_for(model_type)
     if name is not None:
-        named = [a for a in found.architectures if a.name == name]
+        named = [a for a in found.architectures if name in (a.name, found.plugin_of(a).name)]
         if not named:
-            known = sorted({a.name for a in found.architectures})
+            known = sorted({n for a in found.architectures for n in (a.name, found.plugin_of(a).name)})
             raise UserError(f"no architecture named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
-        return next((a for a in named if model_type in a.model_types), named[0])
-    matching = found.architectures_for(model_type)
-    if len(matching) > 1:
-        names = " and ".join(repr(a.name) for a in matching)
-        raise UserError(f"model type {model_type!r} is claimed by {names}; choose with --architecture")
-    if not matching:
-        import difflib
-
-        known = sorted({t for a in found.architectures for t in a.model_types})
-        near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.3) or known[:3]
-        broken = f"; not loaded: {', '.join(f.name for f in found.failures)}" if found.failures else ""
+        claiming = [a for a in named if model_type in a.model_types]
+        if not claiming:
+            return next((a for a in named if _fits(a, config)), named[0])
+    if len(claiming) > 1:
+        plugins = [found.plugin_of(a) for a in claiming]
+        owners = " and ".join(f"{p.name!r} ({p.distribution} {p.version})" for p in plugins)
         raise UserError(
-            f"no plugin handles model type {model_type!r} (nearest: {', '.join(near)}); use --architecture NAME"
-            " if its blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the"
-            f" README{broken}"
+            f"model type {model_type!r} is claimed by the plugins {owners}; choose with --architecture"
+            f" {' or --architecture '.join(p.name for p in plugins)}"
         )
-    architecture: Architecture = matching[0]
-    return architecture
+    if not claiming:
+        raise _no_plugin(model_type)
+    return claiming[0]
+
+
+def _fits(architecture: Architecture, config: Any) -> bool:
+    """Whether a model of ``config`` has its blocks where ``architecture`` says."""
+    try:
+        find_blocks(architecture, meta_model(config, architecture))
+    except UserError:
+        return False
+    return True
 
 
 def auto_class(architecture: Architecture) -> Any:
@@ -193,7 +254,7 @@ def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool 
         with torch.device("meta"):
             model: nn.Module = auto_class(architecture).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"cannot build a {config.model_type!r} model from its config: {_one_line(error)}") from None
+        raise UserError(f"cannot build a {config.model_type!r} model from its config: {one_line(error)}") from None
     tie = getattr(model, "tie_weights", None)
     if tie is not None:
         tie()
@@ -216,7 +277,7 @@ def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=source.trust_remote_code)
     except Exception as error:
         where = spec or source.spec
-        raise UserError(f"no tokenizer found at {where!r} ({_one_line(error)}); name one with --tokenizer") from None
+        raise UserError(f"no tokenizer found at {where!r} ({one_line(error)}); name one with --tokenizer") from None
     # Without its files transformers builds some tokenizers empty instead of failing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"the tokenizer at {spec or source.spec!r} has no vocabulary; name one with --tokenizer")
@@ -224,7 +285,7 @@ def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
 
 
 def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dtype | str) -> nn.Module:
-    """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises LillamaError when it cannot load."""
+    """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises UserError when it cannot load."""
     import transformers
 
     logger = logging.getLogger("transformers")
@@ -234,13 +295,24 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     try:
         # Its bars for the conversion of GGUF have no switch.
         with contextlib.redirect_stderr(io.StringIO()):
-            model: Any = auto_class(architecture).from_pretrained(
-                source.location, dtype=dtype, use_safetensors=source.gguf_file is None or None, **source.extra
+            model: Any
+            model, notes = auto_class(architecture).from_pretrained(
+                source.location,
+                dtype=dtype,
+                use_safetensors=source.gguf_file is None or None,
+                output_loading_info=True,
+                **source.extra,
             )
     except Exception as error:
-        raise UserError(f"cannot load model {source.spec!r}: {_one_line(error)}") from None
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"cannot load model {source.spec!r}: {one_line(error)}") from None
     finally:
         logger.setLevel(level)
+    # transformers would fill them with random numbers.
+    absent = sorted(set(notes["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if absent:
+        raise UserError(f"model {source.spec!r} lacks {len(absent)} of its weights, such as {absent[0]}")
     if source.gguf_file is not None:
         # The weights are plain numbers now; transformers would otherwise refuse to save them.
         model.hf_quantizer = None
@@ -252,15 +324,12 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     return model
 
 
-def check_finite(model: nn.Module, blocks: dict[str, list[Block]]) -> None:
-    """Raise UserError that names the first map whose weight holds NaN or infinity."""
-    for stack in blocks.values():
-        for block in stack:
-            module = model.get_submodule(block.path)
-            for site in block.sites:
-                for map_ in site.maps:
-                    if not torch.isfinite(site.weight(module, map_)).all():
-                        raise UserError(f"the weight of {block.full_name(map_)} holds NaN or infinite values")
+def check_finite(model: nn.Module) -> None:
+    """Raise UserError that names the first map, or other module, whose weight holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            module, _, kind = name.rpartition(".")
+            raise UserError(f"the {kind} of {module} holds NaN or infinite values")
 
 
 def model_fingerprint(source: ModelSource) -> str:
@@ -305,12 +374,6 @@ def blocks_of(
     return blocks, sum(count_parameters(m) for m in modules)
 
 
-def _one_line(error: BaseException) -> str:
-    """The first sentence of an error that may be a page."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"
-
-
 def check_dtype(name: str | None, model_dtype: torch.dtype, from_gguf: bool) -> torch.dtype:
     """The dtype of the output: as asked, else the input's; float16 for GGUF, whose own types are not kept."""
     if name is not None:
@@ -318,5 +381,5 @@ def check_dtype(name: str | None, model_dtype: torch.dtype, from_gguf: bool) -> 
     if from_gguf:
         return torch.float16
     if model_dtype not in DTYPES.values():
-        raise LillamaError(f"the model's dtype {model_dtype} is not one that lillama writes; choose with --dtype")
+        raise UserError(f"the model's dtype {model_dtype} is not one that lillama writes; choose with --dtype")
     return model_dtype

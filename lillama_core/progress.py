@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any, Literal
 
+from lillama_core.errors import UserError
+
 Verbosity = Literal["quiet", "normal", "verbose"]
 
 
@@ -15,6 +17,9 @@ class Progress:
 
     Use as a context manager. ``phase`` opens a stage of known length, ``step`` advances it, ``line`` says
     something that stays on the screen, and ``detail`` the same when the user asked for more.
+
+    What is said before the first ``phase`` or ``release`` is held back: should the request turn out to be mistaken,
+    the error is the only thing on stderr. (A terminal shows it in passing.)
     """
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
@@ -27,6 +32,7 @@ class Progress:
         self._done = 0
         self._phase_started = self._started
         self._last_line = 0.0
+        self._held: list[str] | None = []
         if verbosity != "quiet" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
@@ -57,13 +63,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not isinstance(error, UserError):
+            self.release()
         if self._bar is not None:
             self._bar.stop()
+
+    def release(self) -> None:
+        """Say what was held back, and hold back no more: the request has passed all checks."""
+        held, self._held = self._held, None
+        for text in held or ():
+            self._print(text)
 
     def phase(self, name: str, total: int) -> None:
         """Begin a stage of ``total`` steps."""
         self._name, self._total, self._done = name, total, 0
         self._phase_started = self._last_line = time.monotonic()
+        self.release()
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -99,7 +114,13 @@ class Progress:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        if self._bar is not None:
+        if self._held is not None:
+            self._held.append(text)
+            if self._bar is not None and self._task is None:
+                self._task = self._bar.add_task(text, total=None, note="")
+            elif self._bar is not None:
+                self._bar.update(self._task, description=text)
+        elif self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, file=sys.stderr, flush=True)

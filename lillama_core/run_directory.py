@@ -6,9 +6,11 @@ written under another name and renamed, so that what exists is complete. DIR its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,100 +22,155 @@ from safetensors.torch import load_file, save_file
 from lillama_core.errors import LillamaError, UserError
 
 
+OWN_ENTRIES = frozenset(
+    name + end
+    for name in ("run.json", "blocks", "profile", "result", "replaced", "probe.safetensors")
+    for end in ("", ".tmp")
+)
+"""All that a run puts right into ``DIR.partial``; anything else is somebody's, and is never removed."""
+
+
 class RunDirectory:
-    """``DIR.partial`` of one run, locked while it is open."""
+    """``DIR.partial`` of one run, and the lock that makes it one."""
 
     def __init__(self, output: Path) -> None:
-        self.output = output
-        self.path = output.with_name(output.name + ".partial")
+        self.output = normal_path(output)
+        self.path = self.output.with_name(self.output.name + ".partial")
         self.blocks = self.path / "blocks"
         self.profile = self.path / "profile"
         self.result = self.path / "result"
+        self.replaced = self.path / "replaced"
         # Beside the directory, so that it can be taken before the directory is touched.
-        self._lock = FileLock(str(output.with_name(f".{output.name}.lock")))
+        self._lock = FileLock(str(self.output.with_name(f".{self.output.name}.lock")))
 
-    @staticmethod
-    def check(output: Path, overwrite: bool, resume: bool) -> None:
-        """Raise UserError, touching nothing, when a run may not write to ``output``."""
-        partial = output.with_name(output.name + ".partial")
+    def check(self, overwrite: bool, resume: bool) -> None:
+        """Raise UserError, touching nothing, when a run may not write to the output."""
         if overwrite and resume:
             raise UserError("--overwrite and --resume exclude each other")
-        if output.is_symlink() or partial.is_symlink():
-            raise UserError(f"output {str(output)!r} is a symbolic link; name the directory itself")
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output {str(output)!r} is a file")
-        if output.exists() and resume:
-            raise UserError(f"output {str(output)!r} is finished: there is nothing to resume")
-        if output.exists() and not overwrite:
-            raise UserError(f"output {str(output)!r} exists; pass --overwrite to replace it")
-        if output.exists() and any(output.iterdir()) and not (output / "lillama.json").is_file():
-            # A slip such as `--output ~ --overwrite` must not cost somebody's files.
-            raise UserError(f"output {str(output)!r} holds files that lillama did not write; name another directory")
-        if partial.exists() and not (overwrite or resume):
-            raise UserError(
-                f"an unfinished run is in {str(partial)!r}; pass --resume to go on or --overwrite to start anew"
-            )
-        parent = output.absolute().parent
-        while not parent.exists():
+        try:
+            self._check_output(overwrite, resume)
+            self._check_partial(overwrite, resume)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _check_output(self, overwrite: bool, resume: bool) -> None:
+        output, shown = self.output, repr(str(self.output))
+        if output.is_symlink() or self.path.is_symlink():
+            raise UserError(f"output {shown} is a symbolic link; name the directory itself")
+        if output.exists():
+            if not output.is_dir():
+                raise UserError(f"output {shown} is a file")
+            # A run that was to replace the output goes on to do so.
+            replacing = overwrite or (resume and self._started().get("overwrite") is True)
+            if resume and not replacing:
+                raise UserError(f"output {shown} is finished: there is nothing to resume")
+            if not replacing:
+                resumable = ", or --resume to go on with the run that was to" if self._started().get("overwrite") else ""
+                raise UserError(f"output {shown} exists; pass --overwrite to replace it{resumable}")
+            if any(output.iterdir()) and not (output / "lillama.json").is_file():
+                # A slip such as `--output ~ --overwrite` must not cost somebody's files.
+                raise UserError(f"output {shown} holds files that lillama did not write; name another directory")
+        parent = output.parent
+        while not os.path.lexists(parent):
             parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"output {str(output)!r} cannot be written: {str(parent)!r} is not a writable directory")
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"output {shown} cannot be written: {str(parent)!r} is not a writable directory")
 
-    def open(self, fingerprint: dict[str, Any], overwrite: bool, resume: bool) -> None:
-        """Take the lock and make or re-enter the directory.
+    def _check_partial(self, overwrite: bool, resume: bool) -> None:
+        if not self.path.exists():
+            return
+        partial = repr(str(self.path))
+        if not self.path.is_dir() or any(entry.name not in OWN_ENTRIES for entry in self.path.iterdir()):
+            raise UserError(f"{partial}, where the unfinished run would be, holds files that lillama did not write")
+        if not (overwrite or resume):
+            if self._is_locked():
+                raise self._busy()
+            raise UserError(f"an unfinished run is in {partial}; pass --resume to go on or --overwrite to start anew")
 
-        Raises UserError when another run holds it, or when ``resume`` meets a run that was started otherwise.
-        """
-        created = self._make_parent()
+    def _is_locked(self) -> bool:
+        """Whether another run holds the lock; leaves no lock file that was not there."""
+        if not Path(self._lock.lock_file).exists():
+            return False
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"another run is writing to {str(self.output)!r}") from None
-        except OSError as error:
-            if created is not None:
-                shutil.rmtree(created, ignore_errors=True)
-            raise UserError(f"output {str(self.output)!r} cannot be written: {error.strerror}") from None
-        try:
-            if overwrite and self.path.exists():
-                shutil.rmtree(self.path)
-            if self.path.exists():
-                self._check_fingerprint(fingerprint)
-            self.blocks.mkdir(parents=True, exist_ok=True)
-            self.profile.mkdir(exist_ok=True)
-            write_json(self.path / "run.json", fingerprint)
-        except BaseException:
-            self.close()
-            raise
+            return True
+        self._lock.release()
+        return False
 
-    def _make_parent(self) -> Path | None:
-        """Make the missing parents of the output; the topmost one made, or None."""
-        missing = [p for p in self.output.absolute().parents if not p.exists()]
-        try:
-            self.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output {str(self.output)!r} cannot be written: {error.strerror}") from None
-        return missing[-1] if missing else None
+    def _busy(self) -> UserError:
+        return UserError(f"another run is writing to {str(self.output)!r}")
 
-    def _check_fingerprint(self, wanted: dict[str, Any]) -> None:
-        found = read_json(self.path / "run.json", default={})
-        differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        if differing:
-            details = []
-            for key in differing:
-                old, new = found.get(key), wanted.get(key)
-                if isinstance(old, dict) and isinstance(new, dict):
-                    details += [f"{k} ({old.get(k)} -> {new.get(k)})" for k in new if old.get(k) != new.get(k)]
-                else:
-                    details.append(key)
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"output {str(self.output)!r} cannot be written: {error.strerror or error}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock; raises UserError when another run does. Missing parents are made, and unmade if unused."""
+        missing = [p for p in self.output.parents if not p.exists()]
+        lock = Path(self._lock.lock_file)
+        try:
+            try:
+                self.output.parent.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise self._busy() from None
+            except OSError as error:
+                raise self._unwritable(error) from None
+            try:
+                yield
+            finally:
+                # Removed while it is held: whoever opened it meanwhile notices that the file is gone.
+                lock.unlink(missing_ok=True)
+                self._lock.release()
+        finally:
+            for parent in missing:
+                try:
+                    parent.rmdir()
+                except OSError:
+                    break
+
+    def _started(self) -> dict[str, Any]:
+        """What the unfinished run wrote down at its start; empty when there is none."""
+        try:
+            found = read_json(self.path / "run.json", default={})
+        except LillamaError as error:
+            raise UserError(str(error)) from None
+        return found if isinstance(found, dict) else {}
+
+    def check_fingerprint(self, known: dict[str, Any]) -> None:
+        """Raise UserError when the unfinished run differs from this one in what is ``known`` so far."""
+        found = self._started()
+        details: list[str] = []
+        for key in sorted(k for k in known if k in found and found[k] != known[k]):
+            old, new = found[key], known[key]
+            if isinstance(old, dict) and isinstance(new, dict):
+                parts = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+                details += [f"{part} ({old.get(part)} -> {new.get(part)})" for part in parts]
+            elif len(str(old)) == len(str(new)) == 64:
+                # Hashes say nothing to anybody.
+                details.append(f"the {key}")
+            else:
+                details.append(f"{key} ({old} -> {new})")
+        if details:
             raise UserError(
                 f"{str(self.path)!r} is from another run; it differs in {', '.join(details)};"
                 " repeat that command, or pass --overwrite to start anew"
             )
 
-    def close(self) -> None:
-        """Release the lock; what was finished stays."""
-        self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+    def open(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
+        """Make the directory or re-enter it; the lock is held. Raises UserError for a run that was started otherwise.
+
+        What an earlier run left is removed only here, after all checks.
+        """
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.check_fingerprint(fingerprint)
+        overwrite = overwrite or self._started().get("overwrite") is True
+        shutil.rmtree(self.result, ignore_errors=True)
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        self.profile.mkdir(exist_ok=True)
+        write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
 
     def discard(self) -> None:
         """Remove the directory: the run was refused before any of its blocks was done."""
@@ -121,13 +178,19 @@ class RunDirectory:
 
     def publish(self) -> None:
         """Make the result appear as the output directory, replacing an old one, and remove the rest."""
-        old = self.output.with_name(self.output.name + ".old")
         if self.output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
+            shutil.rmtree(self.replaced, ignore_errors=True)
+            self.output.rename(self.replaced)
         self.result.rename(self.output)
-        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def normal_path(output: Path) -> Path:
+    """``output`` as an absolute path with a name of its own; raises UserError for the root of a file system."""
+    found = Path(os.path.abspath(output))
+    if not found.name or not str(output):
+        raise UserError(f"output {str(output)!r} is not the name of a directory to make")
+    return found
 
 
 def write_json(path: Path, data: Any) -> None:

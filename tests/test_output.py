@@ -28,7 +28,7 @@ from lillama_core.plan import Budget
 from lillama_core.record import RunRecord
 
 MAPS = {"attention.query": (8, 8), "mlp.up": (16, 8), "mlp.down": (8, 16)}
-HOSTILE = "<script>alert(1)</script>$x_|`&\"'"
+HOSTILE = "<script>alert(1)</script>$\\frac$|`&\"'"
 VOID = {"meta", "br"}
 URL = re.compile(r"https?://[^\s\"'<]*")
 
@@ -46,7 +46,7 @@ def make_record(
             notes.append(
                 {
                     "name": f"{path}.{i}",
-                    "ranks": {name: 3 + i % 4 for name in names[1:]},
+                    "ranks": dict.fromkeys(names[1:], 3 + i % 4),
                     "loss_before": 2e-5 * (i + 1),
                     "loss_after": 1e-5 * (i + 1),
                     "error_before": 0.02 * (i + 1),
@@ -239,6 +239,7 @@ def test_card_states_the_numbers_of_the_record(result: Path, local: Preparation)
     for option in record.recipe:
         assert f"| `{option}` |" in text
     assert "import lillama_core" in text
+    assert "Everything else is as in the dense model." in text
     assert "lillama compress tiny --recipe lillama_recipe.yaml --output OUTPUT\n" in text
 
 

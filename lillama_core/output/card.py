@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
         tags=["lillama", "low-rank"],
         **find_license(prepared),
     )
+    trained = bool(record.recipe.get("steps"))
     name = source.short_name if source.is_local else record.model
     text = (
         environment(autoescape=False)
@@ -63,10 +64,11 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
             name=code(name),
             share=percent(record.parameters["parameters_after"] / record.parameters["parameters_before"]),
             removed=percent(record.parameters["reduction"]),
-            sizes=[tuple(map(str, row)) for row in size_rows(record)],
+            sizes=size_rows(record),
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
-            trained=bool(record.recipe.get("steps")),
+            trained=trained,
+            whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
             format=code(record.plan["format"]),
@@ -102,7 +104,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
     )
 
 
-def find_license(prepared: Preparation) -> dict[str, str]:
+def find_license(prepared: Preparation) -> dict[str, Any]:
     """``license`` and its companions from the front matter of the base model's README; empty when unknown."""
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -224,7 +226,7 @@ class Change:
     label: str
     before: int
     after: int
-    unit: Any
+    unit: Callable[[float], str]
     """Writes a value for people: `count` or `size`."""
 
     @property
@@ -258,15 +260,12 @@ def changes(record: RunRecord) -> list[Change]:
 
 
 def size_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
-    """Quantity, before, after and change; counts exactly."""
-    return [
-        (
-            change.label,
-            *(f"{v:,}" if change.unit is count else f"{size(v)} ({v:,} bytes)" for v in (change.before, change.after)),
-            signed_percent(change.ratio - 1),
-        )  # type: ignore[misc]
-        for change in changes(record)
-    ]
+    """Quantity, before, after and change; exactly."""
+
+    def exactly(change: Change, value: int) -> str:
+        return f"{value:,}" if change.unit is count else f"{size(value)} ({value:,} bytes)"
+
+    return [(c.label, exactly(c, c.before), exactly(c, c.after), signed_percent(c.ratio - 1)) for c in changes(record)]
 
 
 def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class LoadedPlugin:
     name: str
     distribution: str
     version: str
-    module: Any
+    architectures: tuple[Any, ...]
+    strategies: Mapping[str, Mapping[str, Any]]
+    """Kind (a key of ``NAMED_HOOKS``) -> name -> strategy."""
 
 
 @dataclass(frozen=True)
@@ -79,48 +82,90 @@ class Registry:
         try:
             self.manager.register(module, name=name)
             self.manager.check_pending()
-            for hook in ("lillama_architectures", *NAMED_HOOKS.values()):
-                implementation = getattr(module, hook, None)
-                if implementation is not None:
-                    implementation()
+            self._check_marked(module)
+            plugin = LoadedPlugin(
+                name, distribution, version, _architectures(module), {k: _named(module, k) for k in NAMED_HOOKS}
+            )
+            self._check_taken(plugin)
         except (Exception, SystemExit) as error:
             if self.manager.has_plugin(name):
                 self.manager.unregister(name=name)
             self._fail(name, distribution, error)
         else:
-            self.loaded.append(LoadedPlugin(name, distribution, version, module))
+            self.loaded.append(plugin)
 
-    def _fail(self, name: str, distribution: str, error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    def _check_marked(self, module: Any) -> None:
+        """A hook without its decorator would be passed over in silence."""
+        for hook in ("lillama_architectures", "lillama_commands", *NAMED_HOOKS.values()):
+            if hasattr(module, hook) and self.manager.parse_hookimpl_opts(module, hook) is None:
+                raise TypeError(f"{hook} is not marked with @lillama_core.hookimpl")
+
+    def _check_taken(self, plugin: LoadedPlugin) -> None:
+        for other in self.loaded:
+            for kind, strategies in plugin.strategies.items():
+                for name in strategies:
+                    if name in other.strategies[kind]:
+                        raise ValueError(f"plugin {other.name!r} provides {name!r} among the {kind} already")
+
+    def add_commands(self, subparsers: Any) -> None:
+        """Let every plugin add its commands; one that fails is recorded, and the others go on."""
+        for plugin in list(self.loaded):
+            others = [p for name, p in self.manager.list_name_plugin() if name != plugin.name]
+            hook = self.manager.subset_hook_caller("lillama_commands", remove_plugins=others)
+            try:
+                hook(subparsers=subparsers)
+            except (Exception, SystemExit) as error:
+                self._fail(plugin.name, plugin.distribution, error, "its commands")
+
+    def _fail(self, name: str, distribution: str, error: BaseException, what: str = "") -> None:
+        reason = " ".join(f"{f'{what}: ' if what else ''}{type(error).__name__}: {error}".split())
         self.failures.append(PluginFailure(name, distribution, reason))
 
-    @functools.cached_property
+    @property
     def architectures(self) -> list[Any]:
         """All architectures, in the order of registration."""
-        return [a for found in self.manager.hook.lillama_architectures() for a in found]
+        return [a for plugin in self.loaded for a in plugin.architectures]
 
     def architectures_for(self, model_type: str) -> list[Any]:
         """The architectures that claim ``config.model_type``: one when all is well."""
         return [a for a in self.architectures if model_type in a.model_types]
 
+    def plugin_of(self, architecture: Any) -> LoadedPlugin:
+        """The plugin that brought ``architecture``."""
+        return next(p for p in self.loaded if any(a is architecture for a in p.architectures))
+
     def strategies(self, kind: str) -> dict[str, Any]:
         """What plugins add of one kind (a key of ``NAMED_HOOKS``), by name."""
-        merged: dict[str, Any] = {}
-        for found in getattr(self.manager.hook, NAMED_HOOKS[kind])():
-            merged.update(found)
-        return merged
+        return {name: found for plugin in self.loaded for name, found in plugin.strategies[kind].items()}
 
     def provides(self, plugin: LoadedPlugin) -> dict[str, list[str]]:
         """What one plugin brings: kind -> names."""
-        found: dict[str, list[str]] = {}
-        architectures = getattr(plugin.module, "lillama_architectures", None)
-        if architectures is not None:
-            found["model types"] = sorted({t for a in architectures() for t in a.model_types})
-        for kind, hook in NAMED_HOOKS.items():
-            implementation = getattr(plugin.module, hook, None)
-            if implementation is not None:
-                found[kind] = sorted(implementation())
-        return found
+        types = sorted({t for a in plugin.architectures for t in a.model_types})
+        found = {"architectures": sorted({a.name for a in plugin.architectures}), "model types": types}
+        found |= {kind: sorted(strategies) for kind, strategies in plugin.strategies.items()}
+        return {kind: names for kind, names in found.items() if names}
+
+
+def _architectures(module: Any) -> tuple[Any, ...]:
+    """What a plugin's hook gives, checked as far as the core relies on it."""
+    hook = getattr(module, "lillama_architectures", None)
+    found = [] if hook is None else hook()
+    if not isinstance(found, list | tuple):
+        raise TypeError(f"lillama_architectures gives a {type(found).__name__}, not a list")
+    for architecture in found:
+        if not all(hasattr(architecture, name) for name in ("name", "model_types", "stacks")):
+            raise TypeError(f"lillama_architectures gives {architecture!r}, which is not an Architecture")
+        if isinstance(architecture.model_types, str):
+            raise TypeError(f"model_types of architecture {architecture.name!r} is a string, not a tuple of them")
+    return tuple(found)
+
+
+def _named(module: Any, kind: str) -> dict[str, Any]:
+    hook = getattr(module, NAMED_HOOKS[kind], None)
+    found = {} if hook is None else hook()
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{NAMED_HOOKS[kind]} must give a dict of name to strategy, not {found!r}")
+    return found
 
 
 @functools.cache
