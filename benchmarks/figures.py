@@ -1,10 +1,10 @@
 """Measures the figures of the README on this machine and writes them to benchmarks/results/figures.json.
 
-    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed initialization] [--recipes fast default]
+    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed initialization] [--recipes fast]
 
-- quality: each recipe by the command line at 20 %, calibrated on WikiText-2's validation split and the model's own text;
-  wall-clock time and peak memory of that process; perplexity in fp32 on the first 40 windows of 512 tokens of WikiText-2's
-  test split and the first 24 of fiction that no recipe saw.
+- quality: each recipe by the command line at 20 %, calibrated on WikiText-2's validation split and the model's own
+  text; wall-clock time and peak memory of that process; perplexity in fp32 on the first 40 windows of 512 tokens of
+  WikiText-2's test split and the first 24 of fiction that no recipe saw.
 - speed: the blocks alone on a prompt of 512 tokens, compressed against dense in one process, beside what the
   multiply-adds promise.
 - initialization: Gram matrices, decompositions, pivoting and replacement, against one forward pass of the same tokens.

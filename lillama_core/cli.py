@@ -6,15 +6,21 @@ Every field of the recipe is an option of ``compress`` under the same name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
+import logging
+import os
 import sys
+import traceback
 import typing
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lillama_core.errors import LillamaError, UserError
+from lillama_core.errors import OUT_OF_MEMORY, LillamaError, UserError, is_out_of_memory, nearest
 from lillama_core.recipe import Recipe, dashed, load_recipe, recipe_names
 from lillama_registry import registry
 
@@ -22,41 +28,88 @@ from lillama_registry import registry
 class _Parser(argparse.ArgumentParser):
     """argparse that reports a wrong command in the one line that every error of lillama has."""
 
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation that works today is ambiguous when an option is added.
+        super().__init__(**{"allow_abbrev": False, **options})
+        self.set_defaults(command_parser=self)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())} (see '{self.prog} --help')")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a user's mistake, 1 for any other failure."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows no "→" gets a question mark instead of a traceback.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        options = build_parser().parse_args(arguments)
-        status: int = options.run(options)
+        with contextlib.nullcontext() if debug else _silence():
+            options = _parse(arguments)
+            status: int = options.run(options)
+            # Now, so that a closed pipe is noticed here.
+            sys.stdout.flush()
         return status
     except LillamaError as error:
+        if debug:
+            traceback.print_exc()
         return _complain(str(error), error.exit_status)
     except KeyboardInterrupt:
         return _complain("interrupted; what was finished is kept, --resume goes on from there", 1)
-    except MemoryError:
-        return _complain(OUT_OF_MEMORY, 1)
     except BrokenPipeError:
-        # The reader of a pipe has gone (`| head`): nothing to say, and nobody to say it to.
+        # The reader of a pipe has gone (`| head`): nothing to say, and nobody to say it to. The interpreter would
+        # try to flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        return _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
     except Exception as error:
-        if "--debug" in (sys.argv if arguments is None else arguments):
+        if debug:
             raise
-        out_of_memory = "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
-        what = OUT_OF_MEMORY if out_of_memory else f"{type(error).__name__}: {error} (--debug shows where)"
-        return _complain(what, 1)
+        if is_out_of_memory(error):
+            return _complain(OUT_OF_MEMORY, 1)
+        if isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            return _complain(f"{error.strerror or error}{where}", 1)
+        return _complain(f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-OUT_OF_MEMORY = "out of memory; lower --batch-size, --sequence-length or --tokens, and go on with --resume"
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the remarks of libraries off stderr: what matters to the user is said by lillama."""
+    import transformers
+
+    logging_of = transformers.utils.logging
+    verbosity, bars = logging_of.get_verbosity(), logging_of.is_progress_bar_enabled()
+    previous = logging.root.manager.disable
+    logging_of.set_verbosity_error()
+    logging_of.disable_progress_bar()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        logging_of.set_verbosity(verbosity)
+        if bars:
+            logging_of.enable_progress_bar()
 
 
 def _complain(message: str, status: int) -> int:
     print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    options, extra = parser.parse_known_args(arguments)
+    if extra:
+        command = options.command_parser if hasattr(options, "command_parser") else parser
+        known = [name for action in command._actions for name in action.option_strings]
+        word = extra[0].partition("=")[0]
+        what = "option" if word.startswith("-") else "argument"
+        raise UserError(f"unknown {what} {word!r}{nearest(word, known)} (see '{command.prog} --help')")
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     plugins = commands.add_parser("plugins", help="list plugins, what each provides and where it comes from")
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.set_defaults(run=run_plugins)
-    registry().manager.hook.lillama_commands(subparsers=commands)
+    registry().add_commands(commands)
     return parser
 
 
@@ -137,8 +190,16 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     }
     for name in ("calibration", "stacks"):
         if name in given:
-            given[name] = [part for item in given[name] for part in item.split(",") if part]
+            given[name] = [part for item in given[name] for part in _parts(item)]
     return load_recipe(options.recipe).with_options(given, "command line")
+
+
+def _parts(item: str) -> list[str]:
+    """The names in ``a,b,c``, unless there is a file of just that name."""
+    if Path(item.rpartition("@")[0] or item).exists() or Path(item).exists():
+        return [item]
+    # Empty parts are for whoever reads the names to refuse.
+    return item.split(",")
 
 
 def _add_compress(commands: Any) -> None:
@@ -269,16 +330,25 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_plugins(options: argparse.Namespace) -> int:
     """``lillama plugins``: who provides what, and what could not be loaded."""
-    found = registry()
-    listed = [
-        {
-            "plugin": p.name,
-            "distribution": p.distribution,
-            "version": p.version,
-            "provides": found.provides(p),
+    from lillama_core.record import versions
+    from lillama_core.strategies import built_in
+
+    found, core = registry(), built_in()
+    listed = [{"plugin": "core", "distribution": "lillama", "version": versions()["lillama"], "provides": core}]
+    for plugin in found.loaded:
+        provides = {
+            # A name of the core's own is never taken over.
+            kind: [f"{name} (hidden by the core's)" if name in core.get(kind, ()) else name for name in names]
+            for kind, names in found.provides(plugin).items()
         }
-        for p in found.loaded
-    ]
+        listed.append(
+            {
+                "plugin": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "provides": provides,
+            }
+        )
     failed = [{"plugin": f.name, "distribution": f.distribution, "error": f.reason} for f in found.failures]
     if options.json:
         print(json.dumps({"plugins": listed, "failed": failed}, indent=1))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lillama_core.calibration import CalibrationOptions, Source, check_sources
+from lillama_core.calibration.sources import SELF
 from lillama_core.compute import choose_device
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
@@ -45,12 +47,30 @@ class Evaluated:
     measurements: list[Measurement]
 
 
+def _check(request: EvaluationRequest) -> None:
+    """Raise UserError for what is wrong with the request whatever the models are."""
+    if request.sequence_length < 2:
+        raise UserError(f"--sequence-length must be at least 2, not {request.sequence_length}")
+    for name, value, least in (
+        ("--windows", request.windows, 0),
+        ("--limit", request.limit, 1),
+        ("--seed", request.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
+    if request.data is not None:
+        source = Source.parse(request.data)
+        check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
+        if source.name == SELF:
+            raise UserError("--data must be a text that the model did not write itself")
+    path = request.json_file
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UserError(f"{str(path)!r} cannot be written")
+
+
 def compare(request: EvaluationRequest) -> list[Evaluated]:
     """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
-    if request.sequence_length < 2 or request.windows < 0:
-        raise UserError("--sequence-length must be at least 2 and --windows not negative")
-    if request.json_file is not None and not os.access(request.json_file.absolute().parent, os.W_OK):
-        raise UserError(f"{str(request.json_file)!r} cannot be written")
+    _check(request)
     device = choose_device(request.device)
     options = EvaluationOptions(
         request.data, request.tasks, request.sequence_length, request.windows, request.limit, request.seed
@@ -62,12 +82,11 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
         architecture = find_architecture(config, request.architecture)
         if not architecture.evaluation.metrics:
             raise UserError(f"architecture {architecture.name!r} has no evaluation")
-        prepared.append((spec, source, architecture))
+        prepared.append((spec, source, architecture, load_tokenizer(source, request.tokenizer)))
     found = []
     with Progress("quiet" if request.quiet else "normal") as progress:
-        for spec, source, architecture in prepared:
+        for spec, source, architecture, tokenizer in prepared:
             progress.line(f"Measuring {spec}")
-            tokenizer = load_tokenizer(source, request.tokenizer)
             # Half precision is slow on a CPU, and rounds what is to be compared.
             model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
             model.to(device)

@@ -23,7 +23,7 @@ from lillama_core.calibration import (
 )
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, TrainingOptions, distill_block
-from lillama_core.errors import LillamaError, UserError, in_one_line
+from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear, Format
 from lillama_core.initialization import Initializer, root
@@ -47,7 +47,7 @@ from lillama_core.plan import Budget, PlannedMap, RankPlan, describe_plan, make_
 from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
-from lillama_core.record import RunRecord, peak_memory_bytes, versions
+from lillama_core.record import RunRecord, versions
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
 from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
@@ -179,6 +179,9 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
             f" at least two batches of {recipe.batch_size} rows are needed: raise --tokens or lower --batch-size"
         )
     prepared = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
+    if not choose(allocators(), recipe.allocation, "--allocation").needs_spectra:
+        # An allocator may refuse what the budget allows, and this one can be asked already.
+        make_plan(prepared, recipe.allocation, None)
     tokenizer = load_tokenizer(prepared.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
@@ -229,26 +232,25 @@ class _Run:
         if self.request.resume:
             # What can be compared before the model is loaded: the data can not.
             self.directory.check_fingerprint(self._fingerprint(None))
-        with self.record.timed("total"):
-            with self.record.timed("load model"):
-                self.progress.line(f"Loading {self.request.model}")
-                from_gguf = prepared.source.gguf_file is not None
-                model = load_model(prepared.source, self.architecture, torch.float16 if from_gguf else "auto")
-                check_finite(model)
-                self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
-                self.record.dtype = str(self.dtype).removeprefix("torch.")
-                self._upcast_outside_blocks(model)
-                model.to(self.device)
-                self._probe(model)
-            data = self._load_data(model, fingerprint)
-            self.directory.open(self._fingerprint(data), self.request.overwrite)
-            self.progress.release()
-            try:
-                return self._compress(model, data)
-            except UserError:
-                if not any(self.directory.blocks.glob("*.safetensors")):
-                    self.directory.discard()
-                raise
+        with self.record.timed("load model"):
+            self.progress.line(f"Loading {self.request.model}")
+            from_gguf = prepared.source.gguf_file is not None
+            model = load_model(prepared.source, self.architecture, torch.float16 if from_gguf else "auto")
+            check_finite(model)
+            self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
+            self.record.dtype = str(self.dtype).removeprefix("torch.")
+            self._upcast_outside_blocks(model)
+            model.to(self.device)
+            self._probe(model)
+        data = self._load_data(model, fingerprint)
+        self.directory.open(self._fingerprint(data), self.request.overwrite)
+        self.progress.release()
+        try:
+            return self._compress(model, data)
+        except UserError:
+            if not any(self.directory.blocks.glob("*.safetensors")):
+                self.directory.discard()
+            raise
 
     def _fingerprint(self, data: CalibrationData | None) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with; ``data`` None: not known yet."""
@@ -277,7 +279,8 @@ class _Run:
     def _probe(self, model: nn.Module) -> None:
         """Run the blocks on a few tokens: a model that overflows is better named now than by the sampler."""
         vocabulary = int(self.prepared.config.get_text_config(decoder=True).vocab_size)
-        tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        # Two rows: what a block is given besides the hidden states may depend on their number.
+        tokens = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         inputs: Inputs = {"input_ids": tokens}
         source = ResidentSource(model, self.device)
         for blocks in self.prepared.blocks.values():
@@ -406,16 +409,26 @@ class _Run:
             for index, module in enumerate(originals):
                 owner[index] = module
         expected = seen[0].float()
-        with torch.no_grad():
-            chained = hidden[:1].to(self.device)
-            for block, module in zip(parent.blocks, modules, strict=True):
-                chained = runner(module, block, 0, chained)
+        unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
+        try:
+            with torch.no_grad():
+                chained = hidden[:1].to(self.device)
+                for block, module in zip(parent.blocks, modules, strict=True):
+                    chained = runner(module, block, 0, chained)
+        except LillamaError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the blocks of {parent.blocks[0].stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
+            ) from error
         # A wrong argument shows as a difference of the order of the values; rounding does not.
         difference = (chained - expected).norm() / expected.norm().clamp(min=1e-30)
         if not difference < 0.02:
-            raise LillamaError(
+            raise UserError(
                 f"the blocks of {parent.blocks[0].stack!r} run one by one differ from the whole model by"
-                f" {difference:.2%}; architecture {self.architecture.name!r} does not describe this model"
+                f" {difference:.2%}: {unsuitable}"
             )
 
     def _profile(
@@ -624,5 +637,4 @@ class _Run:
                 f"the model has {counted:,} parameters where the plan promised"
                 f" {self.record.parameters['parameters_after']:,}; please report this"
             )
-        self.record.peak_memory_bytes = peak_memory_bytes()
         write_result(model, self.tokenizer, self.prepared, plan, self.record, self.directory, self.progress)

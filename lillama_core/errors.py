@@ -51,7 +51,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     said = str(error).lower()
     return any(
         words in said
-        for words in ("out of memory", "allocate memory", "bad_alloc", "bad allocation", "memory allocation", "os error 12")
+        for words in (
+            "out of memory",
+            "allocate memory",
+            "bad_alloc",
+            "bad allocation",
+            "memory allocation",
+            "os error 12",
+        )
     )
 
 

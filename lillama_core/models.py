@@ -57,6 +57,9 @@ def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
     Raises UserError for a missing or empty directory, a file that is no model, and damaged weight files.
     """
     path = Path(spec)
+    if not spec:
+        # Path("") is the current directory.
+        raise UserError("no model at ''")
     try:
         return _locate(spec, path, trust_remote_code)
     except OSError as error:
@@ -74,7 +77,7 @@ def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
     if path.is_dir():
         _check_directory(path)
         return ModelSource(spec, spec, None, trust_remote_code)
-    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1 or not spec:
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UserError(f"no model at {spec!r}")
     return ModelSource(spec, spec, None, trust_remote_code)
 

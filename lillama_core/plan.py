@@ -103,10 +103,14 @@ def make_budget(
     if dense - removed < smallest:
         # Rounded down, so that the number named can be asked for.
         most = math.floor((dense - smallest) / reference * 1000) / 1000
+        if most <= 0:
+            raise UserError(f"the linear maps of {of_what} are too small a part of it to be worth compressing")
         raise UserError(
             f"a reduction of {reduction:g} is more than the linear maps of {of_what} can give;"
             f" the maximum is {most:.3f}"
         )
+    if removed < 1:
+        raise UserError(f"a reduction of {reduction:g} removes none of the {reference:,} parameters of {of_what}")
     return Budget(dense, reference, removed)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lillama_core.errors import UserError, nearest
+from lillama_core.errors import UserError, nearest, one_line
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -72,6 +73,11 @@ class Recipe:
     seed: int = option(0, "seed of everything random")
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for spec in dataclasses.fields(self):
+            # The three views accept the same: a list for a tuple, a whole number for a fraction.
+            value = _converted(getattr(self, spec.name), hints[spec.name], dashed(spec.name))
+            object.__setattr__(self, spec.name, value)
         for name, low, high in (
             ("self_share", 0.0, 1.0),
             ("held_out", 0.0, 0.5),
@@ -94,6 +100,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{dashed(name)} must be at least {least}, not {value}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be less than 2^32, not {self.seed}")
         for name in ("learning_rate", "gradient_clip"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
@@ -120,7 +128,7 @@ class Recipe:
         for key, value in options.items():
             name = str(key).replace("-", "_")
             if name not in known:
-                raise UserError(f"{where}: unknown key {key!r}{nearest(name, list(known))}")
+                raise UserError(f"{where}: unknown key {reprlib.repr(key)}{nearest(name, list(known))}")
             values[name] = _converted(value, hints[name], f"{where}: {key}")
         return dataclasses.replace(self, **values)
 
@@ -141,7 +149,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list | tuple) and all(isinstance(i, str) for i in items):
             return tuple(items)
-        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
+        raise UserError(f"{where} must be a string or a list of strings, not {reprlib.repr(value)}")
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 3e-4 as a string, because it has no point.
         try:
@@ -153,46 +161,62 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     if type(value) is hint:
         return value
     expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}[hint]
-    raise UserError(f"{where} must be {expected}, not {value!r}")
+    raise UserError(f"{where} must be {expected}, not {reprlib.repr(value)}")
+
+
+def built_in_recipes() -> list[str]:
+    """The recipes that come with lillama."""
+    folder = importlib.resources.files("lillama_core.recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def recipe_names() -> list[str]:
     """Recipes that can be named: built in, and added by plugins."""
     from lillama_registry import registry
 
-    folder = importlib.resources.files("lillama_core.recipes")
-    built_in = [f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")]
-    return sorted({*built_in, *registry().strategies("recipes")})
+    return sorted({*built_in_recipes(), *registry().strategies("recipes")})
 
 
 def load_recipe(name_or_file: str) -> Recipe:
     """A recipe by name or from a YAML file, whose ``recipe: NAME`` names its base (``default`` if absent)."""
-    return _load(name_or_file, ())
+    return _load(name_or_file, None, ())
 
 
-def _load(name_or_file: str, chain: tuple[str, ...]) -> Recipe:
-    if name_or_file in chain:
-        raise UserError(f"recipe {name_or_file!r} is based on itself")
-    is_file = name_or_file.endswith((".yaml", ".yml")) or Path(name_or_file).is_file()
-    if is_file:
-        path = Path(name_or_file)
-        if not path.is_file():
-            raise UserError(f"no recipe file {name_or_file!r}")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {name_or_file!r} is not YAML: {' '.join(str(error).split())}") from None
-        if data is None:
-            raise UserError(f"recipe {name_or_file!r} is empty")
-        name = path.stem
-    else:
-        data = _named(name_or_file)
-        name = name_or_file
-    if not isinstance(data, dict):
-        raise UserError(f"recipe {name_or_file!r} must be a mapping of option to value")
+def _load(name_or_file: str, folder: Path | None, chain: tuple[str, ...]) -> Recipe:
+    """``folder`` is that of the file that names this recipe as its base: paths in it start there."""
+    path = Path(name_or_file) if folder is None else folder / name_or_file
+    try:
+        is_file = name_or_file.endswith((".yaml", ".yml")) or path.is_file()
+        key = str(path.resolve()) if is_file else name_or_file
+        if key in chain:
+            raise UserError(f"recipe {name_or_file!r} is based on itself")
+        data = _from_file(path, name_or_file) if is_file else _named(name_or_file)
+    except OSError as error:
+        raise UserError(f"recipe {name_or_file!r} cannot be read: {error.strerror or error}") from None
+    where = f"recipe {name_or_file!r}"
     base_name = data.pop("recipe", None)
-    base = Recipe() if base_name is None else _load(str(base_name), (*chain, name_or_file))
-    return base.with_options({"name": name, **data}, f"recipe {name_or_file!r}")
+    if base_name is None:
+        base = Recipe()
+    elif isinstance(base_name, str):
+        base = _load(base_name, path.parent if is_file else None, (*chain, key))
+    else:
+        raise UserError(f"{where}: recipe must be the name of its base, not {reprlib.repr(base_name)}")
+    return base.with_options({"name": path.stem if is_file else name_or_file, **data}, where)
+
+
+def _from_file(path: Path, shown: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no recipe file {shown!r}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Whatever is in the file: values such as the date 2024-99-99 fail in Python, not in the parser.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"recipe {shown!r} is not YAML: {one_line(error)}") from None
+    if data is None:
+        raise UserError(f"recipe {shown!r} is empty")
+    if not isinstance(data, dict):
+        raise UserError(f"recipe {shown!r} must be a mapping of option to value")
+    return data
 
 
 def _named(name: str) -> dict[str, Any]:
@@ -200,8 +224,7 @@ def _named(name: str) -> dict[str, Any]:
 
     if name not in (known := recipe_names()):
         raise UserError(f"no recipe named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
-    added = registry().strategies("recipes")
-    if name in added:
-        return dict(added[name])
+    if name not in built_in_recipes():
+        return dict(registry().strategies("recipes")[name])
     text = (importlib.resources.files("lillama_core.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text) or {})

@@ -82,6 +82,12 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     resumed: bool = False
+    started: float = field(default_factory=time.monotonic, repr=False)
+
+    def stop(self) -> None:
+        """Note the time that the run has taken and the memory that it has needed so far."""
+        self.seconds["total"] = round(time.monotonic() - self.started, 3)
+        self.peak_memory_bytes = peak_memory_bytes()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -93,4 +99,6 @@ class RunRecord:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        del found["started"]  # means nothing outside this process
+        return found

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from lillama_core.errors import LillamaError, UserError
 
-
 OWN_ENTRIES = frozenset(
     name + end
     for name in ("run.json", "blocks", "profile", "result", "replaced", "probe.safetensors")
@@ -65,7 +64,9 @@ class RunDirectory:
             if resume and not replacing:
                 raise UserError(f"output {shown} is finished: there is nothing to resume")
             if not replacing:
-                resumable = ", or --resume to go on with the run that was to" if self._started().get("overwrite") else ""
+                resumable = (
+                    ", or --resume to go on with the run that was to" if self._started().get("overwrite") else ""
+                )
                 raise UserError(f"output {shown} exists; pass --overwrite to replace it{resumable}")
             if any(output.iterdir()) and not (output / "lillama.json").is_file():
                 # A slip such as `--output ~ --overwrite` must not cost somebody's files.
@@ -188,7 +189,7 @@ class RunDirectory:
 def normal_path(output: Path) -> Path:
     """``output`` as an absolute path with a name of its own; raises UserError for the root of a file system."""
     found = Path(os.path.abspath(output))
-    if not found.name or not str(output):
+    if not found.name:
         raise UserError(f"output {str(output)!r} is not the name of a directory to make")
     return found
 

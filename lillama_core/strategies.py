@@ -34,6 +34,19 @@ def all_losses() -> dict[str, losses.Loss]:
     return _merged(losses.BUILT_IN, "losses")
 
 
+def built_in() -> dict[str, list[str]]:
+    """What the core itself brings, by kind: names that no plugin can take over."""
+    from lillama_core.recipe import built_in_recipes
+
+    return {
+        "allocators": sorted(allocation.BUILT_IN),
+        "initializers": sorted(initialization_package.BUILT_IN),
+        "formats": sorted(formats_package.BUILT_IN),
+        "losses": sorted(losses.BUILT_IN),
+        "recipes": built_in_recipes(),
+    }
+
+
 def choose(strategies: Mapping[str, T], name: str, option: str) -> T:
     """The strategy called ``name``; raises UserError that suggests the nearest."""
     if name not in strategies:

@@ -27,7 +27,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**GATED, "head_dim": 8},
     "gemma": {**GATED, "head_dim": 8},
     "gemma2": {**GATED, "head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {**GATED, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {**GATED, "head_dim": 8, "sliding_window": 8,
+                    "layer_types": ["sliding_attention", "full_attention"]},
     "smollm3": {**GATED, "pad_token_id": 0},
     "stablelm": GATED,
     "opt": {
@@ -85,7 +86,7 @@ def test_chained_blocks_equal_the_whole_forward(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "opt", "gpt_neox"])
 @pytest.mark.parametrize("format_name", ["pivoted", "factored"])
 def test_compress_load_generate_save_again(
-    model_type: str, format_name: str, tmp_path: Path, tiny_tokenizer: Any, calibration_file: Path
+    model_type: str, format_name: str, tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +97,7 @@ def test_compress_load_generate_save_again(
     tiny_tokenizer.save_pretrained(dense)
     recipe = Recipe(
         reduction=0.2, stacks=("decoder",), tokens=512, sequence_length=32, batch_size=4, sensitivity_tokens=128,
-        steps=2, format=format_name, calibration=(str(calibration_file),), self_share=0.0, compute="float32",
+        steps=2, format=format_name, calibration=(str(calibration_text),), self_share=0.0, compute="float32",
     )  # fmt: skip
     out = tmp_path / "out"
     record = compress(Request(str(dense), out, recipe), "quiet")

@@ -33,8 +33,8 @@ def best_by_descent(objective, m: int, n: int, r: int) -> float:
         A = torch.randn(r, n, generator=g, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([B, A], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
 
-        def closure() -> torch.Tensor:
-            optimizer.zero_grad()
+        def closure(B: torch.Tensor = B, A: torch.Tensor = A) -> torch.Tensor:
+            B.grad = A.grad = None
             loss = objective(B @ A)
             loss.backward()
             return loss

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from lillama_core.models import count_parameters
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, calibration_file: Path) -> Path:
+def dense(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Path:
+    return make_model(tmp_path_factory.mktemp("dense") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path, calibration_text: Path) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "out"
     recipe = Recipe(
         stacks=("decoder",), reduction=0.25, tokens=512, sequence_length=32, sensitivity_tokens=128, steps=0,
-        calibration=(str(calibration_file),), self_share=0.0, compute="float32",
+        calibration=(str(calibration_text),), self_share=0.0, compute="float32",
     )  # fmt: skip
-    compress(Request(str(tiny_model_dir), out, recipe), "quiet")
+    compress(Request(str(dense), out, recipe), "quiet")
     return out
 
 
@@ -103,7 +109,7 @@ def test_sharded_save_round_trip(compressed: Path, tmp_path: Path) -> None:
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
-def test_the_file_holds_what_was_promised(compressed: Path, tiny_model_dir: Path) -> None:
+def test_the_file_holds_what_was_promised(compressed: Path) -> None:
     record = json.loads((compressed / "lillama.json").read_text())
     numbers = 0
     with safe_open(str(compressed / "model.safetensors"), "pt") as file:

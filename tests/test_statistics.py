@@ -105,7 +105,7 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     architecture, blocks, parent, source = parts(model)
     tokens = torch.randint(0, 50, (2, 9))
     inputs = {"input_ids": tokens}
-    hidden, calls = parent.record(inputs)
+    _, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
     found = measure_sensitivity(parent, source, runner, [inputs], 7, Progress("quiet"))
 

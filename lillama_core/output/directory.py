@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 
 from lillama_core.errors import LillamaError
 from lillama_core.maps import LinearSite
-from lillama_core.output.card import write_card
+from lillama_core.output.card import public_name, public_recipe, write_card
 from lillama_core.output.report import write_report
 from lillama_core.plan import RankPlan
 from lillama_core.progress import Progress
@@ -50,21 +49,31 @@ def write_result(
         logger.setLevel(level)
     tokenizer.save_pretrained(str(result))
     record.bytes = {
-        "dense": dense_bytes(model, prepared, plan),
+        "dense": prepared.total_parameters * next(model.parameters()).dtype.itemsize,
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
     check_reload(model, result, prepared.architecture.auto_class)
-    write_json(result / "lillama.json", record.to_dict())
+    record.stop()
+    write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)
     write_report(result, record)
     directory.publish()
 
 
-def dense_bytes(model: Any, prepared: Preparation, plan: RankPlan) -> int:
-    """Bytes of the dense model's tensors in the dtype of the output."""
-    size = next(model.parameters()).dtype.itemsize
-    return prepared.total_parameters * size
+def published(record: RunRecord) -> dict[str, Any]:
+    """The record as strangers may read it: local models and files by name, without their folders."""
+    data = dict(record.data)
+    data["sources"] = {
+        public_name(name): {k: public_name(v) if k == "path" else v for k, v in description.items()}
+        for name, description in record.data["sources"].items()
+    }
+    return {
+        **record.to_dict(),
+        "model": public_name(record.model),
+        "recipe": public_recipe(record),
+        "data": data,
+    }
 
 
 def check_reload(model: Any, result: Path, auto_class: str) -> None:
@@ -82,9 +91,3 @@ def check_reload(model: Any, result: Path, auto_class: str) -> None:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LillamaError(f"the written model does not load as it was: {reason}")
     probe.unlink()
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """lillama.json of a finished directory."""
-    found: dict[str, Any] = json.loads((folder / "lillama.json").read_text(encoding="utf-8"))
-    return found

@@ -88,7 +88,8 @@ class Registry:
             )
             self._check_taken(plugin)
         except (Exception, SystemExit) as error:
-            if self.manager.has_plugin(name):
+            # A second plugin of one name must not take the first one with it.
+            if self.manager.get_plugin(name) is module:
                 self.manager.unregister(name=name)
             self._fail(name, distribution, error)
         else:
@@ -119,7 +120,9 @@ class Registry:
 
     def _fail(self, name: str, distribution: str, error: BaseException, what: str = "") -> None:
         reason = " ".join(f"{f'{what}: ' if what else ''}{type(error).__name__}: {error}".split())
-        self.failures.append(PluginFailure(name, distribution, reason))
+        failure = PluginFailure(name, distribution, reason)
+        if failure not in self.failures:
+            self.failures.append(failure)
 
     @property
     def architectures(self) -> list[Any]:

@@ -1,0 +1,185 @@
+"""Tiny models with their tokenizer, a text to calibrate on, and the command line as tests call it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before transformers is imported: nothing here needs the network, and a mistyped name must not look for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+
+from lillama_core.cli import main
+
+TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-valid.txt"
+VOCABULARY = 384
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+
+QUICK = (
+    *("--tokens", "1024", "--sequence-length", "32", "--batch-size", "4", "--sensitivity-tokens", "128"),
+    *("--steps", "3", "--self-share", "0"),
+)
+"""Options of a run of a tiny model that takes about a second; the calibration data is still to be named."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a user's mistake; fails when stderr holds anything else."""
+        assert self.status == 2, self
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, self
+        assert lines[0].startswith("lillama: error: "), self
+        return lines[0].removeprefix("lillama: error: ")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Sampled text of one session must not serve the next."""
+    os.environ["LILLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of a few hundred tokens, with begin and end of text and a chat template."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([TEXT.read_text(encoding="utf-8")[:50_000]], trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+}
+"""Where a family's config departs from the usual names."""
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """``make_model(folder, family="llama", dtype=…, change=…, **config)`` saves a random model and its tokenizer.
+
+    ``change`` may edit the model in place before it is saved.
+    """
+
+    def make(
+        folder: Path,
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[Any], None] = lambda model: None,
+        **changes: Any,
+    ) -> Path:
+        torch.manual_seed(0)
+        settings: dict[str, Any] = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        }
+        config = CONFIG_MAPPING[family](**(settings | SIZES.get(family, {}) | changes))
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(str(folder))
+        tiny_tokenizer.save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _tiny_model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_model(_tiny_model: Path, tmp_path: Path) -> Path:
+    """A Llama of two layers, in a directory that the test may spoil."""
+    return Path(shutil.copytree(_tiny_model, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of a few thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[60_000:90_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """``run_cli("compress", …)``: the command line within this process."""
+
+    def run(*arguments: str | Path) -> Ended:
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as ended:
+            # --help and --version.
+            status = int(ended.code or 0)
+        return Ended(status, *capsys.readouterr())
+
+    return run
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """The command line for a process of its own."""
+    return [sys.executable, "-m", "lillama_core", *map(str, arguments)]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of such a process: one thread, so that its numbers and its memory are always the same."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", **changes}
+
+
+def run_process(*arguments: str | Path, **options: Any) -> Ended:
+    """The command line in a process of its own."""
+    env = options.pop("env", environment())
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=env, timeout=300, check=False, **options
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below ``folder``, with the contents of files: equal before and after when nothing was touched."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+        for p in folder.rglob("*")
+    }
