@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lillama_core.calibration import CalibrationOptions, Source, check_sources
+from lillama_core.calibration import CalibrationOptions, Source, check_sources, load_text_windows
 from lillama_core.calibration.sources import SELF
 from lillama_core.compute import choose_device
 from lillama_core.errors import UserError
@@ -82,9 +82,14 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
         architecture = find_architecture(config, request.architecture)
         if not architecture.evaluation.metrics:
             raise UserError(f"architecture {architecture.name!r} has no evaluation")
+        architecture.evaluation.check(options)
         prepared.append((spec, source, architecture, load_tokenizer(source, request.tokenizer)))
     found = []
     with Progress("quiet" if request.quiet else "normal") as progress:
+        if request.data is not None:
+            for _, _, _, tokenizer in prepared:
+                load_text_windows(Source.parse(request.data), tokenizer, request.sequence_length, 1)
+        progress.release()
         for spec, source, architecture, tokenizer in prepared:
             progress.line(f"Measuring {spec}")
             # Half precision is slow on a CPU, and rounds what is to be compared.

@@ -73,6 +73,13 @@ class Evaluation:
     def __init__(self, *metrics: Metric) -> None:
         self.metrics = metrics
 
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError for what a metric can refuse without a model: a metric may have a method of this name."""
+        for metric in self.metrics:
+            check = getattr(metric, "check", None)
+            if check is not None:
+                check(options)
+
     def run(
         self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None
     ) -> list[Measurement]:

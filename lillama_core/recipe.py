@@ -128,7 +128,7 @@ class Recipe:
         for key, value in options.items():
             name = str(key).replace("-", "_")
             if name not in known:
-                raise UserError(f"{where}: unknown key {reprlib.repr(key)}{nearest(name, list(known))}")
+                raise UserError(f"{where}: unknown key {_shown(key)}{nearest(name, list(known))}")
             values[name] = _converted(value, hints[name], f"{where}: {key}")
         return dataclasses.replace(self, **values)
 
@@ -149,7 +149,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list | tuple) and all(isinstance(i, str) for i in items):
             return tuple(items)
-        raise UserError(f"{where} must be a string or a list of strings, not {reprlib.repr(value)}")
+        raise UserError(f"{where} must be a string or a list of strings, not {_shown(value)}")
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 3e-4 as a string, because it has no point.
         try:
@@ -161,13 +161,21 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
     if type(value) is hint:
         return value
     expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}[hint]
-    raise UserError(f"{where} must be {expected}, not {reprlib.repr(value)}")
+    raise UserError(f"{where} must be {expected}, not {_shown(value)}")
 
 
 def built_in_recipes() -> list[str]:
     """The recipes that come with lillama."""
     folder = importlib.resources.files("lillama_core.recipes")
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in a message: a few lines of YAML can stand for more than fits into memory."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    text = short.repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def recipe_names() -> list[str]:
@@ -200,7 +208,7 @@ def _load(name_or_file: str, folder: Path | None, chain: tuple[str, ...]) -> Rec
     elif isinstance(base_name, str):
         base = _load(base_name, path.parent if is_file else None, (*chain, key))
     else:
-        raise UserError(f"{where}: recipe must be the name of its base, not {reprlib.repr(base_name)}")
+        raise UserError(f"{where}: recipe must be the name of its base, not {_shown(base_name)}")
     return base.with_options({"name": path.stem if is_file else name_or_file, **data}, where)
 
 

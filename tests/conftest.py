@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core.cli import main
 
@@ -140,6 +140,17 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(TEXT.read_text(encoding="utf-8")[60_000:90_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def compressed(_tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a quick run makes of the tiny model, from a process of its own; ``stdout`` and ``stderr`` lie beside it."""
+    output = tmp_path_factory.mktemp("compressed") / "small"
+    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK)
+    assert done.status == 0, done
+    (output.parent / "stdout").write_text(done.stdout)
+    (output.parent / "stderr").write_text(done.stderr)
+    return output
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -204,13 +205,9 @@ def test_remote_code(refused: Callable[..., str], tiny_model: Path) -> None:
     assert "--trust-remote-code" in refused()
 
 
-def test_compressed_model(
-    run_cli: Cli, refused: Callable[..., str], tiny_model: Path, calibration_text: Path, tmp_path: Path
-) -> None:
-    first = run_cli(*("compress", tiny_model, "-o", "small", "--calibration", calibration_text, *QUICK, "--steps", "0"))
-    assert first.status == 0, first
-    assert "is already compressed by lillama; start from its base model" in refused(model="small")
-    assert "is already compressed" in run_cli("plan", "small").error
+def test_compressed_model(run_cli: Cli, refused: Callable[..., str], compressed: Path) -> None:
+    assert "is already compressed by lillama; start from its base model" in refused(model=compressed)
+    assert "is already compressed" in run_cli("plan", compressed).error
 
 
 # GGUF
@@ -320,16 +317,11 @@ def test_tokenizer_of_another_model(
 
 
 def test_tokenizer_from_elsewhere(
-    run_cli: Cli, make_model: Callable[..., Path], tiny_model: Path, calibration_text: Path, tmp_path: Path
+    refused: Callable[..., str], make_model: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """What the message of `test_missing_tokenizer` advises works."""
+    """What the message of `test_missing_tokenizer` advises works: tokens are counted, and only those are too few."""
     without_tokenizer(make_model(tmp_path / "bare"))
-    ended = run_cli(
-        *("compress", tmp_path / "bare", "-o", tmp_path / "o", "--tokenizer", tiny_model),
-        *("--calibration", calibration_text, *QUICK, "--steps", "0"),
-    )
-    assert ended.status == 0, ended
-    assert (tmp_path / "o" / "tokenizer.json").is_file()
+    assert "--use-all-tokens" in refused("--tokenizer", tiny_model, "--tokens", "1000000", model="bare")
 
 
 # The reduction
@@ -501,13 +493,14 @@ def test_files_of_others_are_never_overwritten(refused: Callable[..., str], tmp_
 
 
 def test_neighbours_of_the_output_are_left_alone(
-    run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_path: Path
+    run_cli: Cli, tiny_model: Path, compressed: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
+    shutil.copytree(compressed, tmp_path / "o")
     (tmp_path / "o.old").mkdir()
     (tmp_path / "o.old" / "thesis.tex").write_text("years of work")
-    command = ("compress", tiny_model, "-o", tmp_path / "o", "--calibration", calibration_text, *QUICK, "--steps", "0")
-    assert run_cli(*command).status == 0
-    assert run_cli(*command, "--overwrite").status == 0
+    arguments = ("compress", tiny_model, "-o", tmp_path / "o", "--calibration", calibration_text, *QUICK)
+    assert run_cli(*arguments, "--steps", "0", "--overwrite").status == 0
+    assert json.loads((tmp_path / "o" / "lillama.json").read_text())["recipe"]["steps"] == 0
     assert (tmp_path / "o.old" / "thesis.tex").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "o.old", "tiny"]
 
@@ -592,7 +585,7 @@ def test_infinite_activations(
     assert not (tmp_path / "o").exists()
 
 
-def test_full_disk(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+def test_full_disk(run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
     """The largest file that may be written stands for the space that is left."""
     arguments = ("compress", tiny_model, "-o", tmp_path / "o", "--calibration", calibration_text, *QUICK)
 
@@ -604,7 +597,7 @@ def test_full_disk(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> 
     assert "too large" in said.lower()
     assert not (tmp_path / "o").exists()
     assert (tmp_path / "o.partial").is_dir()
-    done = run_process(*arguments, "--resume")
+    done = run_cli(*arguments, "--resume")
     assert done.status == 0, done
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "tiny"]
 
@@ -621,8 +614,6 @@ def test_out_of_memory(make_model: Callable[..., Path], calibration_text: Path, 
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    import subprocess
-
     done = subprocess.run(
         [
             *(sys.executable, str(script), "compress", str(tmp_path / "m"), "-o", str(tmp_path / "o")),

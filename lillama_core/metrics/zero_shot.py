@@ -65,6 +65,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
+@functools.lru_cache(maxsize=1)
 def _task_manager(names: tuple[str, ...]) -> Any:
     """lm-eval's index, checked to know all of ``names``; raises UserError for one that it does not know."""
     from lm_eval.tasks import TaskManager
@@ -180,6 +181,15 @@ class ZeroShotAccuracy:
     def __init__(self, tasks: tuple[str, ...] = ()) -> None:
         self._tasks = tasks
 
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError for tasks that lm-eval does not know, and when tasks are named while it is not installed."""
+        if not options.tasks:
+            return
+        if not _installed():
+            raise UserError("--tasks needs lm-eval, which is not installed: pip install 'lillama[eval]'")
+        with _quiet(lambda line: None):
+            _task_manager(expand(options.tasks))
+
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """One measurement a task or group of tasks, in percent, and their mean when there are several.
 
@@ -187,9 +197,8 @@ class ZeroShotAccuracy:
         accuracy, and when tasks are named while lm-eval is not installed. Without lm-eval and named tasks
         the metric is skipped: the list is empty.
         """
+        self.check(options)
         if not _installed():
-            if options.tasks:
-                raise UserError("--tasks needs lm-eval, which is not installed: pip install 'lillama[eval]'")
             report("accuracy: skipped, lm-eval is not installed (pip install 'lillama[eval]')")
             return []
         names = expand(options.tasks or self._tasks)

@@ -1,0 +1,221 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICK, Ended, command, environment, tree
+
+from lillama_core import Recipe, load_recipe
+from lillama_core import cli as cli_module
+
+Cli = Callable[..., Ended]
+
+
+def test_version(run_cli: Cli) -> None:
+    assert run_cli("--version") == Ended(0, f"lillama {importlib.metadata.version('lillama')}\n", "")
+
+
+def test_help(run_cli: Cli) -> None:
+    done = run_cli("--help")
+    assert (done.status, done.stderr) == (0, "")
+    for name in ("compress", "plan", "evaluate", "plugins"):
+        assert name in done.stdout
+        assert run_cli(name, "--help").status == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--output", "--reduction", "--calibration", "--recipe", "--tokens", "--sequence-length", "--allocation"),
+        *("--init", "--format", "--loss", "--mode", "--train", "--stacks", "--architecture", "--tokenizer", "--dtype"),
+        *("--device", "--seed", "--trust-remote-code", "--overwrite", "--resume", "--quiet", "--verbose"),
+    ],
+)
+def test_promised_options(run_cli: Cli, option: str) -> None:
+    assert re.search(rf"{option}\b", run_cli("compress", "--help").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "required: COMMAND"),
+        (("compres", "m"), "'compres'"),
+        (("compress",), "required: MODEL"),
+        (("compress", "m"), "-o/--output"),
+        (("compress", "m", "-o", "o", "--reductoin", "0.2"), "'--reductoin'; did you mean '--reduction'?"),
+        (("compress", "m", "-o", "o", "--seq=5"), "unknown option '--seq'"),
+        (("compress", "m", "-o", "o", "n"), "unknown argument 'n'"),
+        (("compress", "m", "-o", "o", "--tokens", "many"), "invalid int value: 'many'"),
+        (("compress", "m", "-o", "o", "--reduction", "a fifth"), "invalid float value: 'a fifth'"),
+        (("compress", "m", "-o", "o", "--quiet", "--verbose"), "not allowed with"),
+        (("compress", "m", "-o", "o", "--recipe"), "expected one argument"),
+        (("plan", "m", "--output", "o"), "unknown option '--output'"),
+        (("evaluate", "m", "--windows", "-1"), "--windows must be at least 0, not -1"),
+        (("evaluate", "m", "--limit", "0"), "--limit must be at least 1, not 0"),
+        (("evaluate", "m", "--sequence-length", "1"), "--sequence-length must be at least 2, not 1"),
+        (("evaluate", "m", "--data", "nowhere.txt"), "no such file"),
+        (("evaluate", "m", "--json", "nowhere/at/all.json"), "cannot be written"),
+        (("evaluate", "./nowhere"), "no model at './nowhere'"),
+        (("evaluate", "m", "--baseline", "./nowhere"), "no model at './nowhere'"),
+        (("evaluate", "m", "--device", "gpu"), "--device must be"),
+        (("plugins", "all"), "unknown argument 'all'"),
+    ],
+)
+def test_wrong_commands(
+    run_cli: Cli, arguments: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run_cli(*arguments)
+    assert expected in ended.error
+    assert ended.stdout == ""
+    assert tree(tmp_path) == {}
+
+
+def test_compress_prints_results_on_stdout_and_progress_on_stderr(compressed: Path) -> None:
+    """Neither is a terminal: plain lines."""
+    stdout, stderr = ((compressed.parent / name).read_text() for name in ("stdout", "stderr"))
+    assert [line.split()[0] for line in stdout.splitlines()] == ["parameters", "bytes", "perplexity", "time", "report"]
+    record = json.loads((compressed / "lillama.json").read_text())
+    assert f"{record['parameters']['parameters_after']:,}" in stdout
+    assert stderr.startswith("Loading ")
+    assert "Compressing blocks 2/2" in stderr
+    for text in (stdout, stderr):
+        assert "\x1b" not in text
+        assert "\r" not in text
+        assert "Warning" not in text
+
+
+def test_verbose(run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    assert "calibration: 32 x 32 tokens from" not in (compressed.parent / "stderr").read_text()
+    # The fewest steps that get that far.
+    arguments = ("compress", tiny_model, "-o", tmp_path / "o", "--calibration", calibration_text, *QUICK)
+    verbose = run_cli(*arguments, "--verbose", "--steps", "0")
+    assert verbose.status == 0
+    assert "calibration: 32 x 32 tokens from" in verbose.stderr
+
+
+PLANS: list[tuple[str, ...]] = [
+    (),
+    ("--allocation", "top-first", "--format", "factored", "--reduction", "0.37", "--stacks", "decoder"),
+]
+
+
+@pytest.mark.parametrize("options", PLANS, ids=" ".join)
+def test_plan_promises_what_the_run_gives(
+    run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    plan = run_cli("plan", tiny_model, "--json", *options)
+    assert (plan.status, plan.stderr) == (0, "")
+    found = json.loads(plan.stdout)
+    if options:
+        compressed = tmp_path / "o"
+        arguments = ("-o", compressed, "--calibration", calibration_text, *QUICK, "--steps", "0", *options)
+        assert run_cli("compress", tiny_model, *arguments).status == 0
+    record = json.loads((compressed / "lillama.json").read_text())
+    assert {k: found[k] for k in record["parameters"]} == record["parameters"]
+    assert found["dtype"] == record["dtype"]
+    if found["note"] is None:
+        assert {m["name"]: m["rank"] for m in found["maps"] if m["rank"]} == record["plan"]["ranks"]
+    assert sum(m["parameters"] for m in found["maps"]) == found["multiply_adds_per_token_after"]
+
+
+def test_plan_needs_the_config_and_shapes_alone(run_cli: Cli, tiny_model: Path) -> None:
+    """Neither the tokenizer nor a single weight is read: weights full of NaN make no difference."""
+    before = run_cli("plan", tiny_model)
+    weights = tiny_model / "model.safetensors"
+    raw = weights.read_bytes()
+    header = int.from_bytes(raw[:8], "little") + 8
+    weights.write_bytes(raw[:header] + b"\xff" * (len(raw) - header))
+    (tiny_model / "tokenizer.json").unlink()
+    assert run_cli("plan", tiny_model) == before
+    assert "mlp.up_proj" in before.stdout
+    assert "note: allocation 'spectrum'" in before.stdout
+
+
+def test_evaluate(run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    done = run_cli(
+        *("evaluate", compressed, "--baseline", tiny_model, "--data", calibration_text, "--windows", "2"),
+        *("--sequence-length", "16", "--limit", "2", "--json", tmp_path / "numbers.json"),
+    )
+    assert done.status == 0, done
+    header, _, first, *_ = done.stdout.splitlines()
+    assert header.split() == ["metric", "tiny", "small", "change", "unit", "better"]
+    assert first.startswith("perplexity ")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert len(numbers) == 2
+    assert done.stderr.splitlines()[0] == f"Measuring {tiny_model}"
+    for measurements in numbers.values():
+        assert {"perplexity"} < {m["name"] for m in measurements}
+
+
+def test_evaluate_too_little_text(run_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "give more text" in run_cli("evaluate", tiny_model, "--data", tmp_path / "short.txt").error
+
+
+def test_evaluate_unknown_task(run_cli: Cli, tiny_model: Path) -> None:
+    pytest.importorskip("lm_eval")
+    ended = run_cli("evaluate", tiny_model, "--tasks", "lillama_clozee", "--windows", "1", "--sequence-length", "16")
+    assert "did you mean 'lillama_cloze'?" in ended.error
+
+
+def test_reader_that_goes_away() -> None:
+    """As with ``lillama plugins | head -0``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command("plugins"), stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), "interrupted; what was finished is kept, --resume goes on from there"),
+        (MemoryError(), "out of memory; lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), "out of memory; lower"),
+        (OSError(28, "No space left on device", "/there"), "No space left on device: /there"),
+        (ValueError("two\nlines"), "ValueError: two lines (--debug shows where)"),
+    ],
+)
+def test_what_nobody_foresaw(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: str
+) -> None:
+    """One line and status 1, whatever a command raises."""
+
+    def fail(options: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(cli_module, "run_plugins", fail)
+    ended = run_cli("plugins")
+    assert ended.status == 1
+    assert ended.stderr.startswith(f"lillama: error: {expected}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_settings_of_libraries_are_put_back(run_cli: Cli) -> None:
+    """`main` may be called from a program that has its own ideas of logging."""
+    import logging
+
+    import transformers
+
+    before = (transformers.utils.logging.get_verbosity(), logging.root.manager.disable)
+    run_cli("plugins")
+    run_cli("nothing")
+    assert (transformers.utils.logging.get_verbosity(), logging.root.manager.disable) == before
+
+
+def test_recipes_are_the_defaults_of_the_command_line() -> None:
+    assert load_recipe("default") == Recipe()
