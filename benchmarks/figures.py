@@ -122,7 +122,9 @@ def speed(model_spec: str, compressed: dict[str, str]) -> dict[str, Any]:
                     h = runner(module, block, 0, h)
 
         chains[name] = chain
-        multiply_adds[name] = sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
+        # The maps, and attention's scores and sums over the tokens before: half of length x width each, twice.
+        attention = len(blocks) * 512 * model.config.hidden_size
+        multiply_adds[name] = attention + sum(p.numel() for m in modules for p in m.parameters() if p.dim() == 2)
     times: dict[str, list[float]] = {name: [] for name in chains}
     for round_ in range(13):
         for name, chain in chains.items():
@@ -170,23 +172,24 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         started = time.perf_counter()
         small = [{"input_ids": r} for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
         small_runner = BlockRunner(architecture, [parent.record(b)[1] for b in small], CPU, autocast)
-        gradients = measure_sensitivity(parent, source, small_runner, small, 0, Progress("quiet"))
+        profile = Profile(Path(folder))
+        for block, found in measure_sensitivity(parent, source, small_runner, small, 0, Progress("quiet")):
+            profile.save_gradients(block, found)
         backward_seconds = time.perf_counter() - started
 
-        profile = Profile(Path(folder))
         started = time.perf_counter()
         initializer = INITIALIZERS["sensitivity"]
-        profile_blocks(blocks, source, runner, list(stream), initializer, gradients, profile, Progress("quiet"))
+        profile_blocks(blocks, source, runner, list(stream), initializer, profile, Progress("quiet"))
         statistics_seconds = time.perf_counter() - started
         started = time.perf_counter()
         for block in blocks:
             module = source.block(block)
-            found, _ = profile.load(block)
+            decompositions, _ = profile.load(block)
             for site in block.sites:
                 map_ = site.maps[0]
                 W = site.weight(module, map_)
                 rank = FORMATS["pivoted"].largest_rank(map_.out_features, map_.in_features, int(0.75 * map_.parameters))
-                B, A = found[map_.name].factors(W, rank)
+                B, A = decompositions[map_.name].factors(W, rank)
                 site.replace(module, FORMATS["pivoted"].from_factors(B, A, site.bias(module, map_)))
         replacement_seconds = time.perf_counter() - started
         second_forward = median_seconds(forward, 1)

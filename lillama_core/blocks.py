@@ -18,6 +18,10 @@ Inputs = dict[str, torch.Tensor]
 """The keyword arguments of one forward pass of the model."""
 
 
+RunBlock = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+"""Takes a block's index, hidden states and other arguments, and returns hidden states."""
+
+
 @dataclass
 class BlockCall:
     """The arguments that a block gets besides the hidden states."""
@@ -61,6 +65,24 @@ class Parent:
             self._forward(inputs)
         return first[0].detach().float(), calls
 
+    def last_output(self, inputs: Inputs, run: RunBlock) -> torch.Tensor:
+        """What the last block returns in a forward pass of the model in which ``run`` stands for every block.
+
+        ``run`` gets a block's index, the hidden states and the other arguments that the model passes at that moment.
+        """
+        last: list[torch.Tensor] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            out = run(index, hidden, args, kwargs)
+            if index == len(self.blocks) - 1:
+                last.append(out)
+                raise _Enough
+            return out
+
+        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(_Enough):
+            self._forward(inputs)
+        return last[0].float()
+
     def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
         """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""
 
@@ -76,9 +98,7 @@ class Parent:
         return self.model(**inputs, **extra)
 
     @contextlib.contextmanager
-    def _bypassed(
-        self, bypass: Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
-    ) -> Iterator[None]:
+    def _bypassed(self, bypass: RunBlock) -> Iterator[None]:
         modules = [self.model.get_submodule(block.path) for block in self.blocks]
 
         def replaced(index: int) -> Callable[..., Any]:
@@ -86,7 +106,7 @@ class Parent:
                 if not self._probed:
                     # Whether a block returns a tensor or a tuple is its own business: see once what it does.
                     block = copy.deepcopy(modules[index]).float()
-                    del block.__dict__["forward"]
+                    del block.__dict__["forward"]  # the bypass itself
                     with torch.no_grad():
                         result = block(*args, **kwargs)
                     self._returns_tuple = result[1:] if isinstance(result, tuple) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lillama_core.calibration.sources import SELF
 from lillama_core.compute import choose_device
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
+from lillama_core.memory import release_memory
 from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
 from lillama_core.progress import Progress
 from lillama_core.run_directory import write_json
@@ -98,7 +98,7 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
             subject = Subject(source.short_name, model, tokenizer, device)
             found.append(Evaluated(spec, architecture.evaluation.run(subject, options, progress.line)))
             del model, subject
-            gc.collect()
+            release_memory()
     if request.json_file is not None:
         write_json(
             request.json_file,

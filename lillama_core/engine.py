@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear, Format
 from lillama_core.initialization import Initializer, root
 from lillama_core.losses import Loss
+from lillama_core.memory import release_memory
 from lillama_core.models import (
     ModelSource,
     blocks_of,
@@ -242,6 +242,7 @@ class _Run:
             self._upcast_outside_blocks(model)
             model.to(self.device)
             self._probe(model)
+            release_memory()
         data = self._load_data(model, fingerprint)
         self.directory.open(self._fingerprint(data), self.request.overwrite)
         self.progress.release()
@@ -348,7 +349,7 @@ class _Run:
         with self.record.timed("blocks"):
             for name, parent in parents.items():
                 last = self._compress_stack(
-                    parent, batches, calls[name], streams[name], held_out, source, profile, plan
+                    parent, batches, calls[name], streams.pop(name), held_out, source, profile, plan
                 )
         with self.record.timed("report"):
             held = [(batches[i], last[0][i], last[1][i]) for i in held_out]
@@ -356,7 +357,7 @@ class _Run:
                 parent, held, self.autocast, next_token=self.architecture.auto_class == "AutoModelForCausalLM"
             )
         del calls, streams, last, held
-        gc.collect()
+        release_memory()
         with self.record.timed("output"):
             self._finish(model, plan)
         return self.record
@@ -387,34 +388,19 @@ class _Run:
         """Blocks run one after the other must give what the model gives, or nothing that follows means anything."""
         runner = self._runner(calls)
         short = {k: v[:1] for k, v in self._on_device(inputs).items()}
-        model, device_type = parent.model, self.device.type
-        seen: list[torch.Tensor] = []
-        modules = [source.block(block) for block in parent.blocks]
-        owner = model.get_submodule(parent.blocks[0].path.rpartition(".")[0])
-        assert isinstance(owner, nn.ModuleList)
-        originals = list(owner)
-        handle = modules[-1].register_forward_hook(
-            lambda _m, _i, out: seen.append((out[0] if isinstance(out, tuple) else out).detach())
-        )
-        try:
-            for index, module in enumerate(modules):
-                owner[index] = module
-            with (
-                torch.no_grad(),
-                torch.autocast(device_type, self.autocast, enabled=self.autocast is not None),
-            ):
-                model(**short)
-        finally:
-            handle.remove()
-            for index, module in enumerate(originals):
-                owner[index] = module
-        expected = seen[0].float()
+
+        def run_live(index: int, entering: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            with runner.autocast():
+                module = source.block(parent.blocks[index])
+                return self.architecture.call_block(module, entering.float(), args, kwargs)
+
+        expected = parent.last_output(short, run_live)
         unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
         try:
             with torch.no_grad():
                 chained = hidden[:1].to(self.device)
-                for block, module in zip(parent.blocks, modules, strict=True):
-                    chained = runner(module, block, 0, chained)
+                for block in parent.blocks:
+                    chained = runner(source.block(block), block, 0, chained)
         except LillamaError:
             raise
         except Exception as error:
@@ -441,41 +427,31 @@ class _Run:
         profile: Profile,
     ) -> None:
         blocks = parent.blocks
-        gradients: dict[str, dict[str, torch.Tensor]] = {}
         needed = self.initializer.needs_gradients or (self.loss.needs_sensitivity and self.recipe.steps > 0)
-        if needed and not all(profile.has(block) for block in blocks):
+        if needed and not all(profile.has_gradients(block) for block in blocks):
             with self.record.timed("sensitivity"):
-                gradients = self._sensitivity(parent, batches, source)
+                self._sensitivity(parent, batches, source, profile)
         with self.record.timed("statistics"):
             profile_blocks(
                 blocks,
                 source,
                 self._runner(calls),
-                [hidden.clone() for hidden in stream],
+                list(stream),
                 self.initializer,
-                gradients,
                 profile,
                 self.progress,
             )
 
-    def _sensitivity(
-        self, parent: Parent, batches: list[Inputs], source: ResidentSource
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """The sensitivity pass of one stack, from a file if an earlier run got that far."""
-        path = self.directory.profile / f"sensitivity-{safe_file_stem(parent.blocks[0].stack)}.safetensors"
-        if not path.is_file():
-            rows = torch.cat([b["input_ids"] for b in batches])
-            rows = rows[: max(1, self.recipe.sensitivity_tokens // rows.shape[1])]
-            # All inputs of all blocks are held for one batch: two rows keep that small.
-            small = [self._on_device({"input_ids": r}) for r in rows.split(2)]
-            calls, _ = self._record_calls(parent, small)
-            found = measure_sensitivity(parent, source, self._runner(calls), small, self.recipe.seed, self.progress)
-            write_tensors(path, {f"{b}|{k}": v for b, t in found.items() for k, v in t.items()})
-        gradients: dict[str, dict[str, torch.Tensor]] = {block.name: {} for block in parent.blocks}
-        for key, tensor in read_tensors(path).items():
-            block, _, name = key.partition("|")
-            gradients[block][name] = tensor
-        return gradients
+    def _sensitivity(self, parent: Parent, batches: list[Inputs], source: ResidentSource, profile: Profile) -> None:
+        """The sensitivity pass of one stack, into ``profile``."""
+        rows = torch.cat([b["input_ids"] for b in batches])
+        rows = rows[: max(1, self.recipe.sensitivity_tokens // rows.shape[1])]
+        # All inputs of all blocks are held for one batch: two rows keep that small.
+        small = [self._on_device({"input_ids": r}) for r in rows.split(2)]
+        calls, _ = self._record_calls(parent, small)
+        runner = self._runner(calls)
+        for block, found in measure_sensitivity(parent, source, runner, small, self.recipe.seed, self.progress):
+            profile.save_gradients(block, found)
 
     def _compress_stack(
         self,
@@ -530,6 +506,7 @@ class _Run:
             self.record.blocks.append(note)
             teacher = targets
             student = runner.over(self._finished_block(source.block(block), block, ranks), block, student)
+            release_memory()
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
             )

@@ -27,31 +27,29 @@ def measure_fidelity(
     tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
     nll = [0.0, 0.0]
     wrong, size = 0.0, 0.0
-    has_logits = True
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for inputs, dense, compressed in held:
             wrong += (compressed - dense).square().sum().item()
             size += dense.square().sum().item()
             for row in range(dense.shape[0]):
                 one = {k: v[row : row + 1].to(device) for k, v in inputs.items()}
-                logs = []
-                for hidden in (dense, compressed):
-                    logits = getattr(parent.outputs(one, hidden[row : row + 1].to(device)), "logits", None)
-                    if logits is None:
-                        has_logits = False
-                        break
-                    logs.append(logits[0].float().log_softmax(-1))
-                if not has_logits:
+                outputs = [parent.outputs(one, hidden[row : row + 1].to(device)) for hidden in (dense, compressed)]
+                if not hasattr(outputs[0], "logits"):
                     break
-                p, q = logs
-                tokens += p.shape[0]
-                divergence += (p.exp() * (p - q)).sum().item()
-                agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
-                if next_token:
-                    labels = one["input_ids"][0, 1:, None]
-                    predictions += labels.shape[0]
-                    for i, log in enumerate(logs):
-                        nll[i] -= log[:-1].gather(1, labels).sum().item()
+                logits = [found.logits for found in outputs]
+                labels = one["input_ids"][0, 1:, None] if next_token else None
+                # Some tokens at a time: these tables are as wide as the vocabulary.
+                for start in range(0, logits[0].shape[1], 64):
+                    logs = [x[0, start : start + 64].float().log_softmax(-1) for x in logits]
+                    p, q = logs
+                    tokens += p.shape[0]
+                    divergence += (p.exp() * (p - q)).sum().item()
+                    agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
+                    if labels is not None:
+                        wanted = labels[start : start + 64]
+                        predictions += wanted.shape[0]
+                        for i, log in enumerate(logs):
+                            nll[i] -= log[: wanted.shape[0]].gather(1, wanted).sum().item()
     perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
     return asdict(
         Fidelity(

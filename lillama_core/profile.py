@@ -10,6 +10,7 @@ from lillama_core.allocation import Spectrum
 from lillama_core.architecture import Block, safe_file_stem
 from lillama_core.blocks import BlockRunner
 from lillama_core.initialization import Decomposition, Initializer, MapStatistics
+from lillama_core.memory import release_memory
 from lillama_core.progress import Progress
 from lillama_core.run_directory import read_tensors, write_tensors
 from lillama_core.statistics import InputObserver, map_statistics
@@ -38,6 +39,20 @@ class Profile:
             tensors[f"flags.{name}"] = torch.tensor([d.spectrum.comparable, d.on_outputs])
         write_tensors(self._file(block), tensors)
 
+    def _gradients_file(self, block: Block) -> Path:
+        return self.folder / f"{safe_file_stem(block.name)}-gradients.safetensors"
+
+    def has_gradients(self, block: Block) -> bool:
+        return self._gradients_file(block).is_file()
+
+    def save_gradients(self, block: Block, found: dict[str, torch.Tensor]) -> None:
+        """Store what the sensitivity pass found for a block."""
+        write_tensors(self._gradients_file(block), found)
+
+    def gradients(self, block: Block) -> dict[str, torch.Tensor]:
+        """What the sensitivity pass found for a block; empty if it did not run."""
+        return read_tensors(self._gradients_file(block)) if self.has_gradients(block) else {}
+
     def load(self, block: Block) -> tuple[dict[str, Decomposition], torch.Tensor | None]:
         """The decompositions of a block's maps by name, and its metric."""
         tensors = read_tensors(self._file(block))
@@ -56,14 +71,13 @@ def profile_blocks(
     runner: BlockRunner,
     stream: list[torch.Tensor],
     initializer: Initializer,
-    gradients: dict[str, dict[str, torch.Tensor]],
     profile: Profile,
     progress: Progress,
 ) -> None:
     """Decompose every map of ``blocks`` into ``profile``; ``stream`` enters the first block and is used up.
 
-    ``gradients`` holds what the sensitivity pass found for each block, if it ran. Blocks that ``profile`` has
-    already are only passed through, for the sake of the stream.
+    ``profile`` holds what the sensitivity pass found, if it ran. Blocks that it has decomposed already are only
+    passed through, for the sake of the stream.
     """
     progress.phase("Statistics of the dense blocks", len(blocks))
     for position, block in enumerate(blocks):
@@ -78,7 +92,7 @@ def profile_blocks(
                     stream[index] = runner(module, block, index, hidden).to(hidden.device)
                     observer.next_batch()
         if not done:
-            seen = gradients.get(block.name, {})
+            seen = profile.gradients(block)
             found = {}
             for site in block.sites:
                 for map_ in site.maps:
@@ -89,4 +103,5 @@ def profile_blocks(
                     )
                     found[map_.name] = initializer.decompose(site.weight(module, map_), statistics)
             profile.save(block, found, seen.get("output"))
+        release_memory()
         progress.step(block.name)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from lillama_core.architecture import Block
 from lillama_core.blocks import BlockRunner, Inputs, Parent
 from lillama_core.errors import LillamaError
+from lillama_core.memory import release_memory
 from lillama_core.progress import Progress
 from lillama_core.statistics import GradientObserver
 from lillama_core.weights import WeightSource
@@ -27,11 +31,13 @@ def output_gradient(
             f"{type(parent.model).__name__} returns no logits, which 'sensitivity' needs;"
             " use --init activation --loss mse"
         )
-    logits = logits.reshape(-1, logits.shape[-1]).float()
-    probabilities = logits.detach().softmax(-1)
-    labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
-    # d(-log p(label))/d logits = p - onehot(label); written out, it spares a second table of logits.
-    gradient = probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=probabilities.dtype))
+    gradient = torch.empty_like(logits)
+    # Some tokens at a time: the table of probabilities in fp32 is the largest tensor of the whole run.
+    for part, out in zip(logits.detach().flatten(0, -2).split(64), gradient.flatten(0, -2).split(64), strict=True):
+        probabilities = part.float().softmax(-1)
+        labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(part.device)
+        # d(-log p(label))/d logits = p - onehot(label)
+        out.copy_(probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32)))
     logits.backward(gradient)
     assert last_hidden.grad is not None
     return last_hidden.grad
@@ -44,11 +50,12 @@ def measure_sensitivity(
     batches: list[Inputs],
     seed: int,
     progress: Progress,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Second moments of the gradients for every block of the parent's stack: block name -> named tensors.
+) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
+    """Second moments of the gradients for every block of the parent's stack, as named tensors.
 
-    ``runner`` holds the calls of ``batches``. Each block is run once more with gradients, one at a time, so that memory
-    is the blocks' inputs of one batch and the graph of one block.
+    They are given out block by block and forgotten, since together they are as large as the model. ``runner`` holds
+    the calls of ``batches``. Each block is run once more with gradients, one at a time, so that memory is the blocks'
+    inputs of one batch and the graph of one block.
     """
     blocks = parent.blocks
     observers = {block.name: GradientObserver(block) for block in blocks}
@@ -79,4 +86,6 @@ def measure_sensitivity(
             assert hidden.grad is not None
             gradient = hidden.grad
             progress.step(block.name)
-    return {name: observer.statistics() for name, observer in observers.items()}
+        release_memory()
+    for block in blocks:
+        yield block, observers.pop(block.name).statistics()

@@ -28,4 +28,6 @@ class ResidentSource:
 
     def block(self, block: Block) -> nn.Module:
         module = copy.deepcopy(self.model.get_submodule(block.path))
+        # A copy made while the parent bypasses its blocks must run for itself.
+        module.__dict__.pop("forward", None)
         return module.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)

@@ -550,9 +550,12 @@ def test_own_text_is_read_from_the_cache(model: Any, tokenizer: Any, cache: Path
     assert torch.equal(first.rows, again.rows)
     load(options(), model, tokenizer, cache, model_fingerprint="another")
     load(options(tokens=96, sequence_length=16), model, tokenizer, cache)
+    assert model.calls == 3
+    assert model.static == 3  # of which none had to be repeated without
+    # In half precision a copy of the model writes, and what it writes is cached for itself.
     load(options(), model, tokenizer, cache, autocast_dtype=torch.bfloat16)
-    assert model.calls == 4
-    assert model.static == 4  # of which none had to be repeated without
+    assert model.calls == 3
+    assert len(list(cache.rglob("*.safetensors"))) == 4
     assert not list(cache.rglob("*.tmp"))
 
 

@@ -107,7 +107,7 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     inputs = {"input_ids": tokens}
     _, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    found = measure_sensitivity(parent, source, runner, [inputs], 7, Progress("quiet"))
+    found = {b.name: t for b, t in measure_sensitivity(parent, source, runner, [inputs], 7, Progress("quiet"))}
 
     gradients: dict[str, torch.Tensor] = {}
     outputs: list[torch.Tensor] = []

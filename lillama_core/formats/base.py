@@ -48,6 +48,23 @@ class Format(ABC):
         """(B [out, r], A [r, in]) of a module of this format."""
 
 
+class LowRankLinear(nn.Module):
+    """What every low-rank module shares: it says of itself what a dense linear layer says."""
+
+    in_features: int
+    out_features: int
+    format: Format
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W' = B A [out, in], multiplied out anew at each access; for code that looks at a layer's weight."""
+        B, A = self.format.to_factors(self)
+        return B @ A
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
 def empty_linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: str) -> nn.Linear:
     """A linear module whose memory is allocated but not initialised."""
     # skip_init avoids the random numbers, which would also disturb the global generator.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lillama_core.formats.base import Format, empty_linear
+from lillama_core.formats.base import Format, LowRankLinear, empty_linear
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(LowRankLinear):
     """x [..., in] -> B (A x) + bias [..., out], with A = ``down.weight`` [r, in] and B = ``up.weight`` [out, r]."""
 
     def __init__(self, down: nn.Linear, up: nn.Linear) -> None:
@@ -55,3 +55,6 @@ class Factored(Format):
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(module, FactoredLinear)
         return module.up.weight.data, module.down.weight.data
+
+
+FactoredLinear.format = Factored()

@@ -14,10 +14,10 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from lillama_core.formats.base import Format, empty_linear
+from lillama_core.formats.base import Format, LowRankLinear, empty_linear
 
 
-class InputPivotedLinear(nn.Module):
+class InputPivotedLinear(LowRankLinear):
     """y = U (x_J + T x_rest) + bias: the identity stands on the input side.
 
     ``permutation`` [in] lists the pivots J first; ``mix.weight`` is T [r, in - r], ``up.weight`` U [out, r].
@@ -40,7 +40,7 @@ class InputPivotedLinear(nn.Module):
         return out
 
 
-class OutputPivotedLinear(nn.Module):
+class OutputPivotedLinear(LowRankLinear):
     """z = D x, y = [z; T z] put back in order, + bias: the identity stands on the output side.
 
     ``permutation`` [out] says where in [z; T z] each output feature is found; ``down.weight`` is D [r, in],
@@ -74,7 +74,8 @@ def pivots(rows: torch.Tensor) -> torch.Tensor:
     QR with column pivoting of an orthonormal basis of the row space: T = R^-1 A depends on that space alone,
     and the basis keeps a bad scaling of A out of the choice.
     """
-    basis = torch.linalg.qr(rows.T.double(), mode="reduced").Q.T
+    # fp32 is enough to choose by; what is computed from the choice is done in fp64.
+    basis = torch.linalg.qr(rows.T.float(), mode="reduced").Q.T
     order = scipy.linalg.qr(basis.cpu().numpy(), mode="r", pivoting=True)[1]
     return torch.from_numpy(order).to(rows.device, torch.int64)
 
@@ -162,3 +163,6 @@ class Pivoted(Format):
         T = module.mix.weight.data
         B = torch.cat((torch.eye(T.shape[1], dtype=T.dtype, device=T.device), T), dim=0)
         return B[module.permutation.long()], module.down.weight.data
+
+
+InputPivotedLinear.format = OutputPivotedLinear.format = Pivoted()

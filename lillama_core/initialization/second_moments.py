@@ -109,7 +109,8 @@ class SensitivityAware(ActivationAware):
         scale = statistics.gradient_scale
         if not scale > 0:
             return W.T @ W
-        return self._gradients(statistics).double() + GRADIENT_DAMPING * scale * (W.T @ W)
+        weights = W.float()
+        return self._gradients(statistics).double() + GRADIENT_DAMPING * scale * (weights.T @ weights)
 
     def _gradients(self, statistics: MapStatistics) -> torch.Tensor:
         if statistics.gradients is None:
