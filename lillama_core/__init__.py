@@ -5,6 +5,13 @@ Importing this package makes transformers load compressed models with ``from_pre
 
 from __future__ import annotations
 
+import os
+
+# A CPU's kernels are compiled and kept for every shape of matrix, and a compression meets a thousand ranks: without a
+# limit these caches grow to more memory than the model. They are read when torch is first used, hence here.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+
 from lillama_core.architecture import Architecture
 from lillama_core.engine import Request, compress, make_plan, prepare
 from lillama_core.errors import LillamaError, UserError
