@@ -101,7 +101,6 @@ def distill_block(
     data: BlockData,
     metric: torch.Tensor | None,
     options: TrainingOptions,
-    can_train: bool = True,
 ) -> BlockResult:
     """Train ``student`` in place; it ends in eval mode with the weights that did best on the held-out batches.
 
@@ -135,7 +134,7 @@ def distill_block(
     student.eval()
     before, error_before = held_out()
     parameters = trained_parameters(student, options.train)
-    if options.steps == 0 or not parameters or not can_train:
+    if options.steps == 0 or not parameters:
         return BlockResult(before, before, error_before, error_before, 0, 0)
 
     student.requires_grad_(False)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lillama_core.allocation import AllocationRequest
-from lillama_core.architecture import Architecture, Block, safe_file_stem
+from lillama_core.architecture import Block, safe_file_stem
 from lillama_core.blocks import BlockCall, BlockRunner, Inputs, Parent, share_equal
 from lillama_core.calibration import (
     CalibrationData,
@@ -24,33 +22,29 @@ from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, TrainingOptions, distill_block
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
-from lillama_core.formats import BUILT_IN, FactoredLinear, Format
+from lillama_core.formats import BUILT_IN, FactoredLinear
 from lillama_core.initialization import Initializer, root
+from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
 from lillama_core.memory import release_memory
 from lillama_core.models import (
-    ModelSource,
-    blocks_of,
     check_dtype,
     check_finite,
     count_parameters,
-    find_architecture,
-    load_config,
     load_model,
     load_tokenizer,
-    locate,
-    meta_model,
     model_fingerprint,
 )
 from lillama_core.output import write_result
-from lillama_core.plan import Budget, PlannedMap, RankPlan, describe_plan, make_budget
+from lillama_core.plan import RankPlan, describe_plan
+from lillama_core.preparation import Preparation, make_plan, prepare
 from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
-from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
+from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
 
@@ -72,85 +66,6 @@ class Request:
     trust_remote_code: bool = False
     overwrite: bool = False
     resume: bool = False
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """All that is known before a weight is read."""
-
-    source: ModelSource
-    config: Any
-    architecture: Architecture
-    blocks: dict[str, list[Block]]
-    maps: list[PlannedMap]
-    total_parameters: int
-    budget: Budget
-    format: Format
-    minimum_rank: int
-    rank_step: int
-
-
-def prepare(
-    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
-) -> Preparation:
-    """Find the maps of a model and the budget from its config alone, on the meta device."""
-    format_ = choose(formats(), recipe.format, "--format")
-    choose(allocators(), recipe.allocation, "--allocation")
-    choose(initializers(), recipe.init, "--init")
-    choose(all_losses(), recipe.loss, "--loss")
-    if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
-        raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
-    source = locate(model, trust_remote_code)
-    config = load_config(source)
-    found = find_architecture(config, architecture)
-    meta = meta_model(config, found, trust_remote_code)
-    blocks, reference = blocks_of(found, meta, recipe.stacks)
-    maps = planned_maps(blocks)
-    of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
-    width = max(min(m.map.out_features, m.map.in_features) for m in maps)
-    return Preparation(
-        source,
-        config,
-        found,
-        blocks,
-        maps,
-        count_parameters(meta),
-        make_budget(maps, reference, recipe.reduction, format_, of_what),
-        format_,
-        # The paper's 1024 and 256 at a width of 4096.
-        recipe.minimum_rank or max(1, width // 4),
-        recipe.rank_step or max(1, width // 16),
-    )
-
-
-def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
-    return [
-        PlannedMap(block.full_name(map_), block.stack, block.index, map_)
-        for stack in blocks.values()
-        for block in stack
-        for map_ in block.maps
-    ]
-
-
-def make_plan(prepared: Preparation, allocation: str, profile: Profile | None) -> RankPlan:
-    """The plan of an allocator; ``profile`` gives the spectra to those that want them."""
-    allocator = choose(allocators(), allocation, "--allocation")
-    spectra = {}
-    if allocator.needs_spectra and profile is not None:
-        for stack in prepared.blocks.values():
-            for block in stack:
-                found, _ = profile.load(block)
-                spectra.update({block.full_name(m): found[m.name].spectrum for m in block.maps})
-    return allocator.allocate(
-        AllocationRequest(
-            prepared.maps,
-            prepared.budget,
-            prepared.format,
-            prepared.minimum_rank,
-            prepared.rank_step,
-            spectra,
-        )
-    )
 
 
 def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
@@ -484,9 +399,8 @@ class _Run:
         student = list(teacher)
         runner = self._runner([calls[i] for i in followed])
         held = [list(followed).index(i) for i in held_out]
-        last_changed = max(i for i, b in enumerate(parent.blocks) if any(b.full_name(m) in plan.ranks for m in b.maps))
         self.progress.phase("Compressing blocks", len(parent.blocks))
-        for position, block in enumerate(parent.blocks):
+        for block in parent.blocks:
             path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
             ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
             dense = source.block(block)
@@ -500,7 +414,6 @@ class _Run:
                     BlockData(teacher, student, targets, [None] * len(teacher), held),
                     profile,
                     training,
-                    position <= last_changed,
                 )
             note = read_json(path.with_suffix(".json"))
             self.record.blocks.append(note)
@@ -525,7 +438,6 @@ class _Run:
         data: BlockData,
         profile: Profile,
         training: TrainingOptions,
-        changes: bool,
     ) -> None:
         """Factor, train, convert and write one block. ``dense`` becomes the student."""
         found, gradient_moment = profile.load(block)
@@ -540,10 +452,15 @@ class _Run:
                 site.replace(student, BUILT_IN["factored"].from_factors(B, A, site.bias(student, map_)))
         student.to(self.device)
         metric = None
-        if self.loss.needs_sensitivity and gradient_moment is not None:
+        if not ranks:
+            training = replace(training, steps=0)
+        if self.loss.needs_sensitivity and gradient_moment is None:
+            # Nothing is trained, and nothing else needed the backward pass: the loss is only reported.
+            training = replace(training, loss=LOSSES["mse"])
+        elif self.loss.needs_sensitivity and gradient_moment is not None:
             moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
             metric = root(moment, METRIC_DAMPING).float().to(self.device)
-        result = distill_block(student, block, runner, data, metric, training, can_train=bool(ranks) and changes)
+        result = distill_block(student, block, runner, data, metric, training)
         for site in block.sites:
             for map_ in site.maps:
                 if map_.name not in ranks:

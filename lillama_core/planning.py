@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from lillama_core.engine import make_plan, prepare
 from lillama_core.models import check_dtype
 from lillama_core.plan import describe_plan
+from lillama_core.preparation import make_plan, prepare
 from lillama_core.recipe import Recipe
 from lillama_core.strategies import allocators, choose
 

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core import Architecture, Recipe, Request, compress, load_recipe
-from lillama_core.engine import Preparation
 from lillama_core.formats import BUILT_IN
 from lillama_core.models import ModelSource
 from lillama_core.output import card
 from lillama_core.output.card import write_card
 from lillama_core.output.report import stacks, write_report
 from lillama_core.plan import Budget
+from lillama_core.preparation import Preparation
 from lillama_core.record import RunRecord
 
 MAPS = {"attention.query": (8, 8), "mlp.up": (16, 8), "mlp.down": (8, 16)}

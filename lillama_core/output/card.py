@@ -22,7 +22,7 @@ from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord
 
 if TYPE_CHECKING:
-    from lillama_core.engine import Preparation
+    from lillama_core.preparation import Preparation
 
 RECIPE_FILE = "lillama_recipe.yaml"
 

@@ -21,7 +21,7 @@ from lillama_core.record import RunRecord
 from lillama_core.run_directory import RunDirectory, write_json, write_tensors
 
 if TYPE_CHECKING:
-    from lillama_core.engine import Preparation
+    from lillama_core.preparation import Preparation
 
 PROBE_TOKENS = 16
 
