@@ -196,3 +196,9 @@ class BlockRunner:
         """The block's outputs for every batch of a stream, without gradients."""
         with torch.no_grad():
             return [self(module, block, i, hidden).to(hidden.device) for i, hidden in enumerate(stream)]
+
+    def advance(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> None:
+        """Replace every batch of a stream by the block's output for it: one stream in memory, not two."""
+        with torch.no_grad():
+            for i, hidden in enumerate(stream):
+                stream[i] = self(module, block, i, hidden).to(hidden.device)

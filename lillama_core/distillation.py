@@ -61,7 +61,10 @@ class BlockResult:
 
 @dataclass
 class BlockData:
-    """The streams at one block: batches of ``rows`` [rows, length, width]; ``targets`` are T(h)."""
+    """The streams at one block: batches [rows, length, width]; ``targets`` are T(h).
+
+    ``teacher`` may be empty when only the student stream is followed.
+    """
 
     teacher: list[torch.Tensor]
     student: list[torch.Tensor]

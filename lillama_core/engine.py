@@ -404,21 +404,21 @@ class _Run:
             path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
             ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
             dense = source.block(block)
-            targets = runner.over(dense, block, teacher)
+            before = list(teacher) if recipe.mode != "student" and recipe.steps > 0 else []
+            runner.advance(dense, block, teacher)
             if not path.is_file():
                 self._compress_block(
                     block,
                     dense,
                     ranks,
                     runner,
-                    BlockData(teacher, student, targets, [None] * len(teacher), held),
+                    BlockData(before, student, teacher, [None] * len(teacher), held),
                     profile,
                     training,
                 )
             note = read_json(path.with_suffix(".json"))
             self.record.blocks.append(note)
-            teacher = targets
-            student = runner.over(self._finished_block(source.block(block), block, ranks), block, student)
+            runner.advance(self._finished_block(source.block(block), block, ranks), block, student)
             release_memory()
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name

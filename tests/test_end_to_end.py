@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model with every strategy at least once: the budget is met, and the result is what is promised."""
+"""Whole runs on a tiny model, every strategy at least once: the budget is met, and the result is as promised."""
 
 from __future__ import annotations
 
