@@ -467,8 +467,9 @@ class _Run:
                     continue
                 layer = student.get_submodule(site.name)
                 assert isinstance(layer, FactoredLinear)
+                bias = None if layer.up.bias is None else layer.up.bias.cpu()
                 converted = self.prepared.format.from_factors(
-                    layer.up.weight.data, layer.down.weight.data, layer.up.bias
+                    layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
                 )
                 site.replace(student, converted)
         state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()}

@@ -80,6 +80,8 @@ def profile_blocks(
     passed through, for the sake of the stream.
     """
     progress.phase("Statistics of the dense blocks", len(blocks))
+    # Decompositions are done in fp64, which not every accelerator has.
+    device = runner.device if runner.device.type == "cuda" else torch.device("cpu")
     for position, block in enumerate(blocks):
         done = profile.has(block)
         if done and all(profile.has(b) for b in blocks[position:]):
@@ -97,11 +99,11 @@ def profile_blocks(
             for site in block.sites:
                 for map_ in site.maps:
                     statistics = (
-                        map_statistics(map_.name, observer.moment(map_.name), seen)
+                        map_statistics(map_.name, observer.moment(map_.name), seen, device)
                         if initializer.needs_inputs
                         else MapStatistics()
                     )
-                    found[map_.name] = initializer.decompose(site.weight(module, map_), statistics)
+                    found[map_.name] = initializer.decompose(site.weight(module, map_).to(device), statistics)
             profile.save(block, found, seen.get("output"))
         release_memory()
         progress.step(block.name)

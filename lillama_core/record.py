@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,10 +19,14 @@ def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far, libraries included."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        # Not getrusage: its maximum survives exec, so that it may be that of the process which started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in kibibytes, macOS in bytes.
+    # macOS counts in bytes, others in kibibytes.
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 

@@ -144,7 +144,13 @@ class GradientObserver:
         return found
 
 
-def map_statistics(name: str, inputs: torch.Tensor | None, gradients: dict[str, torch.Tensor]) -> MapStatistics:
-    """What an initialiser may see of one map."""
-    scale = gradients.get(f"scale.{name}")
-    return MapStatistics(inputs, gradients.get(f"gradients.{name}"), 0.0 if scale is None else float(scale.item()))
+def map_statistics(
+    name: str, inputs: torch.Tensor | None, gradients: dict[str, torch.Tensor], device: torch.device
+) -> MapStatistics:
+    """What an initialiser may see of one map, on ``device``."""
+    scale, moment = gradients.get(f"scale.{name}"), gradients.get(f"gradients.{name}")
+    return MapStatistics(
+        None if inputs is None else inputs.to(device),
+        None if moment is None else moment.to(device),
+        0.0 if scale is None else float(scale.item()),
+    )

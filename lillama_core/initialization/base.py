@@ -40,7 +40,7 @@ class Decomposition:
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [out, rank], A [rank, in]) in fp32 for W [out, in], with columns of B and rows of A of equal norm."""
         weight = weight.float()
-        left, right = self.left[:, :rank].float(), self.right[:rank].float()
+        left, right = self.left[:, :rank].to(weight.device), self.right[:rank].to(weight.device)
         return balance(left, right @ weight) if self.on_outputs else balance(weight @ left, right)
 
 
