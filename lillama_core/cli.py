@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lillama_core.errors import OUT_OF_MEMORY, LillamaError, UserError, is_out_of_memory, nearest
+from lillama_core.interrupt import noting_interrupts
 from lillama_core.recipe import Recipe, dashed, load_recipe, recipe_names
 from lillama_registry import registry
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A terminal that knows no "→" gets a question mark instead of a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        with contextlib.nullcontext() if debug else _silence():
+        with noting_interrupts(), contextlib.nullcontext() if debug else _silence():
             options = _parse(arguments)
             status: int = options.run(options)
             # Now, so that a closed pipe is noticed here.

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from lillama_core.errors import UserError
+from lillama_core.interrupt import raise_if_interrupted
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 
@@ -88,6 +89,7 @@ class Progress:
 
     def step(self, note: str = "", advance: int = 1) -> None:
         """Advance the stage; ``note`` says where it stands (a block's name, a loss)."""
+        raise_if_interrupted()
         self._done += advance
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=advance, note=note)
@@ -105,6 +107,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Say something that stays."""
+        raise_if_interrupted()
         if self.verbosity != "quiet":
             self._print(text)
 
