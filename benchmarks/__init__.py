@@ -1,0 +1,1 @@
+"""The benchmark suite: models, methods and the commands that run them."""

@@ -1,0 +1,1 @@
+"""The models that the suite compresses, by name."""

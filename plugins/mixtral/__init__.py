@@ -1,0 +1,1 @@
+"""Mixture-of-experts language models whose experts are fused into three-dimensional parameters."""

@@ -1,0 +1,1 @@
+"""The conformance kit: what every architecture plugin must pass, run by `lillama plugin check`."""
