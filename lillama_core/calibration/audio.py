@@ -1,0 +1,268 @@
+"""Speech from disk or from the Hub: sound as float32 at 16 kHz, and what was said, where that is known.
+
+A folder of sound files with transcripts, a manifest of JSON lines ``{"audio": …, "text": …}``, or a dataset's name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lillama_core.errors import UserError, nearest, one_line
+
+RATE = 16_000
+"""Samples a second of everything that `read_audio` returns."""
+LONGEST = 30.0
+"""Seconds; the window of the speech models that there are."""
+SHORTEST = 0.1
+"""Seconds; less is no speech but an accident."""
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus")
+
+Sound = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording."""
+
+    path: Path | None
+    """The sound file; None where the sound came otherwise."""
+    text: str | None
+    """What is said, as written by a person; None when not known."""
+    encoded: bytes | None = None
+    """The contents of a sound file, for a dataset's rows."""
+    name: str = ""
+    """For tables."""
+    where: str = ""
+    """For messages: the sound file, or the line of the manifest."""
+
+    def sound(self) -> Sound:
+        """The samples, as `read_audio` gives them."""
+        if self.encoded is not None:
+            return decode_audio(io.BytesIO(self.encoded), self.where)
+        assert self.path is not None
+        return read_audio(self.path)
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    repo: str
+    config: str
+    split: str
+    column: str
+
+
+DATASETS = {
+    # The splits that papers report.
+    "librispeech": _Dataset("openslr/librispeech_asr", "clean", "test", "text"),
+    "librispeech-other": _Dataset("openslr/librispeech_asr", "other", "test", "text"),
+    "fleurs": _Dataset("google/fleurs", "en_us", "test", "transcription"),
+}
+"""Datasets of the Hub by short name; ``librispeech:other:validation`` chooses configuration and split."""
+
+
+def need(module: str) -> ModuleType:
+    """An optional library for speech; UserError that says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"speech needs the library {module}: pip install 'lillama[speech]'") from error
+
+
+def read_audio(path: Path) -> Sound:
+    """The sound in ``path`` (WAV, FLAC, OGG; any rate, any number of channels), float32 [samples], mono, 16 kHz.
+
+    Channels are averaged. Raises UserError when the file is missing, empty, damaged, no sound, silent (all zeros) or
+    longer than ``LONGEST``.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty; give a WAV, FLAC or OGG file")
+        with path.open("rb") as stream:
+            return decode_audio(stream, str(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+
+
+def decode_audio(stream: Any, name: str) -> Sound:
+    """The sound in a binary stream of a sound file; ``name`` is for messages. As `read_audio`."""
+    soundfile, soxr = need("soundfile"), need("soxr")
+    try:
+        with soundfile.SoundFile(stream) as opened:
+            rate, frames = opened.samplerate, opened.frames
+            # The header is believed only as far as this: nothing is read of a file that claims too much.
+            if frames > LONGEST * rate:
+                raise UserError(
+                    f"{name} is {frames / rate:.1f} s long; at most {LONGEST:g} s are supported: cut it into utterances"
+                )
+            samples = opened.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{name} is damaged or not a sound file ({one_line(error)}); give WAV, FLAC or OGG") from error
+    if len(samples) < frames:
+        raise UserError(f"{name} is truncated: {len(samples)} of {frames} samples are there; copy or download it again")
+    if len(samples) < SHORTEST * rate:
+        raise UserError(f"{name} holds only {len(samples) / rate:.2f} s of sound; give at least {SHORTEST:g} s")
+    sound: Sound = samples.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(sound).all():
+        raise UserError(f"{name} holds samples that are not finite numbers; convert it again")
+    if not sound.any():
+        raise UserError(f"{name} is silent, every sample is zero; leave it out or record it again")
+    if rate != RATE:
+        sound = soxr.resample(sound, rate, RATE)
+    return np.ascontiguousarray(sound, dtype=np.float32)
+
+
+def read_speech(source: str | Path, limit: int | None = None) -> list[Utterance]:
+    """The utterances of ``source``, in a fixed order, the first ``limit`` only if given. The sound is not read yet.
+
+    ``source``: a folder of sound files, each with a transcript in ``NAME.txt`` beside it or all in one file
+    (``transcription``, ``transcripts.txt``, ``*.trans.txt``), a folder that holds ``manifest.jsonl``; such a manifest;
+    or a name in ``DATASETS``. Raises UserError, naming the file and line, when there is nothing to read.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        manifest = path / "manifest.jsonl"
+        found = list(_manifest(manifest) if manifest.is_file() else _folder(path))
+    elif path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            return [Utterance(path, _own_text(path), name=path.stem, where=str(path))]
+        found = list(_manifest(path))
+    else:
+        return list(_dataset(str(source), limit))
+    return found if limit is None else found[:limit]
+
+
+def _manifest(path: Path) -> Iterator[Utterance]:
+    """One utterance a line; paths are relative to the manifest."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text; give a folder of sound files or a manifest of JSON lines with the field 'audio'"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
+    empty = True
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        empty = False
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where} is not valid JSON ({one_line(error)}); every line must hold one object"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
+            raise UserError(f"{where} names no sound file: it needs the field 'audio' with a path")
+        text = row.get("text")
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: 'text' is a {type(text).__name__}; it must be a string, or be left out")
+        audio = path.parent / row["audio"]
+        if not audio.is_file():
+            raise UserError(f"{where}: {row['audio']} does not exist (looked for {audio})")
+        yield Utterance(audio, _filled(text), name=row["audio"], where=where)
+    if empty:
+        raise UserError(f"{path} is empty; a manifest holds one object a line with the field 'audio'")
+
+
+def _folder(folder: Path) -> Iterator[Utterance]:
+    """Every sound file below ``folder``, by name."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no sound files ({', '.join(SUFFIXES)}) and no manifest.jsonl")
+    listed: dict[Path, dict[str, str]] = {}
+    for path in files:
+        if path.parent not in listed:
+            listed[path.parent] = _listed_texts(path.parent)
+        text = _own_text(path) or listed[path.parent].get(path.stem)
+        yield Utterance(path, text, name=path.stem, where=str(path))
+
+
+def _own_text(path: Path) -> str | None:
+    """The transcript in a file of the same name."""
+    beside = path.with_suffix(".txt")
+    return _filled(_text(beside)) if beside.is_file() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a transcript: {one_line(error)}") from error
+
+
+def _filled(text: str | None) -> str | None:
+    return " ".join(text.split()) or None if text is not None else None
+
+
+def _listed_texts(folder: Path) -> dict[str, str]:
+    """Transcripts by the sound file's name without suffix, from the files that list those of a whole folder."""
+    texts = {}
+    for path in sorted(folder.iterdir()):
+        if path.name in ("transcription", "transcripts.txt") or path.name.endswith(".trans.txt"):
+            for number, line in enumerate(_text(path).split("\n"), start=1):
+                if line.strip():
+                    name, text = _listed_text(line, f"{path}, line {number}")
+                    texts[name] = text
+    return texts
+
+
+def _listed_text(line: str, where: str) -> tuple[str, str]:
+    """Name and transcript: ``<s> words </s> (NAME)`` as Sphinx writes it, or ``NAME words`` as LibriSpeech does."""
+    sphinx = re.fullmatch(r"\s*(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)\s*", line)
+    if sphinx:
+        text, name = sphinx.groups()
+    else:
+        name, _, text = line.strip().replace("\t", " ", 1).partition(" ")
+    if not text.strip():
+        raise UserError(f"{where} holds no transcript; write 'NAME words of the transcript'")
+    known = Path(name)
+    return (known.stem if known.suffix.lower() in SUFFIXES else name), " ".join(text.split())
+
+
+def _dataset(name: str, limit: int | None) -> Iterator[Utterance]:
+    """Rows of a dataset of the Hub, streamed, their sound still encoded."""
+    short, *choices = name.split(":")
+    if short not in DATASETS or len(choices) > 2:
+        known = ", ".join(DATASETS)
+        raise UserError(
+            f"{name!r} is no folder, no manifest and no speech dataset ({known}){nearest(short, list(DATASETS))}"
+        )
+    dataset = DATASETS[short]
+    config, split = [*choices, *(dataset.config, dataset.split)[len(choices) :]]
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset.repo, config, split=split, streaming=True)
+        # Decoding is ours: the library's own wants another library.
+        rows = rows.cast_column("audio", datasets.Audio(decode=False))
+        for number, row in enumerate(rows):
+            if limit is not None and number >= limit:
+                return
+            audio = row["audio"]
+            where = f"{name}, row {number + 1}"
+            # A dataset prepared on this machine has files instead of bytes.
+            path = Path(audio["path"]) if audio["bytes"] is None else None
+            yield Utterance(path, _filled(row[dataset.column]), audio["bytes"], f"{number + 1}", where)
+    except UserError:
+        raise
+    except Exception as error:  # the library passes on errors of many others: network, formats, scripts
+        raise UserError(
+            f"dataset {dataset.repo} ({config}, {split}) cannot be loaded: {one_line(error)}; check the connection, or "
+            "name a local folder or manifest"
+        ) from error

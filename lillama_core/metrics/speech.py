@@ -1,0 +1,356 @@
+"""How well and how fast a model turns speech into text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, need, read_speech
+from lillama_core.errors import UserError
+from lillama_core.evaluation import EvaluationOptions, Measurement, Report, Subject
+
+SHIPPED = Path(__file__).parent / "data" / "speech"
+SETS = {"read": SHIPPED / "read", "synthetic": SHIPPED / "synthetic"}
+"""The sets measured where the user names none, always apart: five sentences read by a person, twenty by machines."""
+BATCH = 16
+"""Utterances transcribed together."""
+TOKENS_PER_SECOND = 10
+"""More than anybody says; a model that repeats itself without end is cut off there."""
+RESAMPLES = 2000
+"""Draws of the bootstrap."""
+TIMED = 5
+"""Utterances whose transcription is timed."""
+NOTES = "speech"
+"""Where `WordErrorRate` leaves its transcripts in ``Subject.notes``: lists of `Scored` by set."""
+
+Normalizer = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One utterance as transcribed, both texts normalised."""
+
+    name: str
+    reference: str
+    hypothesis: str
+    word_errors: int
+    """Substitutions, deletions and insertions (Levenshtein)."""
+    words: int
+    """In the reference."""
+    character_errors: int
+    characters: int
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings about how its own ``generate`` calls itself."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@torch.inference_mode()
+def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> list[str]:
+    """What is said in ``sounds`` (float32 [samples] at 16 kHz), decoded greedily, in their order.
+
+    ``subject.tokenizer`` is a processor with a feature extractor and a tokenizer. ``generation`` goes to ``generate``.
+    Long and short sounds go into different batches, so that a short one need not wait for a long one's last word.
+    """
+    processor = subject.tokenizer
+    dtype = next(p.dtype for p in subject.model.parameters() if p.is_floating_point())
+    order = sorted(range(len(sounds)), key=lambda index: -len(sounds[index]))
+    texts = [""] * len(sounds)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        found = processor.feature_extractor(
+            [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
+        )
+        seconds = len(sounds[chosen[0]]) / RATE
+        with _quiet():
+            tokens = subject.model.generate(
+                found["input_features"].to(subject.device, dtype),
+                attention_mask=found["attention_mask"].to(subject.device),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=_most_tokens(subject.model, seconds),
+                **generation,
+            )
+        for index, text in zip(chosen, processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            texts[index] = text.strip()
+    return texts
+
+
+def _most_tokens(model: Any, seconds: float) -> int:
+    """New tokens allowed for a sound of so many seconds; never more than there are positions for."""
+    room = getattr(model.config, "max_target_positions", None)
+    most = 16 + math.ceil(TOKENS_PER_SECOND * seconds)
+    # A prompt of up to four tokens stands before them.
+    return most if room is None else max(1, min(most, room - 4))
+
+
+def score(name: str, reference: str, hypothesis: str) -> Scored:
+    """The errors in ``hypothesis``; both texts are normalised already, ``reference`` is not empty."""
+    jiwer = need("jiwer")
+    words = jiwer.process_words(reference, hypothesis)
+    characters = jiwer.process_characters(reference, hypothesis)
+    return Scored(
+        name,
+        reference,
+        hypothesis,
+        words.substitutions + words.deletions + words.insertions,
+        words.substitutions + words.deletions + words.hits,
+        characters.substitutions + characters.deletions + characters.insertions,
+        characters.substitutions + characters.deletions + characters.hits,
+    )
+
+
+def word_error_rate(scored: Sequence[Scored]) -> float:
+    """Errors per word of the references, of all utterances together, in %."""
+    return 100 * sum(s.word_errors for s in scored) / sum(s.words for s in scored)
+
+
+def character_error_rate(scored: Sequence[Scored]) -> float:
+    """Errors per character of the references, of all utterances together, in %."""
+    return 100 * sum(s.character_errors for s in scored) / sum(s.characters for s in scored)
+
+
+def _draws(count: int, seed: int) -> np.ndarray:
+    """How often each of ``count`` utterances is in each resample [RESAMPLES, count]."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+
+
+def _standard_error(errors: Sequence[int], lengths: Sequence[int], seed: int) -> float | None:
+    """Of the rate sum(errors) / sum(lengths), in %, by resampling utterances; None for a single one."""
+    if len(errors) < 2:
+        return None
+    draws = _draws(len(errors), seed)
+    return float(np.std(100 * (draws @ np.array(errors)) / (draws @ np.array(lengths)), ddof=1))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model's word error rate minus another's on the same utterances, in points of %."""
+
+    value: float
+    standard_error: float | None
+    low: float
+    high: float
+    """The middle 95 % of the resamples."""
+
+
+def paired_difference(baseline: Sequence[Scored], other: Sequence[Scored], seed: int = 0) -> Difference:
+    """Word error rate of ``other`` minus that of ``baseline``, with a paired bootstrap over utterances.
+
+    Both must hold the same utterances in the same order (ValueError); resampling draws them together, so what makes an
+    utterance hard for both does not widen the interval (Bisani & Ney 2004).
+    """
+    if [(s.name, s.reference) for s in baseline] != [(s.name, s.reference) for s in other] or not baseline:
+        raise ValueError("a paired comparison needs the same utterances on both sides")
+    change = np.array([b.word_errors - a.word_errors for a, b in zip(baseline, other, strict=True)])
+    words = np.array([s.words for s in baseline])
+    draws = _draws(len(words), seed)
+    resampled = 100 * (draws @ change) / (draws @ words)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    error = float(np.std(resampled, ddof=1)) if len(words) > 1 else None
+    return Difference(float(100 * change.sum() / words.sum()), error, float(low), float(high))
+
+
+def set_name(data: str) -> str:
+    """A short name for what ``--data`` names: the folder, the manifest's name, the dataset."""
+    path = Path(data)
+    if path.name == "manifest.jsonl":
+        return path.absolute().parent.name
+    return path.stem if path.is_file() else path.absolute().name if path.is_dir() else data
+
+
+def evaluation_sets(options: EvaluationOptions) -> dict[str, list[Utterance]]:
+    """The utterances of every set that ``options`` ask for, the first ``options.limit`` of each.
+
+    Raises UserError when one cannot be read or an utterance has no transcript.
+    """
+    named: Mapping[str, str | Path] = {set_name(options.data): options.data} if options.data else SETS
+    sets = {name: read_speech(source, options.limit) for name, source in named.items()}
+    for name, utterances in sets.items():
+        silent = [u for u in utterances if u.text is None]
+        if silent:
+            raise UserError(
+                f"{options.data or name}: {len(silent)} of {len(utterances)} utterances have no transcript, the first "
+                f"is {silent[0].where}; word error rates need one for each: add 'text' to the manifest or NAME.txt"
+            )
+        if not utterances:
+            raise UserError(f"{options.data or name} holds no utterances")
+    return sets
+
+
+def no_options(subject: Subject) -> dict[str, Any]:
+    """Nothing beyond what the model's own generation settings say."""
+    return {}
+
+
+class WordErrorRate:
+    """Word and character error rates, of each set apart, with jiwer.
+
+    ``normalizer`` gives for a subject the function through which both texts go before they are compared; ``generation``
+    what its ``generate`` needs besides the sound. Utterances whose normalised reference is empty are left out.
+    """
+
+    name = "wer"
+
+    def __init__(
+        self,
+        normalizer: Callable[[Subject], Normalizer],
+        generation: Callable[[Subject], dict[str, Any]] = no_options,
+    ) -> None:
+        self._normalizer = normalizer
+        self._generation = generation
+
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError for sets on disk that cannot be measured, and for missing libraries."""
+        for module in ("jiwer", "soundfile", "soxr"):
+            need(module)
+        if options.data is None or options.data.split(":")[0] not in DATASETS:
+            evaluation_sets(options)
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """Two measurements for each set, and with a baseline that was measured on it the difference to that.
+
+        ``subject.notes[NOTES]`` holds the transcripts afterwards.
+        """
+        normalize, generation = self._normalizer(subject), self._generation(subject)
+        noted: dict[str, list[Scored]] = {}
+        measurements = []
+        for name, utterances in evaluation_sets(options).items():
+            references = [normalize(u.text or "") for u in utterances]
+            kept = [i for i, text in enumerate(references) if text]
+            if len(kept) < len(utterances):
+                report(f"wer/{name}: {len(utterances) - len(kept)} transcripts hold no words; left out")
+            if not kept:
+                raise UserError(f"{options.data or name}: no transcript holds any words")
+            report(f"wer/{name}: {len(kept)} utterances")
+            texts = transcribe(subject, [utterances[i].sound() for i in kept], **generation)
+            scored = [
+                score(utterances[i].name, references[i], normalize(text)) for i, text in zip(kept, texts, strict=True)
+            ]
+            noted[name] = scored
+            measurements += self._measurements(name, scored, subject.baseline, options.seed)
+        subject.notes[NOTES] = noted
+        return measurements
+
+    @staticmethod
+    def _measurements(name: str, scored: list[Scored], baseline: Subject | None, seed: int) -> list[Measurement]:
+        words = sum(s.words for s in scored)
+        found = [
+            Measurement(
+                name=f"wer/{name}",
+                value=word_error_rate(scored),
+                unit="%",
+                better="lower",
+                meaning=f"Words wrong, missing or too many per word said; {len(scored)} utterances, {words} words.",
+                standard_error=_standard_error([s.word_errors for s in scored], [s.words for s in scored], seed),
+            ),
+            Measurement(
+                name=f"cer/{name}",
+                value=character_error_rate(scored),
+                unit="%",
+                better="lower",
+                meaning="The same for characters.",
+                standard_error=_standard_error(
+                    [s.character_errors for s in scored], [s.characters for s in scored], seed
+                ),
+            ),
+        ]
+        before = baseline.notes.get(NOTES, {}).get(name) if baseline is not None else None
+        if before and [s.reference for s in before] == [s.reference for s in scored]:
+            difference = paired_difference(before, scored, seed)
+            found.append(
+                Measurement(
+                    name=f"wer_change/{name}",
+                    value=difference.value,
+                    unit="%",
+                    better="lower",
+                    meaning="Word error rate minus the first model's, in points; paired bootstrap, 95 % within "
+                    f"{difference.low:+.2f} to {difference.high:+.2f}.",
+                    standard_error=difference.standard_error,
+                )
+            )
+        return found
+
+
+def write_transcripts(scored: Sequence[Scored], folder: Path, name: str) -> None:
+    """``NAME.jsonl``, one `Scored` a line, and ``NAME.txt``, every utterance with its alignment, worst first."""
+    jiwer = need("jiwer")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in scored]
+    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    parts = [f"{name}: {word_error_rate(scored):.2f} % word errors, {len(scored)} utterances\n"]
+    for one in sorted(scored, key=lambda s: -s.word_errors / s.words):
+        aligned = jiwer.visualize_alignment(
+            jiwer.process_words(one.reference, one.hypothesis), show_measures=False, skip_correct=False
+        )
+        # Its heading counts the sentences of one comparison; here that is always the first.
+        body = "\n".join(line.rstrip() for line in aligned.splitlines() if not line.startswith("===")).strip("\n")
+        parts.append(f"\n{one.name}: {one.word_errors} of {one.words} words\n{body}\n")
+    (folder / f"{name}.txt").write_text("".join(parts), encoding="utf-8")
+
+
+def read_transcripts(path: Path) -> list[Scored]:
+    """What `write_transcripts` wrote into a ``.jsonl``."""
+    return [Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class RealTimeFactor:
+    """Seconds that a second of speech takes to transcribe, one utterance at a time, features included."""
+
+    name = "real_time_factor"
+
+    def __init__(self, generation: Callable[[Subject], dict[str, Any]] = no_options) -> None:
+        self._generation = generation
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """One measurement: the median over the first ``TIMED`` utterances, after one run that does not count."""
+        sounds = timed_sounds(options)
+        report(f"speed: {len(sounds)} utterances, one at a time")
+        generation = self._generation(subject)
+        transcribe(subject, sounds[:1], **generation)
+        factors = []
+        for sound in sounds:
+            started = time.perf_counter()
+            transcribe(subject, [sound], **generation)
+            factors.append((time.perf_counter() - started) * RATE / len(sound))
+        return [
+            Measurement(
+                name="speed/real_time_factor",
+                value=statistics.median(factors),
+                unit="",
+                better="lower",
+                meaning="Seconds to transcribe one second of speech, one utterance at a time; "
+                f"median of {len(sounds)} utterances.",
+            )
+        ]
+
+
+def timed_sounds(options: EvaluationOptions) -> list[Sound]:
+    """The first utterances of the data, at most ``TIMED``."""
+    source = options.data or SETS["read"]
+    return [utterance.sound() for utterance in read_speech(source, TIMED)]
+
+
+def transcribe_one(subject: Subject) -> None:
+    """What a speech model does in use, for `Footprint`."""
+    transcribe(subject, timed_sounds(EvaluationOptions())[:1])

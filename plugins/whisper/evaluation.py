@@ -1,0 +1,43 @@
+"""What says how good a Whisper is: word and character error rates after its own normaliser, speed and size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lillama_core import Evaluation
+from lillama_core.evaluation import Subject
+from lillama_core.metrics import Footprint
+from lillama_core.metrics.speech import RealTimeFactor, WordErrorRate, transcribe_one
+
+from .ctranslate2 import NORMALIZER
+
+
+def language(subject: Subject) -> str | None:
+    """The language that a multilingual model is to write, English unless its settings say otherwise; else None."""
+    settings = subject.model.generation_config
+    if not getattr(settings, "is_multilingual", False):
+        return None
+    return getattr(settings, "language", None) or "en"
+
+
+def generation(subject: Subject) -> dict[str, Any]:
+    """Arguments of ``generate``: a model of English alone refuses to be told its language."""
+    chosen = language(subject)
+    return {} if chosen is None else {"language": chosen, "task": "transcribe"}
+
+
+def normalizer(subject: Subject) -> Callable[[str], str]:
+    """Whisper's text normaliser (Radford et al. 2022, appendix C): the English one, or the basic one."""
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    if language(subject) not in (None, "en", "english", "<|en|>"):
+        return BasicTextNormalizer()
+    # Always the same table of spellings: a checkpoint that lost its own would be measured differently.
+    return EnglishTextNormalizer(json.loads(NORMALIZER.read_text(encoding="utf-8")))
+
+
+evaluation = Evaluation(
+    WordErrorRate(normalizer, generation), RealTimeFactor(generation), Footprint(work=transcribe_one)
+)
