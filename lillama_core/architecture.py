@@ -60,6 +60,13 @@ class Architecture:
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def adapt(self, model: nn.Module) -> None:
+        """Choose how the modules of ``model`` run, when it was loaded: dense, or compressed, or without its head.
+
+        For models that pick a kernel, or read a module's weight instead of calling it. What the model computes and
+        what is saved must stay the same.
+        """
+
     def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the model does to the hidden stream after block ``index``; nothing, for most."""
         return hidden

@@ -324,6 +324,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model.eval().requires_grad_(False)
+    architecture.adapt(model)
     return model
 
 

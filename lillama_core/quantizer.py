@@ -22,6 +22,7 @@ from lillama_core.errors import LillamaError
 from lillama_core.maps import LinearSite
 from lillama_core.models import QUANT_METHOD
 from lillama_core.strategies import formats
+from lillama_registry import registry
 
 CONFIG_VERSION = 1
 
@@ -82,8 +83,11 @@ class LillamaHfQuantizer(HfQuantizer):
             if path is not None:
                 _swap(model, path, site)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        return model
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        for architecture in registry().architectures_for(model.config.model_type):
+            architecture.adapt(model)
+        loaded: nn.Module = model
+        return loaded
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         return [*renamings(model, self.quantization_config), *weight_conversions]

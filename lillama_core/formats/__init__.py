@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lillama_core.formats.base import Format
+from lillama_core.formats.base import Format, LowRankLinear
 from lillama_core.formats.factored import Factored, FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, Pivoted
 
@@ -14,6 +14,7 @@ __all__ = [
     "FactoredLinear",
     "Format",
     "InputPivotedLinear",
+    "LowRankLinear",
     "OutputPivotedLinear",
     "Pivoted",
 ]

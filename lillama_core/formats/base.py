@@ -45,7 +45,7 @@ class Format(ABC):
 
     @abstractmethod
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B [out, r], A [r, in]) of a module of this format."""
+        """(B [out, r], A [r, in]) of a module of this format; gradients reach its parameters."""
 
 
 class LowRankLinear(nn.Module):
@@ -57,7 +57,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' = B A [out, in], multiplied out anew at each access; for code that looks at a layer's weight."""
+        """W' = B A [out, in], multiplied out anew at each access; for code that looks at a layer's weight, or
+        multiplies by it: gradients reach the factors."""
         B, A = self.format.to_factors(self)
         return B @ A
 

@@ -17,6 +17,10 @@ class FactoredLinear(LowRankLinear):
         self.down = down
         self.up = up
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.up.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.up(self.down(x))
         return out
@@ -54,7 +58,7 @@ class Factored(Format):
 
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(module, FactoredLinear)
-        return module.up.weight.data, module.down.weight.data
+        return module.up.weight, module.down.weight
 
 
 FactoredLinear.format = Factored()

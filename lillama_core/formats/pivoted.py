@@ -32,6 +32,10 @@ class InputPivotedLinear(LowRankLinear):
         self.up = up
         self.register_buffer("permutation", permutation)
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.up.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rank = self.mix.out_features
         # One gather of the whole input is cheaper than two of its parts.
@@ -156,13 +160,13 @@ class Pivoted(Format):
 
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(module, InputPivotedLinear):
-            T = module.mix.weight.data
+            T = module.mix.weight
             A = torch.cat((torch.eye(T.shape[0], dtype=T.dtype, device=T.device), T), dim=1)
-            return module.up.weight.data, A[:, torch.argsort(module.permutation.long())]
+            return module.up.weight, A[:, torch.argsort(module.permutation.long())]
         assert isinstance(module, OutputPivotedLinear)
-        T = module.mix.weight.data
+        T = module.mix.weight
         B = torch.cat((torch.eye(T.shape[1], dtype=T.dtype, device=T.device), T), dim=0)
-        return B[module.permutation.long()], module.down.weight.data
+        return B[module.permutation.long()], module.down.weight
 
 
 InputPivotedLinear.format = OutputPivotedLinear.format = Pivoted()
