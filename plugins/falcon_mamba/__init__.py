@@ -1,1 +1,5 @@
-"""Selective state-space language models: Falcon-Mamba."""
+"""Falcon-Mamba (arXiv 2410.05355)."""
+
+from .architecture import lillama_architectures
+
+__all__ = ["lillama_architectures"]

@@ -1,0 +1,25 @@
+"""Where Mamba keeps its blocks, and which of its mixers' maps are called as modules."""
+
+from torch import nn
+
+from lillama_core import Architecture, hookimpl
+
+from .evaluation import evaluation
+from .mixer import call_maps_as_modules
+
+
+class Mamba(Architecture):
+    """A stack of Mamba blocks under a language-model head; ``dt_proj`` stays dense, its weight is read directly."""
+
+    name = "mamba"
+    maps = ("mixer.in_proj", "mixer.out_proj")
+    optional = ("mixer.x_proj",)
+    evaluation = evaluation
+
+    def adapt(self, model: nn.Module) -> None:
+        call_maps_as_modules(model)
+
+
+@hookimpl
+def lillama_architectures() -> list[Architecture]:
+    return [Mamba(model_types=("mamba",), stacks={"decoder": "backbone.layers"})]
