@@ -12,7 +12,9 @@ from torch import nn
 
 from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation import Evaluation
-from lillama_core.maps import LinearMap, LinearSite, find_sites
+from lillama_core.maps import LinearMap, MapChoice
+from lillama_core.modality import Modality, Text
+from lillama_core.sites import Site, linear_sites
 
 
 class Architecture:
@@ -32,6 +34,13 @@ class Architecture:
     """Paths from the block of the linear maps to compress (``*`` matches one component); empty: all of them."""
     exclude: tuple[str, ...] = ()
     """Paths from the block of linear maps to leave alone."""
+    optional: tuple[str, ...] = ()
+    """Paths from the block of linear maps that are compressed only when the user includes them by name."""
+    pinned: tuple[str, ...] = ()
+    """Paths from the block of modules that decide (a router): while a student block learns, they decide as the
+    teacher's did."""
+    modality: Modality = Text()
+    """What the models are fed."""
     auto_class: str = "AutoModelForCausalLM"
     """The transformers auto class that loads the models."""
     evaluation: Evaluation = Evaluation()
@@ -49,9 +58,9 @@ class Architecture:
         if stacks is not None:
             self.stacks = stacks
 
-    def sites(self, block: nn.Module) -> list[LinearSite]:
+    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
         """The modules of ``block`` that are swapped, in module order."""
-        return find_sites(block, self.maps, self.exclude)
+        return linear_sites(block, self.maps, (*self.exclude, *self.optional), choice)
 
     def call_block(
         self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,7 +89,7 @@ class Block:
     index: int
     path: str
     """Path of the block from the model: ``model.layers.3``."""
-    sites: tuple[LinearSite, ...]
+    sites: tuple[Site, ...]
 
     @property
     def name(self) -> str:
@@ -95,7 +104,12 @@ class Block:
         return f"{self.path}.{map_.name}"
 
 
-def find_blocks(architecture: Architecture, model: nn.Module, selected: tuple[str, ...] = ()) -> dict[str, list[Block]]:
+def find_blocks(
+    architecture: Architecture,
+    model: nn.Module,
+    selected: tuple[str, ...] = (),
+    choice: MapChoice | None = None,
+) -> dict[str, list[Block]]:
     """The blocks of each stack of ``model``, which may live on the meta device.
 
     Raises UserError for an unknown name in ``selected``, and when a declared path does not lead to a list of blocks
@@ -121,7 +135,10 @@ def find_blocks(architecture: Architecture, model: nn.Module, selected: tuple[st
             raise UserError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
         if selected and name not in selected:
             continue
-        blocks = [Block(name, i, f"{path}.{i}", tuple(architecture.sites(module))) for i, module in enumerate(modules)]
+        blocks = [
+            Block(name, i, f"{path}.{i}", tuple(architecture.sites(module, choice or MapChoice())))
+            for i, module in enumerate(modules)
+        ]
         if not any(block.sites for block in blocks):
             raise UserError(f"no linear map found in the {name} blocks of {type(model).__name__}")
         found[name] = blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,7 @@ from torch import nn
 
 from lillama_core.architecture import Architecture, Block
 from lillama_core.errors import LillamaError
-
-Inputs = dict[str, torch.Tensor]
-"""The keyword arguments of one forward pass of the model."""
-
+from lillama_core.modality import Inputs
 
 RunBlock = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 """Takes a block's index, hidden states and other arguments, and returns hidden states."""
@@ -45,8 +43,9 @@ class Parent:
         self.model = model
         self.architecture = architecture
         self.blocks = blocks
-        self._returns_tuple: tuple[Any, ...] | None = None
-        self._probed = False
+        self._rest: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
+        """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
+        self._extra = {"use_cache": False} if _takes_use_cache(model) else {}
 
     def record(self, inputs: Inputs) -> tuple[torch.Tensor, list[BlockCall]]:
         """The hidden states that enter the first block, and the other arguments of every block."""
@@ -93,9 +92,7 @@ class Parent:
             return self._forward(inputs)
 
     def _forward(self, inputs: Inputs) -> Any:
-        # A cache would only be carried along, and some models warn about it.
-        extra = {"use_cache": False} if getattr(self.model.config, "use_cache", None) is not None else {}
-        return self.model(**inputs, **extra)
+        return self.model(**inputs, **self._extra)
 
     @contextlib.contextmanager
     def _bypassed(self, bypass: RunBlock) -> Iterator[None]:
@@ -103,20 +100,21 @@ class Parent:
 
         def replaced(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if not self._probed:
-                    # Whether a block returns a tensor or a tuple is its own business: see once what it does.
+                shape = tuple((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape)
+                if shape not in self._rest:
+                    # What a block returns besides is its own business: see once what it does.
                     block = copy.deepcopy(modules[index]).float()
                     del block.__dict__["forward"]  # the bypass itself
                     with torch.no_grad():
                         result = block(*args, **kwargs)
-                    self._returns_tuple = result[1:] if isinstance(result, tuple) else None
-                    self._probed = True
+                    self._rest[shape] = result[1:] if isinstance(result, tuple) else None
                 if "hidden_states" in kwargs:
                     rest = dict(kwargs)
                     hidden = bypass(index, rest.pop("hidden_states"), args, rest)
                 else:
                     hidden = bypass(index, args[0], args[1:], kwargs)
-                return hidden if self._returns_tuple is None else (hidden, *self._returns_tuple)
+                rest_of_result = self._rest[shape]
+                return hidden if rest_of_result is None else (hidden, *rest_of_result)
 
             return forward
 
@@ -127,6 +125,22 @@ class Parent:
         finally:
             for module in modules:
                 del module.__dict__["forward"]
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether the model keeps a cache, which would only be carried along."""
+    return (
+        getattr(model.config, "use_cache", None) is not None
+        and "use_cache" in inspect.signature(model.forward).parameters
+    )
+
+
+def main_output(outputs: Any) -> torch.Tensor:
+    """The tensor that a model is for: logits, or else the first of its outputs."""
+    logits = getattr(outputs, "logits", None)
+    found = outputs[0] if logits is None else logits
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def share_equal(previous: list[BlockCall] | None, calls: list[BlockCall]) -> list[BlockCall]:

@@ -189,7 +189,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         for key, value in vars(options).items()
         if key.startswith("recipe.") and value is not None
     }
-    for name in ("calibration", "stacks"):
+    for name in ("calibration", "stacks", "include", "exclude"):
         if name in given:
             given[name] = [part for item in given[name] for part in _parts(item)]
     return load_recipe(options.recipe).with_options(given, "command line")

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from lillama_core.calibration import CalibrationOptions, Source, check_sources, load_text_windows
-from lillama_core.calibration.sources import SELF
 from lillama_core.compute import choose_device
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
 from lillama_core.memory import release_memory
-from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
+from lillama_core.models import find_architecture, load_config, load_model, locate
 from lillama_core.progress import Progress
 from lillama_core.run_directory import write_json
 
@@ -58,11 +56,6 @@ def _check(request: EvaluationRequest) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
-    if request.data is not None:
-        source = Source.parse(request.data)
-        check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
-        if source.name == SELF:
-            raise UserError("--data must be a text that the model did not write itself")
     path = request.json_file
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise UserError(f"{str(path)!r} cannot be written")
@@ -83,20 +76,22 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
         if not architecture.evaluation.metrics:
             raise UserError(f"architecture {architecture.name!r} has no evaluation")
         architecture.evaluation.check(options)
-        prepared.append((spec, source, architecture, load_tokenizer(source, request.tokenizer)))
+        processor = architecture.modality.load_processor(source, request.tokenizer)
+        architecture.evaluation.check_with(processor, options)
+        prepared.append((spec, source, architecture, processor))
     found = []
     with Progress("quiet" if request.quiet else "normal") as progress:
-        if request.data is not None:
-            for _, _, _, tokenizer in prepared:
-                load_text_windows(Source.parse(request.data), tokenizer, request.sequence_length, 1)
         progress.release()
-        for spec, source, architecture, tokenizer in prepared:
+        baseline: Subject | None = None
+        for spec, source, architecture, processor in prepared:
             progress.line(f"Measuring {spec}")
             # Half precision is slow on a CPU, and rounds what is to be compared.
             model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
             model.to(device)
-            subject = Subject(source.short_name, model, tokenizer, device)
+            subject = Subject(source.short_name, model, processor, device, baseline=baseline)
             found.append(Evaluated(spec, architecture.evaluation.run(subject, options, progress.line)))
+            subject.model = None
+            baseline = baseline or subject
             del model, subject
             release_memory()
     if request.json_file is not None:

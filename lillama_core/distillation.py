@@ -13,8 +13,11 @@ Gradients never leave the block: its inputs are detached, and it has an optimise
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,8 +73,43 @@ class BlockData:
     student: list[torch.Tensor]
     targets: list[torch.Tensor]
     masks: list[torch.Tensor | None]
+    """What each position counts for [rows, length], by batch."""
     held_out: list[int]
     """Batches that are never trained on: they choose the checkpoint."""
+    pinned: PinnedOutputs = field(default_factory=lambda: PinnedOutputs(()))
+    """What the deciding modules of the teacher block said on each batch."""
+
+
+class PinnedOutputs:
+    """The outputs of some modules of a block: noted while the teacher runs, given back while the student learns.
+
+    A router whose input has drifted sends tokens elsewhere, and an expert would be taught what another one is for.
+    """
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        self.paths = paths
+        self._noted: dict[str, list[Any]] = {path: [] for path in paths}
+
+    @contextlib.contextmanager
+    def noting(self, block: nn.Module) -> Iterator[None]:
+        """While open, the outputs of successive batches are noted."""
+        with self._hooked(block, lambda path: lambda _, __, output: self._noted[path].append(output)):
+            yield
+
+    @contextlib.contextmanager
+    def replaying(self, block: nn.Module, batch: int) -> Iterator[None]:
+        """While open, the modules of ``block`` say what was noted on ``batch``."""
+        with self._hooked(block, lambda path: lambda _, __, output: self._noted[path][batch]):
+            yield
+
+    @contextlib.contextmanager
+    def _hooked(self, block: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+        handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in self.paths]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
@@ -111,8 +149,13 @@ def distill_block(
     """
 
     def loss_of(batch: int, stream: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        out = runner(student, block, batch, stream[batch])
-        return options.loss(out, data.targets[batch].to(out.device), data.masks[batch], metric), out
+        with data.pinned.replaying(student, batch):
+            out = runner(student, block, batch, stream[batch])
+        return options.loss(out, data.targets[batch].to(out.device), mask_of(batch), metric), out
+
+    def mask_of(batch: int) -> torch.Tensor | None:
+        mask = data.masks[batch]
+        return None if mask is None else mask.to(runner.device)
 
     followed = [data.student] if options.mode == "student" else [data.teacher]
     if options.mode == "teacher+student":
@@ -124,9 +167,11 @@ def distill_block(
             for batch in data.held_out:
                 loss, out = loss_of(batch, data.student)
                 target = data.targets[batch].to(out.device)
+                mask = mask_of(batch)
+                counts = torch.ones_like(out[..., 0]) if mask is None else mask
                 total += loss.item()
-                wrong += (out - target).square().sum().item()
-                size += target.square().sum().item()
+                wrong += ((out - target).square().sum(-1) * counts).sum().item()
+                size += (target.square().sum(-1) * counts).sum().item()
         if not math.isfinite(total):
             raise LillamaError(
                 f"the loss of block {block.name} is not finite: its activations overflow;"

@@ -10,16 +10,9 @@ import torch
 from torch import nn
 
 from lillama_core.architecture import Block, safe_file_stem
-from lillama_core.blocks import BlockCall, BlockRunner, Inputs, Parent, share_equal
-from lillama_core.calibration import (
-    CalibrationData,
-    CalibrationOptions,
-    Source,
-    check_sources,
-    load_calibration,
-)
+from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
 from lillama_core.compute import choose_autocast, choose_device
-from lillama_core.distillation import BlockData, TrainingOptions, distill_block
+from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear
@@ -27,12 +20,12 @@ from lillama_core.initialization import Initializer, root
 from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
 from lillama_core.memory import release_memory
+from lillama_core.modality import Inputs, SampleRequest, Samples
 from lillama_core.models import (
     check_dtype,
     check_finite,
     count_parameters,
     load_model,
-    load_tokenizer,
     model_fingerprint,
 )
 from lillama_core.output import write_result
@@ -48,7 +41,8 @@ from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
 
-PROBE_TOKENS = 16
+_Recorded = tuple[list[list[BlockCall]], list[torch.Tensor]]
+"""For every batch the other arguments of each block of a stack, and the hidden states that enter the first."""
 METRIC_DAMPING = 1e-2
 """Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
 
@@ -78,31 +72,18 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     directory = RunDirectory(request.output)
     directory.check(request.overwrite, request.resume)
     device = choose_device(request.device)
-    options = CalibrationOptions(
-        sources=tuple(Source.parse(s) for s in recipe.calibration),
-        tokens=recipe.tokens,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        self_share=recipe.self_share,
-        use_all=recipe.use_all_tokens,
-        trust_remote_code=request.trust_remote_code,
-    )
-    check_sources(options)
-    if recipe.tokens // recipe.sequence_length < 2 * recipe.batch_size:
-        raise UserError(
-            f"{recipe.tokens} tokens are {recipe.tokens // recipe.sequence_length} rows of {recipe.sequence_length};"
-            f" at least two batches of {recipe.batch_size} rows are needed: raise --tokens or lower --batch-size"
-        )
     prepared = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
     if not choose(allocators(), recipe.allocation, "--allocation").needs_spectra:
         # An allocator may refuse what the budget allows, and this one can be asked already.
         make_plan(prepared, recipe.allocation, None)
-    tokenizer = load_tokenizer(prepared.source, request.tokenizer)
+    modality = prepared.architecture.modality
+    modality.check(recipe, request.trust_remote_code)
+    processor = modality.load_processor(prepared.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
         for failure in registry().failures:
             progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
-        return _Run(request, prepared, tokenizer, device, options, directory, progress).run()
+        return _Run(request, prepared, processor, device, directory, progress).run()
 
 
 class _Run:
@@ -112,9 +93,8 @@ class _Run:
         self,
         request: Request,
         prepared: Preparation,
-        tokenizer: Any,
+        processor: Any,
         device: torch.device,
-        calibration: CalibrationOptions,
         directory: RunDirectory,
         progress: Progress,
     ) -> None:
@@ -122,9 +102,9 @@ class _Run:
         self.recipe = request.recipe
         self.prepared = prepared
         self.architecture = prepared.architecture
-        self.tokenizer = tokenizer
+        self.modality = prepared.architecture.modality
+        self.processor = processor
         self.device = device
-        self.calibration = calibration
         self.progress = progress
         self.autocast = choose_autocast(self.recipe.compute, device)
         self.loss: Loss = choose(all_losses(), self.recipe.loss, "--loss")
@@ -154,7 +134,7 @@ class _Run:
             check_finite(model)
             self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
             self.record.dtype = str(self.dtype).removeprefix("torch.")
-            self._upcast_outside_blocks(model)
+            self._upcast(model)
             model.to(self.device)
             self._probe(model)
             release_memory()
@@ -168,7 +148,7 @@ class _Run:
                 self.directory.discard()
             raise
 
-    def _fingerprint(self, data: CalibrationData | None) -> dict[str, Any]:
+    def _fingerprint(self, data: Samples | None) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with; ``data`` None: not known yet."""
         return {
             "model": self.record.model_fingerprint,
@@ -181,75 +161,74 @@ class _Run:
             "device": self.device.type,
         }
 
-    def _upcast_outside_blocks(self, model: nn.Module) -> None:
-        """Everything but the blocks in fp32: the hidden stream and what the model derives from its dtype follow."""
-        inside = {
-            id(p)
-            for stack in self.architecture.stacks.values()
-            for p in [*model.get_submodule(stack).parameters(), *model.get_submodule(stack).buffers()]
-        }
+    def _upcast(self, model: nn.Module) -> None:
+        """Everything but the blocks in fp32: the hidden stream and what the model derives from its dtype follow.
+
+        With several stacks the blocks of one run for real while another is worked on, so that they too are fp32.
+        """
+        stacks = self.architecture.stacks
+        inside: set[int] = set()
+        if len(stacks) == 1:
+            modules = [model.get_submodule(path) for path in stacks.values()]
+            inside = {id(t) for m in modules for t in [*m.parameters(), *m.buffers()]}
         for tensor in [*model.parameters(), *model.buffers()]:
             if id(tensor) not in inside and tensor.is_floating_point():
                 tensor.data = tensor.data.float()
 
     def _probe(self, model: nn.Module) -> None:
-        """Run the blocks on a few tokens: a model that overflows is better named now than by the sampler."""
-        vocabulary = int(self.prepared.config.get_text_config(decoder=True).vocab_size)
+        """Run the blocks on made-up input: a model that overflows is better named now than by the sampler."""
         # Two rows: what a block is given besides the hidden states may depend on their number.
-        tokens = torch.randint(vocabulary, (2, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-        inputs: Inputs = {"input_ids": tokens}
+        inputs = self.modality.probe(self.prepared.config)
         source = ResidentSource(model, self.device)
         for blocks in self.prepared.blocks.values():
             parent = Parent(model, self.architecture, blocks)
             calls, stream = self._record_calls(parent, [inputs])
             self._check_chain(parent, inputs, source, calls, stream[0])
 
-    def _load_data(self, model: nn.Module, fingerprint: str) -> CalibrationData:
+    def _load_data(self, model: nn.Module, fingerprint: str) -> Samples:
         with self.record.timed("calibration data"):
-            data = load_calibration(
-                self.calibration,
-                model,
-                self.tokenizer,
-                model_fingerprint=fingerprint,
-                device=self.device,
-                autocast_dtype=self.autocast,
-                progress=self.progress,
-            )
-        if len(data.rows) < 2 * self.recipe.batch_size:
-            # Possible with --use-all-tokens only.
-            raise UserError(
-                f"the data has {len(data.rows)} rows of {self.recipe.sequence_length} tokens; at least two batches of"
-                f" {self.recipe.batch_size} rows are needed: lower --batch-size or --sequence-length"
+            data = self.modality.load(
+                SampleRequest(
+                    self.recipe,
+                    model,
+                    self.processor,
+                    fingerprint,
+                    self.device,
+                    self.autocast,
+                    self.progress,
+                    self.request.trust_remote_code,
+                )
             )
         self.record.data = {
             "sha256": data.sha256,
-            "tokens": data.rows.numel(),
-            "sequence_length": data.rows.shape[1],
+            "rows": len(data),
+            "tokens": data.tokens,
             "sources": data.description,
         }
         return data
 
-    def _compress(self, model: nn.Module, data: CalibrationData) -> RunRecord:
+    def _compress(self, model: nn.Module, data: Samples) -> RunRecord:
         prepared, recipe = self.prepared, self.recipe
-        batches: list[Inputs] = [{"input_ids": rows} for rows in data.rows.split(recipe.batch_size)]
-        if len(batches[-1]["input_ids"]) < recipe.batch_size:
-            batches.pop()
+        whole = len(data) // recipe.batch_size * recipe.batch_size
+        batches = [data.select(rows) for rows in torch.arange(whole).split(recipe.batch_size)]
         count = max(1, round(recipe.held_out * len(batches)))
         held_out = list(range(len(batches) - count, len(batches)))
         source = ResidentSource(model, self.device)
         profile = Profile(self.directory.profile)
         parents = {name: Parent(model, self.architecture, blocks) for name, blocks in prepared.blocks.items()}
 
+        inputs = [batch.inputs for batch in batches]
         calls: dict[str, list[list[BlockCall]]] = {}
         streams: dict[str, list[torch.Tensor]] = {}
         for name, parent in parents.items():
-            calls[name], streams[name] = self._record_calls(parent, batches)
-            self._check_chain(parent, batches[0], source, calls[name], streams[name][0])
+            calls[name], streams[name] = self._record_calls(parent, inputs)
+            self._check_chain(parent, inputs[0], source, calls[name], streams[name][0])
 
         with self.record.timed("profile"):
             training = len(batches) - count
             for name, parent in parents.items():
                 self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
+        self._tell_rare(profile)
         plan = make_plan(prepared, recipe.allocation, profile)
         self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
         self.record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in prepared.maps}
@@ -262,22 +241,45 @@ class _Run:
             f" {self.record.parameters['parameters_after']:,} parameters"
         )
         with self.record.timed("blocks"):
-            for name, parent in parents.items():
+            for position, (name, parent) in enumerate(parents.items()):
+                # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
+                student = self._record_calls(parent, inputs) if position else (calls[name], list(streams[name]))
                 last = self._compress_stack(
-                    parent, batches, calls[name], streams.pop(name), held_out, source, profile, plan
+                    parent, batches, (calls.pop(name), streams.pop(name)), student, held_out, source, profile, plan
                 )
+                self._install(model, parent.blocks, plan)
         with self.record.timed("report"):
             held = [(batches[i], last[0][i], last[1][i]) for i in held_out]
-            self.record.fidelity = measure_fidelity(
-                parent, held, self.autocast, next_token=self.architecture.auto_class == "AutoModelForCausalLM"
-            )
-        del calls, streams, last, held
+            self.record.fidelity = measure_fidelity(parent, held, self.autocast)
+        del calls, streams, student, last, held
         release_memory()
         with self.record.timed("output"):
             self._finish(model, plan)
         return self.record
 
-    def _record_calls(self, parent: Parent, batches: list[Inputs]) -> tuple[list[list[BlockCall]], list[torch.Tensor]]:
+    def _tell_rare(self, profile: Profile) -> None:
+        """Say which maps of a group saw too few rows to span their inputs, and note how many each one saw."""
+        seen: dict[str, float] = {}
+        rare, never = 0, []
+        for block in (b for stack in self.prepared.blocks.values() for b in stack):
+            counts = profile.counts(block)
+            for map_ in block.maps:
+                if map_.group is not None and map_.name in counts:
+                    seen[block.full_name(map_)] = counts[map_.name]
+                    rare += 0 < counts[map_.name] < map_.in_features
+                    never += [block.full_name(map_)] if not counts[map_.name] else []
+        self.record.rows_seen = seen
+        if rare:
+            self.progress.line(
+                f"{rare} of {len(seen)} maps of experts saw fewer rows than they have inputs: the others help out"
+            )
+        if never:
+            self.progress.line(
+                f"{len(never)} maps of experts saw no row, their weights alone decide; the first is {never[0]}"
+            )
+
+    def _record_calls(self, parent: Parent, batches: list[Inputs]) -> _Recorded:
+        """The arguments of all blocks for every batch, and the hidden states that enter the first."""
         calls: list[list[BlockCall]] = []
         stream: list[torch.Tensor] = []
         for inputs in batches:
@@ -335,7 +337,7 @@ class _Run:
     def _profile(
         self,
         parent: Parent,
-        batches: list[Inputs],
+        batches: list[Samples],
         calls: list[list[BlockCall]],
         stream: list[torch.Tensor],
         source: ResidentSource,
@@ -353,17 +355,22 @@ class _Run:
                 self._runner(calls),
                 list(stream),
                 self.initializer,
+                [tuple(batch.masks.values()) for batch in batches],
                 profile,
                 self.progress,
             )
 
-    def _sensitivity(self, parent: Parent, batches: list[Inputs], source: ResidentSource, profile: Profile) -> None:
+    def _sensitivity(self, parent: Parent, batches: list[Samples], source: ResidentSource, profile: Profile) -> None:
         """The sensitivity pass of one stack, into ``profile``."""
-        rows = torch.cat([b["input_ids"] for b in batches])
-        rows = rows[: max(1, self.recipe.sensitivity_tokens // rows.shape[1])]
+        wanted = max(1, round(self.record.data["rows"] * self.recipe.sensitivity_tokens / self.recipe.tokens))
         # All inputs of all blocks are held for one batch: two rows keep that small.
-        small = [self._on_device({"input_ids": r}) for r in rows.split(2)]
-        calls, _ = self._record_calls(parent, small)
+        small: list[Samples] = []
+        for batch in batches:
+            for rows in torch.arange(len(batch)).split(2):
+                if wanted > 0:
+                    small.append(batch.select(rows[:wanted]).to(self.device))
+                    wanted -= len(rows)
+        calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
         runner = self._runner(calls)
         for block, found in measure_sensitivity(parent, source, runner, small, self.recipe.seed, self.progress):
             profile.save_gradients(block, found)
@@ -371,16 +378,20 @@ class _Run:
     def _compress_stack(
         self,
         parent: Parent,
-        batches: list[Inputs],
-        calls: list[list[BlockCall]],
-        stream: list[torch.Tensor],
+        batches: list[Samples],
+        dense_recorded: _Recorded,
+        student_recorded: _Recorded,
         held_out: list[int],
         source: ResidentSource,
         profile: Profile,
         plan: RankPlan,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Compress the blocks of one stack from the bottom up; the last hidden states, dense and compressed."""
-        recipe, runner = self.recipe, self._runner(calls)
+        """Compress the blocks of one stack from the bottom up; the last hidden states, dense and compressed.
+
+        ``dense_recorded`` and ``student_recorded`` are what enters the stack's blocks in the dense model, and in the
+        one whose earlier stacks are compressed.
+        """
+        recipe = self.recipe
         training = TrainingOptions(
             loss=self.loss,
             mode=recipe.mode,
@@ -395,30 +406,37 @@ class _Run:
         )
         # Without training only the held-out rows are followed, for the report.
         followed = range(len(batches)) if recipe.steps > 0 else held_out
-        teacher = [stream[i] for i in followed]
-        student = list(teacher)
-        runner = self._runner([calls[i] for i in followed])
+        teacher = [dense_recorded[1][i] for i in followed]
+        student = [student_recorded[1][i] for i in followed]
+        teacher_runner = self._runner([dense_recorded[0][i] for i in followed])
+        student_runner = self._runner([student_recorded[0][i] for i in followed])
+        # From here on the streams live in these lists alone.
+        dense_recorded[1].clear()
+        student_recorded[1].clear()
+        masks = [batches[i].masks.get(parent.blocks[0].stack) for i in followed]
         held = [list(followed).index(i) for i in held_out]
         self.progress.phase("Compressing blocks", len(parent.blocks))
         for block in parent.blocks:
-            path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
-            ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
+            path = self._file(block)
+            ranks = self._ranks(block, plan)
             dense = source.block(block)
             before = list(teacher) if recipe.mode != "student" and recipe.steps > 0 else []
-            runner.advance(dense, block, teacher)
+            pinned = PinnedOutputs(self.architecture.pinned)
+            with pinned.noting(dense):
+                teacher_runner.advance(dense, block, teacher)
             if not path.is_file():
                 self._compress_block(
                     block,
                     dense,
                     ranks,
-                    runner,
-                    BlockData(before, student, teacher, [None] * len(teacher), held),
+                    student_runner,
+                    BlockData(before, student, teacher, masks, held, pinned),
                     profile,
                     training,
                 )
             note = read_json(path.with_suffix(".json"))
             self.record.blocks.append(note)
-            runner.advance(self._finished_block(source.block(block), block, ranks), block, student)
+            student_runner.advance(self._finished_block(source.block(block), block, ranks), block, student)
             release_memory()
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
@@ -444,12 +462,13 @@ class _Run:
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
         student = dense
         for site in block.sites:
+            layers: dict[str, nn.Module] = {}
             for map_ in site.maps:
-                if map_.name not in ranks:
-                    continue
-                weight = site.weight(student, map_)
-                B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                site.replace(student, BUILT_IN["factored"].from_factors(B, A, site.bias(student, map_)))
+                if map_.name in ranks:
+                    weight = site.weight(student, map_)
+                    B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, site.bias(student, map_))
+            site.put(student, layers)
         student.to(self.device)
         metric = None
         if not ranks:
@@ -462,23 +481,23 @@ class _Run:
             metric = root(moment, METRIC_DAMPING).float().to(self.device)
         result = distill_block(student, block, runner, data, metric, training)
         for site in block.sites:
+            converted: dict[str, nn.Module] = {}
             for map_ in site.maps:
-                if map_.name not in ranks:
-                    continue
-                layer = student.get_submodule(site.name)
-                assert isinstance(layer, FactoredLinear)
-                bias = None if layer.up.bias is None else layer.up.bias.cpu()
-                converted = self.prepared.format.from_factors(
-                    layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
-                )
-                site.replace(student, converted)
+                if map_.name in ranks:
+                    layer = site.layer(student, map_)
+                    assert isinstance(layer, FactoredLinear)
+                    bias = None if layer.bias is None else layer.bias.cpu()
+                    converted[map_.name] = self.prepared.format.from_factors(
+                        layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
+                    )
+            site.put(student, converted)
         state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()}
         for name, tensor in state.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise LillamaError(
                     f"{block.path}.{name} does not fit {self.record.dtype}: values overflow; try --dtype bfloat16"
                 )
-        path = self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
+        path = self._file(block)
         write_json(
             path.with_suffix(".json"),
             {
@@ -495,34 +514,41 @@ class _Run:
         # Last: the weights say that the block is done.
         write_tensors(path, state)
 
+    def _file(self, block: Block) -> Path:
+        return self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
+
+    @staticmethod
+    def _ranks(block: Block, plan: RankPlan) -> dict[str, int]:
+        """The ranks of a block's maps by the names that they have there."""
+        return {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
+
     def _finished_block(self, module: nn.Module, block: Block, ranks: dict[str, int]) -> nn.Module:
         """The block as it was written, in fp32: what follows learns to live with its rounding, and a resumed
         run sees the same as an uninterrupted one."""
-        self._put_low_rank(module, block, ranks, torch.float32)
-        state = read_tensors(self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors")
-        module.load_state_dict(state)
-        return module.to(self.device).eval().requires_grad_(False)
-
-    def _put_low_rank(self, module: nn.Module, block: Block, ranks: dict[str, int], dtype: torch.dtype) -> None:
         for site in block.sites:
+            layers = {}
             for map_ in site.maps:
                 if map_.name in ranks:
                     has_bias = site.bias(module, map_) is not None
-                    layer = self.prepared.format.module(
-                        map_.out_features, map_.in_features, ranks[map_.name], has_bias, dtype, "cpu"
+                    layers[map_.name] = self.prepared.format.module(
+                        map_.out_features, map_.in_features, ranks[map_.name], has_bias, torch.float32, "cpu"
                     )
-                    site.replace(module, layer)
+            site.put(module, layers)
+        module.load_state_dict(read_tensors(self._file(block)))
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def _install(self, model: nn.Module, blocks: list[Block], plan: RankPlan) -> None:
+        """Put the finished blocks of a stack into the model."""
+        for block in blocks:
+            finished = self._finished_block(model.get_submodule(block.path), block, self._ranks(block, plan))
+            if len(self.architecture.stacks) == 1:
+                # Nothing runs them again before they are written.
+                for parameter in finished.parameters():
+                    parameter.data = parameter.data.to(self.dtype)
 
     def _finish(self, model: nn.Module, plan: RankPlan) -> None:
-        """Put the finished blocks into the model, write the result and make it appear."""
+        """Write the compressed model and make it appear."""
         model.to("cpu")
-        for stack in self.prepared.blocks.values():
-            for block in stack:
-                module = model.get_submodule(block.path)
-                ranks = {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
-                self._put_low_rank(module, block, ranks, self.dtype)
-                state = read_tensors(self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors")
-                module.load_state_dict(state)
         # Parameters only: tables such as rotary frequencies are made in fp32, and stay so when the result is loaded.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(self.dtype)
@@ -532,4 +558,4 @@ class _Run:
                 f"the model has {counted:,} parameters where the plan promised"
                 f" {self.record.parameters['parameters_after']:,}; please report this"
             )
-        write_result(model, self.tokenizer, self.prepared, plan, self.record, self.directory, self.progress)
+        write_result(model, self.processor, self.prepared, plan, self.record, self.directory, self.progress)

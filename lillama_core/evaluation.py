@@ -34,7 +34,12 @@ class Subject:
     name: str
     model: Any
     tokenizer: Any
+    """Or processor: what the architecture's modality loads."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    baseline: Subject | None = None
+    """The model that this one is compared with. Its weights are gone; what its metrics noted is there."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a metric wants to see again when it measures the next model: outputs, say."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,13 @@ class Evaluation:
             check = getattr(metric, "check", None)
             if check is not None:
                 check(options)
+
+    def check_with(self, processor: Any, options: EvaluationOptions) -> None:
+        """Raise UserError for what a metric can refuse once the tokenizer or processor is there."""
+        for metric in self.metrics:
+            check = getattr(metric, "check_with", None)
+            if check is not None:
+                check(processor, options)
 
     def run(
         self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None

@@ -7,49 +7,55 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch.nn.functional import nll_loss
 
-from lillama_core.blocks import Inputs, Parent
+from lillama_core.blocks import Parent, main_output
+from lillama_core.modality import IGNORED, Samples
 from lillama_core.record import Fidelity
 
 
 def measure_fidelity(
     parent: Parent,
-    held: list[tuple[Inputs, torch.Tensor, torch.Tensor]],
+    held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
     autocast: torch.dtype | None,
-    next_token: bool,
 ) -> dict[str, Any]:
     """Compare predictions from the last hidden states (dense, compressed) of each held-out batch.
 
-    Both streams are there already, so this costs the model's head alone. Perplexities need a model that predicts the
-    next token; divergence and agreement, one that returns logits.
+    Both streams are there already, so this costs what comes after the last stack alone. Perplexities need targets;
+    divergence and agreement, a model that returns logits.
     """
     device = next(parent.model.parameters()).device
     tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
     nll = [0.0, 0.0]
     wrong, size = 0.0, 0.0
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for inputs, dense, compressed in held:
-            wrong += (compressed - dense).square().sum().item()
-            size += dense.square().sum().item()
+        for samples, dense, compressed in held:
             for row in range(dense.shape[0]):
-                one = {k: v[row : row + 1].to(device) for k, v in inputs.items()}
+                one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
                 outputs = [parent.outputs(one, hidden[row : row + 1].to(device)) for hidden in (dense, compressed)]
-                if not hasattr(outputs[0], "logits"):
-                    break
-                logits = [found.logits for found in outputs]
-                labels = one["input_ids"][0, 1:, None] if next_token else None
+                mains = [main_output(found)[0] for found in outputs]
+                mains = [m.reshape(-1, m.shape[-1]) for m in mains]
+                predicts = hasattr(outputs[0], "logits")
+                kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
+                labels = None if samples.targets is None else samples.targets[row].to(device)
                 # Some tokens at a time: these tables are as wide as the vocabulary.
-                for start in range(0, logits[0].shape[1], 64):
-                    logs = [x[0, start : start + 64].float().log_softmax(-1) for x in logits]
-                    p, q = logs
+                for start in range(0, mains[0].shape[0], 64):
+                    part = slice(start, start + 64)
+                    inside = slice(None) if kept is None else kept[part]
+                    p, q = (m[part][inside].float() for m in mains)
+                    wrong += (q - p).square().sum().item()
+                    size += p.square().sum().item()
+                    if not predicts:
+                        continue
+                    p, q = p.log_softmax(-1), q.log_softmax(-1)
                     tokens += p.shape[0]
                     divergence += (p.exp() * (p - q)).sum().item()
                     agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
                     if labels is not None:
-                        wanted = labels[start : start + 64]
-                        predictions += wanted.shape[0]
-                        for i, log in enumerate(logs):
-                            nll[i] -= log[: wanted.shape[0]].gather(1, wanted).sum().item()
+                        wanted = labels[part][inside]
+                        predictions += int((wanted != IGNORED).sum().item())
+                        for i, log in enumerate((p, q)):
+                            nll[i] += nll_loss(log, wanted, ignore_index=IGNORED, reduction="sum").item()
     perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
     return asdict(
         Fidelity(

@@ -8,15 +8,17 @@ import io
 import json
 import logging
 import struct
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lillama_core.architecture import Architecture, Block, find_blocks
 from lillama_core.errors import UserError, is_out_of_memory, nearest, one_line
+from lillama_core.maps import MapChoice
 
 QUANT_METHOD = "lillama"
 
@@ -51,6 +53,47 @@ class ModelSource:
         return name.removesuffix(".gguf")
 
 
+class CheckpointReader(Protocol):
+    """Turns a checkpoint directory of another program into one of transformers."""
+
+    name: str
+    version: int
+    """Raised when the result changes, so that older ones are made anew."""
+
+    def accepts(self, folder: Path) -> bool:
+        """Whether ``folder`` is such a checkpoint, seen by its cheapest sign; never raises."""
+        ...
+
+    def convert(self, folder: Path, target: Path) -> None:
+        """Write config, weights and what there is of tokenizer or processor into the new, empty folder ``target``.
+
+        Raises UserError when the checkpoint is damaged or of a kind that is not supported.
+        """
+        ...
+
+
+def _converted(folder: Path, reader: CheckpointReader) -> Path:
+    """``folder`` as a transformers directory, made once and kept in the cache."""
+    from filelock import FileLock
+
+    from lillama_core.calibration.cache import default_cache_dir
+
+    digest = hashlib.sha256(f"{reader.name} {reader.version} {folder.resolve()}\n".encode())
+    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    target = default_cache_dir() / "converted" / digest.hexdigest()[:24] / folder.resolve().name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target.parent) + ".lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
+                made = Path(unfinished) / "model"
+                made.mkdir()
+                reader.convert(folder, made)
+                made.rename(target)
+    return target
+
+
 def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
     """Tell a GGUF file, a local directory and a hub id apart, and check what can be checked without loading.
 
@@ -75,6 +118,11 @@ def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
         check_gguf(path)
         return ModelSource(spec, str(path.parent), path.name, trust_remote_code)
     if path.is_dir():
+        from lillama_registry import registry
+
+        for reader in registry().strategies("checkpoints").values():
+            if reader.accepts(path):
+                return ModelSource(spec, str(_converted(path, reader)), None, trust_remote_code)
         _check_directory(path)
         return ModelSource(spec, spec, None, trust_remote_code)
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
@@ -365,13 +413,13 @@ def model_fingerprint(source: ModelSource) -> str:
 
 
 def blocks_of(
-    architecture: Architecture, model: nn.Module, selected: tuple[str, ...]
+    architecture: Architecture, model: nn.Module, selected: tuple[str, ...], choice: MapChoice | None = None
 ) -> tuple[dict[str, list[Block]], int]:
     """The blocks to compress, and the parameters that a reduction is a fraction of.
 
     That is the whole model, or the selected stacks when some are selected.
     """
-    blocks = find_blocks(architecture, model, selected)
+    blocks = find_blocks(architecture, model, selected, choice)
     if not selected:
         return blocks, count_parameters(model)
     modules = [model.get_submodule(architecture.stacks[name]) for name in blocks]

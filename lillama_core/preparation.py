@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block
-from lillama_core.errors import UserError
+from lillama_core.errors import UserError, nearest
 from lillama_core.formats import Format
+from lillama_core.maps import MapChoice, path_matches
 from lillama_core.models import (
     ModelSource,
     blocks_of,
@@ -22,6 +25,7 @@ from lillama_core.models import (
 from lillama_core.plan import Budget, PlannedMap, RankPlan, make_budget
 from lillama_core.profile import Profile
 from lillama_core.recipe import Recipe
+from lillama_core.sites import LinearSite
 from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
 
 
@@ -55,7 +59,9 @@ def prepare(
     config = load_config(source)
     found = find_architecture(config, architecture)
     meta = meta_model(config, found, trust_remote_code)
-    blocks, reference = blocks_of(found, meta, recipe.stacks)
+    choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
+    check_choice(found, meta, choice)
+    blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
     maps = planned_maps(blocks)
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
     width = max(min(m.map.out_features, m.map.in_features) for m in maps)
@@ -72,6 +78,24 @@ def prepare(
         recipe.minimum_rank or max(1, width // 4),
         recipe.rank_step or max(1, width // 16),
     )
+
+
+def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:
+    """Raise UserError for a pattern that no linear map of any block matches."""
+    modules = [block for path in architecture.stacks.values() for block in model.get_submodule(path).children()]
+    everything = MapChoice(include=choice.include, share_experts=choice.share_experts)
+    names = {m.name for block in modules for site in architecture.sites(block, everything) for m in site.maps}
+    names |= {name for block in modules for name, module in block.named_modules() if LinearSite.accepts(module)}
+    for option, patterns in (("--include", choice.include), ("--exclude", choice.exclude)):
+        for pattern in patterns:
+            if not any(path_matches(name, pattern) for name in names):
+                raise UserError(
+                    f"{option} {pattern!r} matches no linear map of a block{nearest(pattern, sorted(names))};"
+                    f" there are: {', '.join(sorted(names)[:12])}"
+                )
+            forbidden = [name for name in architecture.exclude if path_matches(name, pattern)]
+            if option == "--include" and forbidden:
+                raise UserError(f"architecture {architecture.name!r} cannot compress {forbidden[0]!r}")
 
 
 def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:

@@ -13,7 +13,7 @@ from lillama_core.initialization import Decomposition, Initializer, MapStatistic
 from lillama_core.memory import release_memory
 from lillama_core.progress import Progress
 from lillama_core.run_directory import read_tensors, write_tensors
-from lillama_core.statistics import InputObserver, map_statistics
+from lillama_core.statistics import InputObserver, Masks, map_statistics
 from lillama_core.weights import WeightSource
 
 
@@ -29,15 +29,23 @@ class Profile:
     def has(self, block: Block) -> bool:
         return self._file(block).is_file()
 
-    def save(self, block: Block, found: dict[str, Decomposition], metric: torch.Tensor | None) -> None:
-        """Store what was found of a block's maps, and its output metric if there is one."""
+    def save(
+        self, block: Block, found: dict[str, Decomposition], metric: torch.Tensor | None, counts: dict[str, float]
+    ) -> None:
+        """Store what was found of a block's maps, its output metric if there is one, and the rows that maps saw."""
         tensors: dict[str, torch.Tensor] = {} if metric is None else {"metric": metric}
+        tensors |= {f"count.{name}": torch.tensor(count) for name, count in counts.items()}
         for name, d in found.items():
             tensors[f"energies.{name}"] = d.spectrum.energies
             tensors[f"left.{name}"] = d.left
             tensors[f"right.{name}"] = d.right
             tensors[f"flags.{name}"] = torch.tensor([d.spectrum.comparable, d.on_outputs])
         write_tensors(self._file(block), tensors)
+
+    def counts(self, block: Block) -> dict[str, float]:
+        """How many rows each map of a block saw."""
+        tensors = read_tensors(self._file(block))
+        return {m.name: float(tensors[f"count.{m.name}"]) for m in block.maps if f"count.{m.name}" in tensors}
 
     def _gradients_file(self, block: Block) -> Path:
         return self.folder / f"{safe_file_stem(block.name)}-gradients.safetensors"
@@ -71,10 +79,13 @@ def profile_blocks(
     runner: BlockRunner,
     stream: list[torch.Tensor],
     initializer: Initializer,
+    masks: list[Masks],
     profile: Profile,
     progress: Progress,
 ) -> None:
     """Decompose every map of ``blocks`` into ``profile``; ``stream`` enters the first block and is used up.
+
+    ``masks`` say for each batch which positions count.
 
     ``profile`` holds what the sensitivity pass found, if it ran. Blocks that it has decomposed already are only
     passed through, for the sake of the stream.
@@ -82,6 +93,7 @@ def profile_blocks(
     progress.phase("Statistics of the dense blocks", len(blocks))
     # Decompositions are done in fp64, which not every accelerator has.
     device = runner.device if runner.device.type == "cuda" else torch.device("cpu")
+    sequences = sum(len(hidden) for hidden in stream)
     for position, block in enumerate(blocks):
         done = profile.has(block)
         if done and all(profile.has(b) for b in blocks[position:]):
@@ -91,19 +103,20 @@ def profile_blocks(
         if initializer.needs_inputs:
             with torch.no_grad(), observer.watching(module):
                 for index, hidden in enumerate(stream):
+                    observer.next_batch(masks[index])
                     stream[index] = runner(module, block, index, hidden).to(hidden.device)
-                    observer.next_batch()
         if not done:
             seen = profile.gradients(block)
             found = {}
             for site in block.sites:
                 for map_ in site.maps:
                     statistics = (
-                        map_statistics(map_.name, observer.moment(map_.name), seen, device)
+                        map_statistics(map_, observer, seen, sequences, device)
                         if initializer.needs_inputs
                         else MapStatistics()
                     )
                     found[map_.name] = initializer.decompose(site.weight(module, map_).to(device), statistics)
-            profile.save(block, found, seen.get("output"))
+            counts = {m.name: observer.count(m.name) for m in block.maps} if initializer.needs_inputs else {}
+            profile.save(block, found, seen.get("output"), counts)
         release_memory()
         progress.step(block.name)

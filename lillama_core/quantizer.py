@@ -7,20 +7,21 @@ transformers without lillama stops with an error instead of filling the maps wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lillama_core.architecture import Block
 from lillama_core.errors import LillamaError
-from lillama_core.maps import LinearSite
 from lillama_core.models import QUANT_METHOD
+from lillama_core.plan import RankPlan
+from lillama_core.sites import KINDS
 from lillama_core.strategies import formats
 from lillama_registry import registry
 
@@ -33,24 +34,53 @@ class SiteConfig:
 
     kind: str
     format: str
-    rank: int
+    ranks: Mapping[str, int]
+    """By the map's name within the site; empty for a site's only map."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> SiteConfig:
         """Check an entry of a stranger's config; raises LillamaError."""
-        if not isinstance(entry, Mapping) or set(entry) != {"kind", "format", "rank"}:
-            raise LillamaError(f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank'")
-        kind, format_, rank = entry["kind"], entry["format"], entry["rank"]
-        if kind != LinearSite.kind:
-            raise LillamaError(f"{name!r} is a site of kind {kind!r}, which this version of lillama does not know")
+        if not isinstance(entry, Mapping) or set(entry) not in (
+            {"kind", "format", "rank"},
+            {"kind", "format", "ranks"},
+        ):
+            raise LillamaError(f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'")
+        kind, format_ = entry["kind"], entry["format"]
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise LillamaError(
+                f"{name!r} is a site of kind {kind!r}, which this version of lillama does not know"
+                f" (known: {', '.join(KINDS)})"
+            )
         if not isinstance(format_, str) or format_ not in formats():
             raise LillamaError(
                 f"{name!r} is stored in format {format_!r}; install the lillama plugin that provides it"
                 f" (known: {', '.join(formats())})"
             )
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise LillamaError(f"the rank of {name!r} must be a positive whole number, not {rank!r}")
-        return cls(kind, format_, rank)
+        ranks = {"": entry["rank"]} if "rank" in entry else entry["ranks"]
+        if not isinstance(ranks, Mapping) or not ranks:
+            raise LillamaError(f"the ranks of {name!r} must be a mapping of map to rank")
+        for local, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise LillamaError(f"the rank of {joined(name, local)!r} must be a positive whole number, not {rank!r}")
+        return cls(kind, format_, {str(k): v for k, v in ranks.items()})
+
+
+def site_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
+    """The config's entry of every site that a plan makes low rank, by the path of its module."""
+    found: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        for site in block.sites:
+            names = {site.local_name(m): block.full_name(m) for m in site.maps}
+            ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
+            if ranks:
+                how = {"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks}
+                found[f"{block.path}.{site.name}"] = {"kind": site.kind, "format": plan.format, **how}
+    return found
+
+
+def joined(path: str, local: str) -> str:
+    """The path of a map from the path of its site."""
+    return f"{path}.{local}" if local else path
 
 
 class LillamaConfig(QuantizationConfigMixin):
@@ -124,38 +154,37 @@ def own_path(model: nn.Module, name: str) -> str | None:
 
 
 def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
-    """From the names on disk to those in memory, one for each low-rank module."""
+    """From the names on disk to those in memory, where they differ."""
     found = []
-    for name, site in config.parsed.items():
+    for name, entry in config.parsed.items():
         path = own_path(model, name)
         if path is not None:
-            module = model.get_submodule(path)
-            stored = formats()[site.format].stored_as_weight(module.out_features, module.in_features)  # type: ignore[arg-type]
-            found.append(WeightRenaming(f"{path}.weight", f"{path}.{stored}.weight"))
+            site = KINDS[entry.kind].at(path, model.get_submodule(path))
+            ranks = {joined(path, local): rank for local, rank in entry.ranks.items()}
+            found += [WeightRenaming(*pair) for pair in site.renamings(model, ranks, formats()[entry.format])]
     return found
 
 
-def _swap(model: nn.Module, path: str, site: SiteConfig) -> None:
-    dense = model.get_submodule(path)
-    if not LinearSite.accepts(dense):
-        raise LillamaError(f"{path!r} is a {type(dense).__name__}, not a linear map")
-    place = LinearSite(path, dense)
-    map_ = place.maps[0]
-    if site.rank >= map_.full_rank:
-        raise LillamaError(
-            f"the rank of {path!r} is {site.rank}, which a [{map_.out_features}, {map_.in_features}] matrix cannot have"
+def _swap(model: nn.Module, path: str, entry: SiteConfig) -> None:
+    site = KINDS[entry.kind].at(path, model.get_submodule(path))
+    maps = {m.name: m for m in site.maps}
+    layers: dict[str, nn.Module] = {}
+    for local, rank in entry.ranks.items():
+        map_ = maps.get(joined(path, local))
+        if map_ is None:
+            raise LillamaError(f"{path!r} has no map {local!r}; the config is of another model")
+        if rank >= map_.full_rank:
+            raise LillamaError(
+                f"the rank of {map_.name!r} is {rank}, which a [{map_.out_features}, {map_.in_features}] matrix"
+                " cannot have"
+            )
+        weight, bias = site.weight(model, map_), site.bias(model, map_)
+        layers[map_.name] = (
+            formats()[entry.format]
+            .module(map_.out_features, map_.in_features, rank, bias is not None, weight.dtype, str(weight.device))
+            .requires_grad_(weight.requires_grad)
         )
-    weight = dense.weight
-    assert isinstance(weight, torch.Tensor)
-    module = formats()[site.format].module(
-        map_.out_features,
-        map_.in_features,
-        site.rank,
-        place.bias(model, map_) is not None,
-        weight.dtype,
-        str(weight.device),
-    )
-    place.replace(model, module.requires_grad_(weight.requires_grad))
+    site.put(model, layers)
 
 
 def attach(model: Any, config: LillamaConfig) -> None:

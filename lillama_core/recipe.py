@@ -32,6 +32,10 @@ class Recipe:
     reduction: float = option(0.2, "fraction of the parameters to remove")
     stacks: tuple[str, ...] = option((), "stacks to compress, such as 'decoder'; empty: all of the model")
 
+    include: tuple[str, ...] = option((), "maps that are compressed on request only, as paths from the block")
+    exclude: tuple[str, ...] = option((), "maps to leave dense, as paths from the block; '*' stands for one part")
+    share_experts: bool = option(False, "one input projection for all experts of a layer, one output projection")
+
     calibration: tuple[str, ...] = option(
         (),
         "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several",
@@ -39,6 +43,7 @@ class Recipe:
     self_share: float = option(0.5, "part of the tokens that the model writes itself when other data is named")
     tokens: int = option(32768, "calibration tokens")
     sequence_length: int = option(512, "tokens in a calibration row")
+    samples: int = option(128, "calibration rows of a model that is not fed text: utterances or images")
     use_all_tokens: bool = option(False, "take what there is when the data has fewer tokens")
     held_out: float = option(0.0625, "part of the rows that is kept for choosing checkpoints and for the report")
 
@@ -89,6 +94,7 @@ class Recipe:
                 raise UserError(f"{dashed(name)} must be between {low:g} and {high:g}, not {value!r}")
         for name, least in (
             ("tokens", 1),
+            ("samples", 2),
             ("sequence_length", 2),
             ("sensitivity_tokens", 1),
             ("batch_size", 1),

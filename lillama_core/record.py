@@ -54,7 +54,7 @@ class Fidelity:
     agreement: float | None
     """Part of the tokens where both models find the same next token the most likely."""
     relative_error: float
-    """Squared error of the last hidden states, relative to their squares."""
+    """Squared error of the model's outputs (logits, or hidden states), relative to their squares."""
 
 
 @dataclass
@@ -78,6 +78,8 @@ class RunRecord:
     compute: str = "float32"
     dtype: str = "float32"
     plan: dict[str, Any] = field(default_factory=dict)
+    rows_seen: dict[str, float] = field(default_factory=dict)
+    """How many rows of the calibration data reached each expert's map."""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     """[out, in] of every map that could be compressed."""
     parameters: dict[str, Any] = field(default_factory=dict)

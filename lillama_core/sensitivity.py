@@ -7,30 +7,35 @@ from collections.abc import Iterator
 import torch
 
 from lillama_core.architecture import Block
-from lillama_core.blocks import BlockRunner, Inputs, Parent
-from lillama_core.errors import LillamaError
+from lillama_core.blocks import BlockRunner, Parent, main_output
 from lillama_core.memory import release_memory
+from lillama_core.modality import Inputs, Samples
 from lillama_core.progress import Progress
-from lillama_core.statistics import GradientObserver
+from lillama_core.statistics import GradientObserver, flat_rows
 from lillama_core.weights import WeightSource
 
 
 def output_gradient(
-    parent: Parent, inputs: Inputs, last_hidden: torch.Tensor, generator: torch.Generator
+    parent: Parent,
+    inputs: Inputs,
+    last_hidden: torch.Tensor,
+    generator: torch.Generator,
+    output_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gradient of the model's log-likelihood of labels that it draws itself, at the last block's output.
 
     Labels from the model's own predictions make the second moment of the gradients the Fisher information, and need
-    no ground truth (Martens, arXiv 1412.1193, section 9.2). The sum runs over all tokens.
+    no ground truth (Martens, arXiv 1412.1193, section 9.2). The sum runs over all tokens that ``output_mask``
+    [rows, length] keeps. Hidden states as outputs count as the mean of a normal distribution of unit variance.
     """
     last_hidden = last_hidden.detach().requires_grad_(True)
     outputs = parent.outputs(inputs, last_hidden)
     logits = getattr(outputs, "logits", None)
     if logits is None:
-        raise LillamaError(
-            f"{type(parent.model).__name__} returns no logits, which 'sensitivity' needs;"
-            " use --init activation --loss mse"
-        )
+        states = main_output(outputs)
+        states.backward(torch.randn(states.shape, generator=generator).to(states))
+        assert last_hidden.grad is not None
+        return last_hidden.grad
     gradient = torch.empty_like(logits)
     # Some tokens at a time: the table of probabilities in fp32 is the largest tensor of the whole run.
     for part, out in zip(logits.detach().flatten(0, -2).split(64), gradient.flatten(0, -2).split(64), strict=True):
@@ -38,6 +43,8 @@ def output_gradient(
         labels = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(part.device)
         # d(-log p(label))/d logits = p - onehot(label)
         out.copy_(probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32)))
+    if output_mask is not None:
+        gradient *= output_mask.to(gradient)[..., None]
     logits.backward(gradient)
     assert last_hidden.grad is not None
     return last_hidden.grad
@@ -47,7 +54,7 @@ def measure_sensitivity(
     parent: Parent,
     source: WeightSource,
     runner: BlockRunner,
-    batches: list[Inputs],
+    batches: list[Samples],
     seed: int,
     progress: Progress,
 ) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
@@ -61,7 +68,8 @@ def measure_sensitivity(
     observers = {block.name: GradientObserver(block) for block in blocks}
     generator = torch.Generator().manual_seed(seed)
     progress.phase("Sensitivity of the predictions", len(batches) * len(blocks))
-    for index, inputs in enumerate(batches):
+    for index, batch in enumerate(batches):
+        inputs, masks = batch.inputs, tuple(batch.masks.values())
         hidden, _ = parent.record(inputs)
         entering: list[torch.Tensor] = []
         with torch.no_grad():
@@ -72,16 +80,22 @@ def measure_sensitivity(
             # Row by row: the logits and their gradients would be the largest tensors of the whole run.
             gradient = torch.cat(
                 [
-                    output_gradient(parent, {k: v[i : i + 1] for k, v in inputs.items()}, hidden[i : i + 1], generator)
+                    output_gradient(
+                        parent,
+                        {k: v[i : i + 1] for k, v in inputs.items()},
+                        hidden[i : i + 1],
+                        generator,
+                        None if batch.output_mask is None else batch.output_mask[i : i + 1],
+                    )
                     for i in range(hidden.shape[0])
                 ]
             )
         for block in reversed(blocks):
             observer = observers[block.name]
-            observer.output.add(gradient.reshape(-1, gradient.shape[-1]))
+            observer.output.add(*flat_rows(gradient, masks))
             module = source.block(block)
             hidden = entering.pop().to(runner.device).requires_grad_(True)
-            with observer.watching(module):
+            with observer.watching(module, masks):
                 runner(module, block, index, hidden).backward(gradient)
             assert hidden.grad is not None
             gradient = hidden.grad

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from lillama_core.architecture import Block
 from lillama_core.initialization import MapStatistics
+from lillama_core.maps import LinearMap
+from lillama_core.sites import Site
+
+Masks = Sequence[torch.Tensor]
+"""Weights of the positions of hidden streams [rows, length]; which stream a tensor follows shows in its shape."""
 
 
 class SecondMoment:
@@ -24,11 +28,15 @@ class SecondMoment:
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Add rows [tokens, d]."""
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add rows [tokens, d], each as often as ``weights`` [tokens] says; once without."""
         rows = rows.detach().float()
+        if weights is not None:
+            kept = weights > 0
+            rows, weights = rows[kept], weights[kept].float()
+            rows = rows * weights.sqrt()[:, None]
         size = rows.shape[-1]
         if self.total is None:
             self.total = torch.zeros(size, size, device=rows.device)
@@ -40,16 +48,25 @@ class SecondMoment:
                 for start in range(0, size, self.TILE):
                     stop = min(start + self.TILE, size)
                     self.total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self.count += rows.shape[0]
+        self.count += rows.shape[0] if weights is None else weights.sum().item()
 
     def mean(self) -> torch.Tensor:
         """The moment [d, d], symmetric."""
-        if self.total is None:
+        if self.total is None or not self.count:
             raise ValueError("no rows were seen")
         if self.total.device.type != "cpu" or self.total.shape[0] <= self.TILE:
             return self.total / self.count
         upper = self.total.triu()
         return (upper + upper.triu(1).T) / self.count
+
+
+def flat_rows(tensor: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``tensor`` [..., d] as rows [n, d], and their weights [n] when one of ``masks`` has its leading shape."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for mask in masks:
+        if tensor.shape[:-1] == mask.shape or (tensor.dim() == 2 and len(rows) == mask.numel()):
+            return rows, mask.reshape(-1).to(rows.device)
+    return rows, None
 
 
 class InputObserver:
@@ -60,40 +77,79 @@ class InputObserver:
         self.moments: dict[str, SecondMoment] = {}
         self._leader: dict[str, str] = {}
         self._seen: list[tuple[str, torch.Tensor]] = []
+        self._masks: Masks = ()
 
     @contextlib.contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
         """While open, every call of ``module``'s sites is observed."""
-        handles = []
-        for site in self.block.sites:
+        with contextlib.ExitStack() as stack:
+            for site in self.block.sites:
+                stack.enter_context(site.watching(module, on_input=self._observe))
+            try:
+                yield
+            finally:
+                self._seen.clear()
 
-            def hook(_: nn.Module, inputs: tuple[Any, ...], site: Any = site) -> None:
-                for name, rows in site.inputs(inputs).items():
-                    self._observe(name, inputs[0], rows)
-
-            handles.append(module.get_submodule(site.name).register_forward_pre_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._seen.clear()
-
-    def next_batch(self) -> None:
-        """Forget the tensors of the batch before: what follows cannot share with them."""
+    def next_batch(self, masks: Masks = ()) -> None:
+        """Forget the tensors of the batch before: what follows cannot share with them. ``masks`` are its own."""
         self._seen.clear()
+        self._masks = masks
 
-    def _observe(self, name: str, tensor: torch.Tensor, rows: torch.Tensor) -> None:
+    def _observe(self, map_: LinearMap, tensor: torch.Tensor) -> None:
         # The first call decides which maps read one tensor; only the first of them accumulates.
+        name = map_.name
         leader = self._leader.setdefault(name, next((other for other, seen in self._seen if seen is tensor), name))
         if leader == name:
             self._seen.append((name, tensor))
-            self.moments.setdefault(name, SecondMoment()).add(rows)
+            self.moments.setdefault(name, SecondMoment()).add(*flat_rows(tensor, self._masks))
+
+    def count(self, name: str) -> float:
+        """How many rows a map has seen."""
+        found = self.moments.get(self._leader.get(name, name))
+        return 0.0 if found is None else found.count
+
+    def expected(self, name: str) -> float:
+        """How many rows of as much data to expect at a map: those seen, but never none where its group saw some."""
+        group = group_of(self.block, name)
+        return self.count(name) if not group else 0.95 * self.count(name) + 0.05 * _mean([*map(self.count, group)])
 
     def moment(self, name: str) -> torch.Tensor | None:
-        """G of a map, or None if no token reached it."""
+        """G of a map, or None if no row reached it or its group.
+
+        A map of a group borrows from it as if it had seen as many rows of the group's average as it has inputs: few
+        rows of its own do not span its inputs, many outweigh the loan. One that no row reached gets a multiple of the
+        identity, so that its weights alone decide.
+        """
         found = self.moments.get(self._leader.get(name, name))
-        return None if found is None or found.count == 0 else found.mean()
+        group = {n: m for n in group_of(self.block, name) if (m := self.moments.get(n)) is not None and m.count}
+        if not group:
+            return None if found is None or not found.count else found.mean()
+        average = weighted_average({n: m.mean() for n, m in group.items()}, {n: m.count for n, m in group.items()})
+        if found is None or not found.count:
+            return torch.eye(len(average), device=average.device) * average.diagonal().mean()
+        return blend(found.mean(), found.count, average)
+
+
+def group_of(block: Block, name: str) -> list[str]:
+    """The names of the maps in the group of the map ``name``; none when it is in no group."""
+    group = next(m.group for m in block.maps if m.name == name)
+    return [] if group is None else [m.name for m in block.maps if m.group == group]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def weighted_average(values: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:
+    """The mean of tensors of one shape, each counted as often as ``counts`` says."""
+    total = sum(counts[name] for name in values)
+    return torch.stack([value * (counts[name] / total) for name, value in values.items()]).sum(0)
+
+
+def blend(own: torch.Tensor, count: float, average: torch.Tensor) -> torch.Tensor:
+    """A moment [d, d] over ``count`` rows, joined by d rows of ``average``."""
+    loan = len(own)
+    return (own * count + average * loan) / (count + loan)
 
 
 class GradientObserver:
@@ -106,51 +162,59 @@ class GradientObserver:
         self.output = SecondMoment()
 
     @contextlib.contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
+    def watching(self, module: nn.Module, masks: Masks = ()) -> Iterator[None]:
         """While open, gradients that flow back through ``module``'s sites are observed."""
-        handles = []
-        for site in self.block.sites:
+        with contextlib.ExitStack() as stack:
+            for site in self.block.sites:
 
-            def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any, site: Any = site) -> None:
-                for map_ in site.maps:
-                    tensor = site.outputs(output)[map_.name]
-                    weight = site.weight(module, map_)
-                    tensor.register_hook(lambda g, m=map_, w=weight: self._observe(m.name, g, w))
+                def watch(map_: LinearMap, output: torch.Tensor, site: Site = site) -> None:
+                    if output.requires_grad:
+                        weight = site.weight(module, map_)
+                        output.register_hook(lambda g: self._observe(map_.name, g, weight, masks))
 
-            handles.append(module.get_submodule(site.name).register_forward_hook(hook))
-        try:
+                stack.enter_context(site.watching(module, on_output=watch))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _observe(self, name: str, gradient: torch.Tensor, weight: torch.Tensor) -> None:
-        rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        self.squares[name] += rows.square().sum().item()
+    def _observe(self, name: str, gradient: torch.Tensor, weight: torch.Tensor, masks: Masks) -> None:
+        rows, weights = flat_rows(gradient.detach().float(), masks)
+        if weights is None:
+            self.squares[name] += rows.square().sum().item()
+        else:
+            self.squares[name] += (rows.square().sum(1) * weights).sum().item()
         # See MapStatistics: on a map with more outputs than inputs W^T F W is smaller, and enough.
         if weight.shape[0] > weight.shape[1]:
             rows = rows @ weight.float()
-        self.moments[name].add(rows)
+        self.moments[name].add(rows, weights)
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Everything, as tensors by name, ready for a file."""
+        """Everything, as tensors by name, ready for a file; maps of a group borrow from each other."""
         found = {"output": self.output.mean()}
+        moments = {n: m.mean() for n, m in self.moments.items() if m.count}
+        counts = {n: self.moments[n].count for n in moments}
         for map_ in self.block.maps:
-            moment = self.moments[map_.name]
-            if moment.count:
-                found[f"gradients.{map_.name}"] = moment.mean()
-                scale = self.squares[map_.name] / (moment.count * map_.out_features)
-                found[f"scale.{map_.name}"] = torch.tensor(scale, dtype=torch.float64)
+            name = map_.name
+            group = [n for n in group_of(self.block, name) if n in moments]
+            if name not in moments and not group:
+                continue
+            squares = sum(self.squares[n] for n in group or [name]) / sum(counts[n] for n in group or [name])
+            if not group:
+                found[f"gradients.{name}"] = moments[name]
+            else:
+                average = weighted_average({n: moments[n] for n in group}, counts)
+                found[f"gradients.{name}"] = blend(moments[name], counts[name], average) if name in moments else average
+            found[f"scale.{name}"] = torch.tensor(squares / map_.out_features, dtype=torch.float64)
         return found
 
 
 def map_statistics(
-    name: str, inputs: torch.Tensor | None, gradients: dict[str, torch.Tensor], device: torch.device
+    map_: LinearMap, observer: InputObserver, gradients: dict[str, torch.Tensor], sequences: int, device: torch.device
 ) -> MapStatistics:
-    """What an initialiser may see of one map, on ``device``."""
-    scale, moment = gradients.get(f"scale.{name}"), gradients.get(f"gradients.{name}")
+    """What an initialiser may see of one map, on ``device``; the calibration data has ``sequences`` rows."""
+    name = map_.name
+    inputs, scale, moment = observer.moment(name), gradients.get(f"scale.{name}"), gradients.get(f"gradients.{name}")
     return MapStatistics(
         None if inputs is None else inputs.to(device),
         None if moment is None else moment.to(device),
         0.0 if scale is None else float(scale.item()),
+        observer.expected(name) / max(1, sequences),
     )

@@ -24,7 +24,7 @@ from lillama_core.formats import BUILT_IN as FORMATS
 from lillama_core.initialization import BUILT_IN as INITIALIZERS
 from lillama_core.initialization import MapStatistics
 from lillama_core.losses import BUILT_IN as LOSSES
-from lillama_core.maps import find_sites
+from lillama_core.sites import linear_sites
 
 WIDTH = 16
 
@@ -51,7 +51,7 @@ OPTIONS = TrainingOptions(
 def setting(rank: int = 4) -> tuple[nn.Module, Block, BlockRunner, BlockData]:
     torch.manual_seed(0)
     dense = Layer().requires_grad_(False)
-    block = Block("decoder", 0, "layers.0", tuple(find_sites(dense)))
+    block = Block("decoder", 0, "layers.0", tuple(linear_sites(dense)))
     calls = [[BlockCall((), {})] for _ in range(6)]
     runner = BlockRunner(Architecture(), calls, torch.device("cpu"), None)
     teacher = [torch.randn(4, 8, WIDTH) for _ in range(6)]
@@ -62,7 +62,7 @@ def setting(rank: int = 4) -> tuple[nn.Module, Block, BlockRunner, BlockData]:
         map_ = site.maps[0]
         W = site.weight(student, map_)
         B, A = INITIALIZERS["svd"].decompose(W, MapStatistics()).factors(W, rank)
-        site.replace(student, FORMATS["factored"].from_factors(B, A, site.bias(student, map_)))
+        site.put(student, {map_.name: FORMATS["factored"].from_factors(B, A, site.bias(student, map_))})
     data = BlockData(teacher, student_stream, targets, [None] * 6, [4, 5])
     return student, block, runner, data
 

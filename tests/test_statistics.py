@@ -10,6 +10,7 @@ from torch import nn
 
 from lillama_core.architecture import find_blocks
 from lillama_core.blocks import BlockRunner, Parent, share_equal
+from lillama_core.modality import Samples
 from lillama_core.models import find_architecture
 from lillama_core.progress import Progress
 from lillama_core.sensitivity import measure_sensitivity, output_gradient
@@ -107,7 +108,7 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     inputs = {"input_ids": tokens}
     _, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    found = {b.name: t for b, t in measure_sensitivity(parent, source, runner, [inputs], 7, Progress("quiet"))}
+    found = {b.name: t for b, t in measure_sensitivity(parent, source, runner, [Samples(inputs)], 7, Progress("quiet"))}
 
     gradients: dict[str, torch.Tensor] = {}
     outputs: list[torch.Tensor] = []

@@ -16,12 +16,14 @@ class MapStatistics:
 
     ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the
     map's output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller
-    and all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where nobody asked for it.
+    and all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where nobody asked for it, or where
+    no row came by. ``rows`` is the number of rows that reach the map in one row of calibration data.
     """
 
     inputs: torch.Tensor | None = None
     gradients: torch.Tensor | None = None
     gradient_scale: float = 0.0
+    rows: float = 1.0
 
 
 @dataclass(frozen=True)

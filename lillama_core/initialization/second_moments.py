@@ -51,11 +51,11 @@ class ActivationAware(Initializer):
     needs_inputs = True
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
-        if statistics.inputs is None:
-            raise ValueError(f"the initialiser {self.name!r} needs the second moment of the inputs")
-        W, G = weight.double(), statistics.inputs.double()
-        if not G.diagonal().sum() > 0:
-            G = torch.eye(G.shape[0], dtype=torch.float64, device=G.device)
+        W = weight.double()
+        G = None if statistics.inputs is None else statistics.inputs.double()
+        if G is None or not G.diagonal().sum() > 0:
+            # Nothing came by: the weights alone decide.
+            G = torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
         if W.shape[0] <= W.shape[1]:
             L = self.output_root(statistics, W)
             LW = W if L is None else L.T @ W
@@ -97,25 +97,20 @@ class SensitivityAware(ActivationAware):
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         found = super().decompose(weight, statistics)
-        if statistics.gradient_scale > 0:
-            return found
-        # Nothing that this map does reaches the loss: any rank is as good as another.
-        return replace(found, spectrum=Spectrum(torch.zeros_like(found.spectrum.energies), comparable=True))
+        # A map that no gradient reached has no effect on the loss: any rank is as good as another. And an error counts
+        # as often as the map is used.
+        rows = statistics.rows if statistics.gradient_scale > 0 else 0.0
+        return replace(found, spectrum=Spectrum(found.spectrum.energies * rows, comparable=True))
 
-    def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
-        return root(self._gradients(statistics), GRADIENT_DAMPING)
+    def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
+        return None if statistics.gradients is None else root(statistics.gradients, GRADIENT_DAMPING)
 
     def weighted_gram(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
         scale = statistics.gradient_scale
-        if not scale > 0:
+        if statistics.gradients is None or not scale > 0:
             return W.T @ W
         weights = W.float()
-        return self._gradients(statistics).double() + GRADIENT_DAMPING * scale * (weights.T @ weights)
-
-    def _gradients(self, statistics: MapStatistics) -> torch.Tensor:
-        if statistics.gradients is None:
-            raise ValueError(f"the initialiser {self.name!r} needs the second moment of the output gradients")
-        return statistics.gradients
+        return statistics.gradients.double() + GRADIENT_DAMPING * scale * (weights.T @ weights)
 
 
 def descending_eigenpairs(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

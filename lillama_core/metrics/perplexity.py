@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lillama_core.calibration import Source, load_text_windows
+from lillama_core.calibration import SELF, CalibrationOptions, Source, check_sources, load_text_windows
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.metrics.batching import sequences_per_batch
@@ -66,6 +66,20 @@ class Perplexity:
     """
 
     name = "perplexity"
+
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError when ``options.data`` is no text that can be read."""
+        if options.data is None:
+            return
+        source = Source.parse(options.data)
+        check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
+        if source.name == SELF:
+            raise UserError("--data must be a text that the model did not write itself")
+
+    def check_with(self, processor: Any, options: EvaluationOptions) -> None:
+        """Raise UserError when the text does not fill one window."""
+        if options.data is not None:
+            load_text_windows(Source.parse(options.data), processor, options.sequence_length, 1)
 
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """One measurement, on all windows there are when the data have fewer than asked for.

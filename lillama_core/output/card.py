@@ -302,7 +302,7 @@ def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:
             (
                 "relative error",
                 number(found["relative_error"]),
-                "squared error of the last hidden states, relative to their squares",
+                "squared error of the outputs, relative to their squares",
             )
         )
     return rows

@@ -10,25 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lillama_core.blocks import main_output
 from lillama_core.errors import LillamaError
-from lillama_core.maps import LinearSite
+from lillama_core.modality import Inputs, as_dtype
 from lillama_core.output.card import public_name, public_recipe, write_card
 from lillama_core.output.report import write_report
 from lillama_core.plan import RankPlan
 from lillama_core.progress import Progress
-from lillama_core.quantizer import LillamaConfig, attach
+from lillama_core.quantizer import LillamaConfig, attach, site_entries
 from lillama_core.record import RunRecord
 from lillama_core.run_directory import RunDirectory, write_json, write_tensors
 
 if TYPE_CHECKING:
     from lillama_core.preparation import Preparation
 
-PROBE_TOKENS = 16
-
 
 def write_result(
     model: Any,
-    tokenizer: Any,
+    processor: Any,
     prepared: Preparation,
     plan: RankPlan,
     record: RunRecord,
@@ -37,7 +36,7 @@ def write_result(
 ) -> None:
     """Write ``model``, whose maps are low rank already, and publish the directory once it has been loaded back."""
     result = directory.result
-    sites = {name: {"kind": LinearSite.kind, "format": plan.format, "rank": rank} for name, rank in plan.ranks.items()}
+    sites = site_entries((block for stack in prepared.blocks.values() for block in stack), plan)
     model.config.dtype = next(model.parameters()).dtype
     attach(model, LillamaConfig(sites))
     logger = logging.getLogger("transformers")
@@ -47,13 +46,14 @@ def write_result(
         model.save_pretrained(str(result))
     finally:
         logger.setLevel(level)
-    tokenizer.save_pretrained(str(result))
+    modality = prepared.architecture.modality
+    modality.save_processor(processor, result)
     record.bytes = {
         "dense": prepared.total_parameters * next(model.parameters()).dtype.itemsize,
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
-    check_reload(model, result, prepared.architecture.auto_class)
+    check_reload(model, result, prepared.architecture.auto_class, modality.probe(prepared.config))
     record.stop()
     write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)
@@ -76,15 +76,16 @@ def published(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def check_reload(model: Any, result: Path, auto_class: str) -> None:
-    """Load ``result`` in a new process and compare its outputs with the model's; raises LillamaError if they differ."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
+def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs) -> None:
+    """Load ``result`` in a new process and compare its outputs for ``inputs`` with the model's.
+
+    Raises LillamaError if they differ.
+    """
     with torch.no_grad():
-        expected = model(input_ids=tokens).logits.float()
+        # What was made in fp32 meets weights of the model's dtype.
+        expected = main_output(model(**as_dtype(inputs, next(model.parameters()).dtype))).float()
     probe = result.with_name("probe.safetensors")
-    write_tensors(probe, {"tokens": tokens, "expected": expected})
+    write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
     command = [sys.executable, "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode != 0:

@@ -171,7 +171,7 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     if found.get("agreement") is not None:
         rows.append(("agreement", percent(found["agreement"]), "same most likely next token"))
     elif found.get("relative_error") is not None:
-        rows.append(("relative error", number(found["relative_error"]), "of the last hidden states"))
+        rows.append(("relative error", number(found["relative_error"]), "of the outputs"))
     cost = dict(cost_rows(record))
     if "time" in cost:
         memory = f"peak memory {cost['peak memory']}" if "peak memory" in cost else f"on {record.device}"

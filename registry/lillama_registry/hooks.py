@@ -48,5 +48,10 @@ def lillama_recipes() -> dict[str, Any]:  # type: ignore[empty-body]
 
 
 @hookspec
+def lillama_checkpoints() -> dict[str, Any]:  # type: ignore[empty-body]
+    """Readers of foreign checkpoint directories by name: ``lillama_core.models.CheckpointReader``."""
+
+
+@hookspec
 def lillama_commands(subparsers: argparse._SubParsersAction) -> None:
     """Commands: add a parser whose ``run`` default takes the parsed arguments and returns an exit status."""

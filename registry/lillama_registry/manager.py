@@ -19,6 +19,7 @@ NAMED_HOOKS = {
     "formats": "lillama_formats",
     "losses": "lillama_losses",
     "recipes": "lillama_recipes",
+    "checkpoints": "lillama_checkpoints",
 }
 """Kinds of strategy that plugins add by name, and the hook that gives them."""
 
