@@ -190,7 +190,7 @@ def test_an_unknown_source_is_refused(name: str) -> None:
 
 def test_a_dataset_that_cannot_be_reached_is_a_user_error() -> None:
     # conftest.py keeps the Hub out of reach.
-    with pytest.raises(UserError, match="openslr/librispeech_asr .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"openslr/librispeech_asr .* cannot be loaded"):
         read_speech("librispeech", limit=1)
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -26,8 +27,6 @@ def make() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Its dataclasses look their module up.
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
