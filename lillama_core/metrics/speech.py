@@ -80,25 +80,27 @@ def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> 
         found = processor.feature_extractor(
             [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
         )
-        seconds = len(sounds[chosen[0]]) / RATE
+        most = [_most_tokens(subject.model, len(sounds[index])) for index in chosen]
         with _quiet():
             tokens = subject.model.generate(
                 found["input_features"].to(subject.device, dtype),
                 attention_mask=found["attention_mask"].to(subject.device),
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=_most_tokens(subject.model, seconds),
+                max_new_tokens=max(most),
                 **generation,
             )
-        for index, text in zip(chosen, processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
+        # Each is cut at its own limit, not at that of the longest it happens to share a batch with.
+        written = [row[:limit] for row, limit in zip(tokens.tolist(), most, strict=True)]
+        for index, text in zip(chosen, processor.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text.strip()
     return texts
 
 
-def _most_tokens(model: Any, seconds: float) -> int:
-    """New tokens allowed for a sound of so many seconds; never more than there are positions for."""
+def _most_tokens(model: Any, samples: int) -> int:
+    """New tokens allowed for a sound of so many samples; never more than there are positions for."""
     room = getattr(model.config, "max_target_positions", None)
-    most = 16 + math.ceil(TOKENS_PER_SECOND * seconds)
+    most = 16 + math.ceil(TOKENS_PER_SECOND * samples / RATE)
     # A prompt of up to four tokens stands before them.
     return most if room is None else max(1, min(most, room - 4))
 
