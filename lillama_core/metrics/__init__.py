@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lillama_core.metrics.decoding import DecodeSpeed, Footprint
 from lillama_core.metrics.perplexity import Perplexity
+from lillama_core.metrics.speech import RealTimeFactor, WordErrorRate
 from lillama_core.metrics.zero_shot import ZeroShotAccuracy
 
-__all__ = ["DecodeSpeed", "Footprint", "Perplexity", "ZeroShotAccuracy"]
+__all__ = ["DecodeSpeed", "Footprint", "Perplexity", "RealTimeFactor", "WordErrorRate", "ZeroShotAccuracy"]

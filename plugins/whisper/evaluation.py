@@ -8,8 +8,8 @@ from typing import Any
 
 from lillama_core import Evaluation
 from lillama_core.evaluation import Subject
-from lillama_core.metrics import Footprint
-from lillama_core.metrics.speech import RealTimeFactor, WordErrorRate, transcribe_one
+from lillama_core.metrics import Footprint, RealTimeFactor, WordErrorRate
+from lillama_core.metrics.speech import transcribe_one
 
 from .ctranslate2 import NORMALIZER
 
