@@ -301,6 +301,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--tokenizer", metavar="SRC", help="tokenizer, if the model does not bring one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file as well")
+    parser.add_argument("--details", metavar="DIR", help="write transcripts with alignments there (speech)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but the result and errors")
     parser.set_defaults(run=run_evaluate)
@@ -323,6 +324,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         json_file=None if options.json is None else Path(options.json),
+        details=None if options.details is None else Path(options.details),
         quiet=options.quiet,
     )
     print(show_comparison(compare(request)))

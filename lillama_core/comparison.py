@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lillama_core.architecture import safe_file_stem
 from lillama_core.compute import choose_device
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
@@ -34,6 +35,8 @@ class EvaluationRequest:
     device: str = "auto"
     trust_remote_code: bool = False
     json_file: Path | None = None
+    details: Path | None = None
+    """Folder for what the metrics have to show besides numbers, one within it for each model."""
     quiet: bool = False
 
 
@@ -59,6 +62,12 @@ def _check(request: EvaluationRequest) -> None:
     path = request.json_file
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise UserError(f"{str(path)!r} cannot be written")
+    folder = request.details
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--details {str(folder)!r} cannot be made: {error.strerror}") from error
 
 
 def compare(request: EvaluationRequest) -> list[Evaluated]:
@@ -83,12 +92,15 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
     with Progress("quiet" if request.quiet else "normal") as progress:
         progress.release()
         baseline: Subject | None = None
-        for spec, source, architecture, processor in prepared:
+        for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
             progress.line(f"Measuring {spec}")
             # Half precision is slow on a CPU, and rounds what is to be compared.
             model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
             model.to(device)
             subject = Subject(source.short_name, model, processor, device, baseline=baseline)
+            if request.details is not None:
+                own = f"{number}-{safe_file_stem(source.short_name)}"
+                options = replace(options, details=request.details / own)
             found.append(Evaluated(spec, architecture.evaluation.run(subject, options, progress.line)))
             subject.model = None
             baseline = baseline or subject
@@ -107,7 +119,8 @@ def show_comparison(found: list[Evaluated]) -> str:
     names = [Path(e.model).name for e in found]
     header = ["metric", *names, *(["change"] if len(found) == 2 else []), "unit", "better"]
     rows, meanings = [header], []
-    for first in found[0].measurements:
+    # Some compare with the first model, which has none of them itself.
+    for first in {m.name: m for e in reversed(found) for m in e.measurements}.values():
         values = [next((m for m in e.measurements if m.name == first.name), None) for e in found]
         cells = ["—" if m is None else _number(m) for m in values]
         if len(found) == 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -56,6 +57,8 @@ class EvaluationOptions:
     limit: int | None = None
     """Items per task; None means all."""
     seed: int = 0
+    details: Path | None = None
+    """Folder for what a metric has to show besides numbers, transcripts for one; None: nothing is written."""
 
 
 Report = Callable[[str], None]

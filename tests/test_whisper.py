@@ -22,6 +22,7 @@ from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.metrics import speech
 from lillama_core.metrics.speech import SETS, Scored, WordErrorRate, paired_difference, transcribe
+from lillama_core.models import locate
 from lillama_plugins.whisper import ctranslate2
 from lillama_plugins.whisper.evaluation import evaluation, normalizer
 from lillama_plugins.whisper.model_file import read_model_file
@@ -171,6 +172,17 @@ def test_every_tensor_comes_through_unchanged(directory: Path) -> None:
     assert torch.equal(ours, theirs)
     assert model.config.encoder_attention_heads == 4
     assert model.config.decoder_attention_heads == 2
+
+
+def test_the_program_takes_the_directory_as_a_model(directory: Path, checkpoint: Path, tmp_path: Path) -> None:
+    found = locate(str(directory))
+    weights = (Path(found.location) / "model.safetensors").read_bytes()
+    assert weights == (checkpoint / "model.safetensors").read_bytes()
+    assert found.short_name == "tiny"
+    # Its own layout is left alone.
+    assert locate(str(checkpoint)).location == str(checkpoint)
+    with pytest.raises(UserError, match="only Whisper"):
+        locate(str(write(tmp_path / "other", {}, specification="TransformerSpec")))
 
 
 def test_half_precision_stays_half_precision(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ class WordErrorRate:
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """Two measurements for each set, and with a baseline that was measured on it the difference to that.
 
-        ``subject.notes[NOTES]`` holds the transcripts afterwards.
+        ``subject.notes[NOTES]`` holds the transcripts afterwards, and ``options.details`` the tables, if asked for.
         """
         normalize, generation = self._normalizer(subject), self._generation(subject)
         noted: dict[str, list[Scored]] = {}
@@ -250,6 +250,8 @@ class WordErrorRate:
                 score(utterances[i].name, references[i], normalize(text)) for i, text in zip(kept, texts, strict=True)
             ]
             noted[name] = scored
+            if options.details is not None:
+                write_transcripts(scored, options.details, name)
             measurements += self._measurements(name, scored, subject.baseline, options.seed)
         subject.notes[NOTES] = noted
         return measurements

@@ -1,1 +1,5 @@
-"""Speech recognition: Whisper."""
+"""Speech recognition: Whisper (Radford et al. 2022), in transformers' format and in CTranslate2's."""
+
+from .ctranslate2 import lillama_checkpoints
+
+__all__ = ["lillama_checkpoints"]

@@ -11,23 +11,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AddedToken,
-    GenerationConfig,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperTokenizer,
-)
 
+from lillama_core import hookimpl
 from lillama_core.errors import UserError, one_line
 
 from .model_file import ModelFile, read_model_file
+
+if TYPE_CHECKING:
+    # Loading transformers takes seconds; finding the plugins must not.
+    from transformers import GenerationConfig, WhisperConfig, WhisperProcessor
 
 SPECIFICATION = "WhisperSpec"
 NORMALIZER = Path(__file__).parent / "data" / "normalizer.json"
@@ -48,9 +44,24 @@ class Converted:
     processor: WhisperProcessor
 
 
-def is_ctranslate2(directory: Path) -> bool:
-    """Whether ``directory`` looks like a model of CTranslate2's, of whatever kind."""
-    return (directory / "model.bin").is_file() and not list(directory.glob("*.safetensors"))
+class CTranslate2Checkpoint:
+    """Reads directories as ``ct2-transformers-converter`` writes them; of their kinds, Whisper."""
+
+    name = "ctranslate2"
+    version = 1
+
+    def accepts(self, folder: Path) -> bool:
+        """Whether there is a model.bin, of whatever kind of model, and nothing that transformers would load."""
+        return (folder / "model.bin").is_file() and not any(folder.glob("*.safetensors"))
+
+    def convert(self, folder: Path, target: Path) -> None:
+        """Write the model and its processor to ``target``; raises UserError as :func:`convert` does."""
+        save(convert(folder), target)
+
+
+@hookimpl
+def lillama_checkpoints() -> dict[str, Any]:
+    return {"ctranslate2": CTranslate2Checkpoint()}
 
 
 def convert(directory: Path) -> Converted:
@@ -75,6 +86,8 @@ def save(converted: Converted, folder: Path) -> None:
 
 def build(converted: Converted) -> Any:
     """The transformers model that holds the converted weights."""
+    from transformers import WhisperForConditionalGeneration
+
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(converted.config)
     missing, unexpected = model.load_state_dict(converted.state, strict=False, assign=True)
@@ -98,6 +111,8 @@ def convert_weights(path: Path, found: ModelFile) -> tuple[WhisperConfig, dict[s
 
     Raises UserError as :func:`convert`.
     """
+    from transformers import WhisperConfig
+
     source = _Variables(path, found)
     vocabulary, width = source.shape("decoder/embeddings/weight", 2)
     _, mels, _ = source.shape("encoder/conv1/weight", 3)
@@ -271,6 +286,8 @@ def _vocabulary(directory: Path) -> list[str] | None:
 
 def _processor(directory: Path, config: WhisperConfig) -> WhisperProcessor:
     """Tokenizer and feature extractor with all that transformers keeps beside a model."""
+    from transformers import AddedToken, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
     path = directory / "tokenizer.json"
     found = _read_json(path, "a CTranslate2 Whisper directory needs its tokenizer to be converted")
     try:
@@ -308,6 +325,8 @@ def _processor(directory: Path, config: WhisperConfig) -> WhisperProcessor:
 
 def _generation_config(directory: Path, config: WhisperConfig, processor: WhisperProcessor) -> GenerationConfig:
     """How to transcribe; the special tokens' ids go into ``config`` as well."""
+    from transformers import GenerationConfig
+
     found = _read_json(directory / "config.json", "it says which tokens the decoder never writes")
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
