@@ -50,7 +50,7 @@ def library(states: int) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _call(name: str, states: int, tensors: list[torch.Tensor], shape: tuple[int, int, int]) -> None:
+def _call(name: str, states: int, tensors: list[torch.Tensor], shape: torch.Size) -> None:
     for tensor in tensors:
         assert tensor.dtype == torch.float32
         assert tensor.is_contiguous()
@@ -64,7 +64,7 @@ class _ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, states: int) -> torch.Tensor:
         u = torch.empty_like(x)
-        _call("conv_forward", states, [x, weight, bias, u], tuple(x.shape))
+        _call("conv_forward", states, [x, weight, bias, u], x.shape)
         ctx.save_for_backward(x, weight, bias)
         ctx.states = states
         return u
@@ -75,7 +75,7 @@ class _ConvSilu(torch.autograd.Function):
         d_x = torch.empty_like(x)
         d_weight = x.new_zeros(x.shape[0], *weight.shape)
         d_bias = x.new_zeros(x.shape[0], *bias.shape)
-        _call("conv_backward", ctx.states, [x, weight, bias, d_u.contiguous(), d_x, d_weight, d_bias], tuple(x.shape))
+        _call("conv_backward", ctx.states, [x, weight, bias, d_u.contiguous(), d_x, d_weight, d_bias], x.shape)
         return d_x, d_weight.sum(0), d_bias.sum(0), None
 
 
@@ -85,7 +85,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(inputs[0])
-        _call("scan_forward", inputs[4].shape[0], [*inputs, out], tuple(out.shape))
+        _call("scan_forward", inputs[4].shape[0], [*inputs, out], out.shape)
         ctx.save_for_backward(*inputs)
         return out
 
@@ -98,7 +98,7 @@ class _Scan(torch.autograd.Function):
         d_A, d_B, d_C = dt.new_empty(batch, *A.shape), torch.zeros_like(B), torch.zeros_like(C)
         d_dt, d_u, d_z = torch.empty_like(dt), torch.empty_like(u), torch.empty_like(z)
         gradients = [d_dt, d_bias, d_u, d_z, d_A, d_B, d_C, d_D]
-        _call("scan_backward", A.shape[0], [*inputs, d_out.contiguous(), *gradients], tuple(dt.shape))
+        _call("scan_backward", A.shape[0], [*inputs, d_out.contiguous(), *gradients], dt.shape)
         return d_dt, d_bias.sum(0), d_u, d_z, d_A.sum(0), d_B, d_C, d_D.sum(0)
 
 

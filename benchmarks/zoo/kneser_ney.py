@@ -6,7 +6,7 @@ Chen & Goodman, "An Empirical Study of Smoothing Techniques for Language Modelin
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 Context = tuple[int, ...]
@@ -76,10 +76,10 @@ class _Level:
             for c, n, above in ((1, n1, n2), (2, n2, n3), (3, n3, n4))
         )
         self.totals: Counter[Context] = Counter()
-        self.left_over: Counter[Context] = Counter()  # type: ignore[type-var]
+        self.left_over: defaultdict[Context, float] = defaultdict(float)
         for gram, count in counts.items():
             self.totals[gram[:-1]] += count
-            self.left_over[gram[:-1]] += min(self.discount(count), count)  # type: ignore[assignment]
+            self.left_over[gram[:-1]] += min(self.discount(count), count)
 
     def discount(self, count: int) -> float:
         return self._discounts[min(count, 3) - 1] if count else 0.0

@@ -28,7 +28,7 @@ EXPERTS_A_TOKEN = 2
 class Settings:
     """How the experts come to differ, and their training."""
 
-    renewed: float = 0.125
+    renewed: float = 0.0625
     """Share of an expert's hidden units that begin anew; no two experts renew the same unit."""
     fit_tokens: int = 16_384
     own_tokens: int = 4_096

@@ -1,4 +1,4 @@
-"""Trains the zoo's Mamba and Falcon-Mamba from nothing, on the repository's text, in about twelve minutes each.
+"""Trains the zoo's Mamba and Falcon-Mamba from nothing, on the repository's text: some 15 minutes of one CPU core each.
 
     python -m lillama_benchmarks.zoo.train_mamba mamba-tiny OUTPUT [--steps N]
 
@@ -36,7 +36,7 @@ class Settings:
     width: int = 320
     layers: int = 8
     states: int = 8
-    steps: int = 1100
+    steps: int = 600
     minutes: float = 20.0
     batch: int = 8
     length: int = 256
@@ -159,6 +159,31 @@ def train(model: nn.Module, tokens: torch.Tensor, held_out: torch.Tensor, settin
     return step + (done < 1.0)
 
 
+def card(record: dict[str, Any]) -> str:
+    """The checkpoint's README, from what ``training.json`` holds."""
+    shape = record["settings"]
+    name, kind, minutes = record["model"], MODEL_TYPES[record["model"]], record["seconds"] // 60
+    return f"""---
+license: cc-by-sa-3.0
+language: en
+---
+# {name}
+
+A small `{kind}` language model ({shape["layers"]} blocks of width {shape["width"]}, state {shape["states"]}, float16)
+for testing compression. It knows little: it is small, and so is its text.
+
+- Made by `python -m lillama_benchmarks.zoo.train_mamba {name} FOLDER` from random weights: {record["steps"]} steps of
+  {shape["batch"]} x {shape["length"]} tokens ({record["passes"]:.1f} passes over the text), seed {shape["seed"]},
+  {minutes} minutes on one busy CPU core.
+- Text: WikiText-2 (Merity et al. 2016; CC BY-SA 3.0), the validation split and the test split up to its last 218 kB,
+  which are held out (`lillama_benchmarks.zoo.texts`). Tokenizer: byte-level BPE of {shape["vocabulary"]} entries,
+  trained on the same text.
+- Perplexity on the held-out text, {record["held_out_tokens"] // 512} windows of 512 tokens: {record["perplexity"]:.2f}.
+  An interpolated modified Kneser-Ney 5-gram of the same {record["training_tokens"]} training tokens:
+  {record["kneser_ney_5gram_perplexity"]:.2f}.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(MODEL_TYPES))
@@ -193,6 +218,7 @@ def main() -> None:
         "kneser_ney_5gram_perplexity": KneserNey(tokens.tolist(), 5).window_perplexity(held_out.tolist(), 512),
     }
     (options.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.output / "README.md").write_text(card(record))
     print(json.dumps(record, indent=1))
 
 
