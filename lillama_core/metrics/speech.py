@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, need, read_speech
 from lillama_core.errors import UserError
@@ -78,13 +79,12 @@ def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> 
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         found = processor.feature_extractor(
-            [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt", return_attention_mask=True
+            [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt"
         )
         most = [_most_tokens(subject.model, len(sounds[index])) for index in chosen]
         with _quiet():
             tokens = subject.model.generate(
-                found["input_features"].to(subject.device, dtype),
-                attention_mask=found["attention_mask"].to(subject.device),
+                encoder_outputs=_encoded(subject.model, found["input_features"].to(subject.device, dtype)),
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max(most),
@@ -95,6 +95,18 @@ def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> 
         for index, text in zip(chosen, processor.batch_decode(written, skip_special_tokens=True), strict=True):
             texts[index] = text.strip()
     return texts
+
+
+def _encoded(model: Any, features: Tensor) -> Any:
+    """What the encoder makes of ``features`` [utterances, bands, frames].
+
+    On a CPU one utterance at a time: its caches hold the activations of one, which saved a sixth of the time of all.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    encoder = model.get_encoder()
+    parts = features.split(1) if features.device.type == "cpu" else (features,)
+    return BaseModelOutput(last_hidden_state=torch.cat([encoder(part).last_hidden_state for part in parts]))
 
 
 def _most_tokens(model: Any, samples: int) -> int:
