@@ -12,9 +12,10 @@ from torch import nn
 
 from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation import Evaluation
+from lillama_core.experts import find_sites
 from lillama_core.maps import LinearMap, MapChoice
 from lillama_core.modality import Modality, Text
-from lillama_core.sites import Site, linear_sites
+from lillama_core.sites import Site
 
 
 class Architecture:
@@ -44,6 +45,10 @@ class Architecture:
     auto_class: str = "AutoModelForCausalLM"
     """The transformers auto class that loads the models."""
     evaluation: Evaluation = Evaluation()
+    remarks: tuple[str, ...] = ()
+    """Lines that the user is told before a run: what was found rather than declared."""
+    tiny_config: Mapping[str, Any] = {}
+    """Settings of the config that make a tiny model for tests, where shrinking the usual dimensions does not."""
 
     def __init__(
         self,
@@ -60,7 +65,7 @@ class Architecture:
 
     def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
         """The modules of ``block`` that are swapped, in module order."""
-        return linear_sites(block, self.maps, (*self.exclude, *self.optional), choice)
+        return find_sites(block, self.maps, (*self.exclude, *self.optional), choice)
 
     def call_block(
         self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

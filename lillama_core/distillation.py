@@ -104,7 +104,9 @@ class PinnedOutputs:
 
     @contextlib.contextmanager
     def _hooked(self, block: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-        handles = [block.get_submodule(path).register_forward_hook(hook(path)) for path in self.paths]
+        # Not every block of a stack need have a router.
+        found = {name: module for name, module in block.named_modules() if name in self.paths}
+        handles = [module.register_forward_hook(hook(name)) for name, module in found.items()]
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from torch import nn
 from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block
 from lillama_core.errors import UserError, nearest
+from lillama_core.experts import SharedExpertsSite
 from lillama_core.formats import Format
 from lillama_core.maps import MapChoice, path_matches
 from lillama_core.models import (
@@ -57,11 +58,16 @@ def prepare(
         raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
     source = locate(model, trust_remote_code)
     config = load_config(source)
-    found = find_architecture(config, architecture)
+    found = find_architecture(config, architecture, trust_remote_code)
     meta = meta_model(config, found, trust_remote_code)
     choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
     check_choice(found, meta, choice)
     blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
+    sites = [site for stack in blocks.values() for block in stack for site in block.sites]
+    for site in sites:
+        site.check(format_)
+    if recipe.share_experts and not any(site.kind == SharedExpertsSite.kind for site in sites):
+        raise UserError(f"--share-experts: model {model!r} has no experts")
     maps = planned_maps(blocks)
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
     width = max(min(m.map.out_features, m.map.in_features) for m in maps)

@@ -120,7 +120,9 @@ class LillamaHfQuantizer(HfQuantizer):
         return loaded
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        return [*renamings(model, self.quantization_config), *weight_conversions]
+        # Last on loading, first on saving: a family may have names of its own on disk, and ours start from those that
+        # the modules have in memory.
+        return [*weight_conversions, *renamings(model, self.quantization_config)]
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

@@ -70,6 +70,9 @@ class Site(ABC):
         does not know the format stops with an error instead of filling the maps with random numbers.
         """
 
+    def check(self, format_: Format) -> None:  # noqa: B027  most sites take any format
+        """Raise UserError when the site's maps cannot be stored in ``format_``."""
+
     def local_name(self, map_: LinearMap) -> str:
         """The map's name within its site; empty for the site's only map."""
         return map_.name.removeprefix(self.name).removeprefix(".")
@@ -167,4 +170,4 @@ def linear_sites(
 
 
 KINDS: dict[str, type[Site]] = {LinearSite.kind: LinearSite}
-"""Kinds of site that a compressed model's config may name."""
+"""Kinds of site that a compressed model's config may name; `lillama_core.experts` adds its own."""

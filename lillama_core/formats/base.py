@@ -25,6 +25,10 @@ class Format(ABC):
     def largest_rank(self, out_features: int, in_features: int, parameters: int) -> int:
         """The largest rank that costs at most ``parameters`` and less than the dense map; 0 if there is none."""
 
+    def index_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes that a low-rank map of these sizes has on disk beside its parameters."""
+        return 0
+
     @abstractmethod
     def module(
         self, out_features: int, in_features: int, rank: int, bias: bool, dtype: torch.dtype, device: str
@@ -49,11 +53,22 @@ class Format(ABC):
 
 
 class LowRankLinear(nn.Module):
-    """What every low-rank module shares: it says of itself what a dense linear layer says."""
+    """What every low-rank module shares: it says of itself what a dense linear layer says, and runs in two stages."""
 
     in_features: int
     out_features: int
     format: Format
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The first stage: x [..., in] -> A x [..., r]."""
+        raise NotImplementedError
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        """The second stage: z [..., r] -> B z + bias [..., out]."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.expand(self.reduce(x))
 
     @property
     def weight(self) -> torch.Tensor:

@@ -21,9 +21,13 @@ class FactoredLinear(LowRankLinear):
     def bias(self) -> torch.Tensor | None:
         return self.up.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.up(self.down(x))
-        return out
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.down(x)
+        return z
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.up(z)
+        return y
 
 
 class Factored(Format):

@@ -36,12 +36,16 @@ class InputPivotedLinear(LowRankLinear):
     def bias(self) -> torch.Tensor | None:
         return self.up.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
         rank = self.mix.out_features
         # One gather of the whole input is cheaper than two of its parts.
         x = x.index_select(-1, self.permutation.int())
-        out: torch.Tensor = self.up(x[..., :rank] + self.mix(x[..., rank:]))
-        return out
+        z: torch.Tensor = x[..., :rank] + self.mix(x[..., rank:])
+        return z
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.up(z)
+        return y
 
 
 class OutputPivotedLinear(LowRankLinear):
@@ -61,8 +65,11 @@ class OutputPivotedLinear(LowRankLinear):
         self.register_buffer("permutation", permutation)
         self.bias = bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.down(x)
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self.down(x)
+        return z
+
+    def expand(self, z: torch.Tensor) -> torch.Tensor:
         y = torch.cat((z, self.mix(z)), dim=-1).index_select(-1, self.permutation.int())
         return y if self.bias is None else y + self.bias
 
@@ -107,6 +114,10 @@ class Pivoted(Format):
 
     def parameters(self, out_features: int, in_features: int, rank: int) -> int:
         return rank * (out_features + in_features - rank)
+
+    def index_bytes(self, out_features: int, in_features: int) -> int:
+        side = in_features if self.pivots_inputs(out_features, in_features) else out_features
+        return side * index_dtype(side).itemsize
 
     def largest_rank(self, out_features: int, in_features: int, parameters: int) -> int:
         # The smaller root of r (m + n - r) = p, in integers: the discriminant (m + n)^2 - 4 p is exact.

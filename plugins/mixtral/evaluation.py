@@ -1,0 +1,97 @@
+"""What says how good a mixture of experts is: what a language model is asked, and where its tokens go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lillama_core import Evaluation, EvaluationOptions, Measurement, Subject
+from lillama_core.calibration import Source, load_text_windows
+from lillama_core.evaluation import Report
+from lillama_core.metrics import DecodeSpeed, Footprint, Perplexity, ZeroShotAccuracy
+from lillama_core.metrics.perplexity import OFFLINE_TEXT
+
+ROUTER = "mlp.gate"
+"""Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
+WINDOWS = 8
+"""Routing needs less text than perplexity."""
+
+
+@torch.inference_mode()
+def choices(model: Any, rows: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The experts chosen in every layer that has a router, int16 [layers, tokens, k], and how many there are a layer.
+
+    ``rows``: token ids [windows, length]; each window is read on its own. ``model``: in eval mode on ``device``.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+    routers = {name: module for name, module in model.named_modules() if name.endswith(f".{ROUTER}")}
+    handles = [
+        module.register_forward_hook(
+            lambda _, __, out, name=name: found.setdefault(name, []).append(out[-1].to("cpu", torch.int16))
+        )
+        for name, module in routers.items()
+    ]
+    try:
+        for row in rows:
+            model.get_decoder()(input_ids=row[None].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    experts = max(len(module.weight) for module in routers.values())
+    return torch.stack([torch.cat(found[name]) for name in routers]), experts
+
+
+def token_shares(chosen: torch.Tensor, experts: int) -> torch.Tensor:
+    """The part of the tokens that each expert gets, [layers, experts]; a layer's parts sum to the experts a token."""
+    return functional.one_hot(chosen.long(), experts).sum(2).float().mean(1)
+
+
+def agreement(chosen: torch.Tensor, reference: torch.Tensor) -> float:
+    """Part of the choices in ``reference`` [layers, tokens, k] that ``chosen`` makes too, in whatever order."""
+    return (reference[..., :, None] == chosen[..., None, :]).any(-1).float().mean().item()
+
+
+class Routing:
+    """How evenly the experts are used, and whether tokens go where the first model measured sends them.
+
+    Notes ``routing``, the choices, and ``tokens_per_expert``, for every layer the part of the tokens of each expert.
+    """
+
+    name = "routing"
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """The smallest share of an expert, and the agreement when there is a baseline that read the same text."""
+        source = Source.parse(options.data) if options.data else Source(str(OFFLINE_TEXT))
+        windows = min(WINDOWS, options.windows or WINDOWS)
+        rows = load_text_windows(source, subject.tokenizer, options.sequence_length, windows)
+        report(f"routing: {len(rows)} windows of {options.sequence_length} tokens")
+        chosen, experts = choices(subject.model, rows, subject.device)
+        shares = token_shares(chosen, experts)
+        subject.notes |= {"routing": chosen, "tokens_per_expert": shares.tolist()}
+        found = [
+            Measurement(
+                "smallest_expert_share",
+                100 * shares.min().item(),
+                "%",
+                "higher",
+                f"Part of the tokens that the least used expert of any layer gets; {experts} experts a layer,"
+                f" {chosen.shape[-1]} a token.",
+            )
+        ]
+        reference = subject.baseline.notes.get("routing") if subject.baseline is not None else None
+        if reference is not None and reference.shape == chosen.shape:
+            found.append(
+                Measurement(
+                    "routing_agreement",
+                    100 * agreement(chosen, reference),
+                    "%",
+                    "higher",
+                    "Part of the choices of an expert that the first model makes as well, all layers together.",
+                )
+            )
+        return found
+
+
+evaluation = Evaluation(Perplexity(), ZeroShotAccuracy(), DecodeSpeed(), Footprint(), Routing())
