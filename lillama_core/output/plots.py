@@ -1,0 +1,76 @@
+"""What the plots of lillama's pages have in common.
+
+They are inline SVG by matplotlib whose colours are variables of the page's style sheet, so that they follow its light
+and dark themes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 10.0
+"""Of a plot as wide as the page, in matplotlib's inches of 72 points."""
+
+INK, FAINT, GRID, BEFORE, AFTER = "#010101", "#010102", "#010103", "#010104", "#010105"
+"""Stand-ins for colours of the style sheet, which are put in their place in the finished SVG."""
+
+THEME = {INK: "--ink", FAINT: "--faint", GRID: "--grid", BEFORE: "--before", AFTER: "--after"}
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Settings of matplotlib for its calls inside: text stays text, and ids are the same for the same numbers."""
+    import matplotlib
+
+    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lillama"})
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, its size in inches of 72 points."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def style(axes: Axes) -> None:
+    """Thin lines, and colours that stand in for those of the page."""
+    axes.set_facecolor("none")
+    axes.tick_params(colors=INK, which="both", length=0, labelsize=9)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.xaxis.label.set_color(INK)
+    axes.xaxis.label.set_fontsize(10)
+
+
+def plain_labels(labels: Sequence[Any]) -> None:
+    """Names are no formulas: a dollar sign in one must not start mathematics."""
+    for label in labels:
+        label.set_parse_math(False)
+
+
+def svg(figure: Figure) -> Markup:
+    """``figure`` as an inline SVG element in the page's colours, with neither links nor a fixed size."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    out = io.StringIO()
+    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for stand_in, variable in THEME.items():
+        text = text.replace(stand_in, f"var({variable})")
+    # Escaped by matplotlib: what it draws is written as XML text.
+    return Markup(text)
