@@ -13,6 +13,7 @@ class Mamba(Architecture):
 
     name = "mamba"
     maps = ("mixer.in_proj", "mixer.out_proj")
+    exclude = ("mixer.dt_proj",)
     optional = ("mixer.x_proj",)
     evaluation = evaluation
 

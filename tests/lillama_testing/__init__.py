@@ -1,1 +1,28 @@
-"""The conformance kit: what every architecture plugin must pass, run by `lillama plugin check`."""
+"""The conformance kit: what every architecture must do, for ``lillama plugin check`` and for a plugin's own tests.
+
+from lillama_testing import parametrize_with_checks
+
+@parametrize_with_checks([MyArchitecture()])
+def test_conformance(check):
+    check()
+"""
+
+from __future__ import annotations
+
+from lillama_testing.checks import CHECKS, Case, Outcome, cases, check_architecture, parametrize_with_checks, run_check
+from lillama_testing.command import lillama_commands
+from lillama_testing.tiny import Specimen, make_specimen, specimen_at
+
+__all__ = [
+    "CHECKS",
+    "Case",
+    "Outcome",
+    "Specimen",
+    "cases",
+    "check_architecture",
+    "lillama_commands",
+    "make_specimen",
+    "parametrize_with_checks",
+    "run_check",
+    "specimen_at",
+]

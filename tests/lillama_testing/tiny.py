@@ -1,0 +1,214 @@
+"""Tiny models of any type, seeded, with all that it takes to compress them: made from the defaults of their config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.architecture import Architecture
+from lillama_core.errors import UserError, one_line
+from lillama_core.metrics.perplexity import OFFLINE_TEXT
+from lillama_core.models import auto_class, find_architecture, load_config, load_model, locate
+from lillama_core.recipe import Recipe
+
+WIDTH, HEADS, LAYERS = 32, 4, 2
+VOCABULARY = 384
+START, END = 0, 1
+"""Tokens at the beginning and the end of a text."""
+
+SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 2 * WIDTH),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), LAYERS),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    "num_key_value_heads": HEADS // 2,
+    **dict.fromkeys(("head_dim", "d_kv"), WIDTH // HEADS),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "state_size": 4,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
+    # Shorter than the rows, so that it matters.
+    "sliding_window": 8,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": START,
+    "eos_token_id": END,
+    "pad_token_id": END,
+}
+"""What the configs of transformers call their dimensions, and how small they are to be."""
+
+QUICK: dict[str, Any] = {
+    "tokens": 1024, "sequence_length": 32, "samples": 12, "batch_size": 4, "sensitivity_tokens": 128, "steps": 2,
+    "self_share": 0.0, "compute": "float32",
+}  # fmt: skip
+"""Options of a recipe with which a tiny model is compressed within seconds."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model on disk that an architecture is tried on."""
+
+    architecture: Architecture
+    model_type: str
+    folder: Path
+    """Weights, config, tokenizer or processor."""
+    calibration: tuple[str, ...]
+    """Sources of calibration data, as ``--calibration`` takes them."""
+
+    def load(self) -> Any:
+        """The model anew, in fp32 and eval mode, with all its dropout set to 0."""
+        model: Any = load_model(locate(str(self.folder)), self.architecture, torch.float32)
+        without_dropout(model)
+        return model
+
+    def recipe(self, **options: Any) -> Recipe:
+        """A recipe that is quick and takes this specimen's data."""
+        stacks = tuple(self.architecture.stacks)
+        return dataclasses.replace(Recipe(), calibration=self.calibration, stacks=stacks, **{**QUICK, **options})
+
+
+def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, ...]) -> Specimen:
+    """A model of the user's as a specimen; raises UserError when it is none, or no architecture claims it."""
+    config = load_config(locate(str(folder)))
+    found = find_architecture(config, architecture)
+    return Specimen(found, str(config.model_type), folder, calibration or _materials(found).calibration)
+
+
+def make_specimen(architecture: Architecture, model_type: str, folder: Path) -> Specimen:
+    """Write a tiny model of ``model_type`` with random weights, the same at every call, into ``folder``.
+
+    Its dimensions are those of SIZES that its config knows, under ``architecture.tiny_config``. Raises UserError when
+    no model can be made of them, or when the kit has no data for the architecture's modality.
+    """
+    materials = _materials(architecture)
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = materials.write(folder)
+    try:
+        model = _tiny_model(architecture, model_type, changes)
+    except Exception as error:
+        raise UserError(
+            f"no tiny {model_type!r} can be made ({one_line(error)}); say the sizes that it needs"
+            f" in tiny_config of architecture {architecture.name!r}"
+        ) from error
+    model.save_pretrained(folder)
+    return Specimen(architecture, model_type, folder, materials.calibration)
+
+
+def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    # An alias and the name that it stands for are one setting.
+    generation = changes.pop("generation", {})
+    names = [n for n in SIZES if hasattr(default, n) and n not in config_class.attribute_map]
+    config = config_class(**({n: SIZES[n] for n in names} | changes | dict(architecture.tiny_config)))
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        model = auto_class(architecture).from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            # A bias of zero, or a norm's weight of one, would hide that it is forgotten.
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    finally:
+        torch.set_rng_state(generator_state)
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every probability of dropout in ``model`` to 0, so that training mode is a function of its input."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What models of one modality need besides their weights."""
+
+    write: Callable[[Path], dict[str, Any]]
+    """Writes tokenizer or processor into a folder; gives the settings of the config that follow from it."""
+    calibration: tuple[str, ...]
+
+
+def _materials(architecture: Architecture) -> Materials:
+    name = architecture.modality.name
+    if name not in MATERIALS:
+        raise UserError(
+            f"the kit has no data for the modality {name!r} of architecture {architecture.name!r};"
+            " give a model and its data with --model and --calibration"
+        )
+    return MATERIALS[name]
+
+
+def _write_tokenizer(folder: Path) -> dict[str, Any]:
+    """A byte-level BPE tokenizer of VOCABULARY tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([OFFLINE_TEXT.read_text(encoding="utf-8")[:20_000]], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(str(folder))
+    return {}
+
+
+def _write_speech_processor(folder: Path) -> dict[str, Any]:
+    """Whisper's processor with a vocabulary of single bytes and the special tokens, the end of a text the first."""
+    from tokenizers import pre_tokenizers
+    from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*letters, special[0]])}
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(str(folder))
+    end, start, _, _, silent = tokenizer.convert_tokens_to_ids(special)
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    return {
+        **ends,
+        "vocab_size": len(tokenizer),
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "generation": {
+            **ends,
+            "no_timestamps_token_id": silent,
+            "is_multilingual": False,
+            "suppress_tokens": [],
+            "begin_suppress_tokens": [],
+            "return_timestamps": False,
+            "max_initial_timestamp_index": 50,
+            "max_length": 448,
+        },
+    }
+
+
+MATERIALS = {
+    "text": Materials(_write_tokenizer, (str(OFFLINE_TEXT),)),
+    "speech": Materials(
+        _write_speech_processor, (str(OFFLINE_TEXT.parent / "speech" / "synthetic" / "manifest.jsonl"),)
+    ),
+}
+"""By the name of the modality."""

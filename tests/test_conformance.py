@@ -1,0 +1,229 @@
+"""The conformance kit: every plugin there is passes it, and what is wrong with an architecture does not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, environment, run_process
+from torch import nn
+
+from lillama_core import Architecture
+from lillama_core.maps import LinearMap, MapChoice
+from lillama_core.sites import LinearSite, OnRows, Site
+from lillama_registry import registry
+from lillama_testing import CHECKS, Case, cases, check_architecture, make_specimen, run_check
+
+STRANGER = """
+import lillama_core
+
+
+@lillama_core.hookimpl
+def lillama_architectures():
+    return [lillama_core.Architecture(name="olmo", model_types=("olmo2",), stacks={"decoder": "model.layers"})]
+"""
+
+
+def of_built_in() -> list[Case]:
+    """Every check of every model type; whole runs for the first type of each architecture, they load a process each."""
+    found = cases(registry().architectures)
+    return [c for c in found if c.check != "compression" or c.model_type == c.architecture.model_types[0]]
+
+
+@pytest.mark.parametrize("check", of_built_in(), ids=str)
+def test_plugins(check: Case) -> None:
+    check()
+
+
+def test_all_that_claims_a_model_type_is_checked() -> None:
+    checked = {c.model_type for c in of_built_in()}
+    assert checked >= {"llama", "mamba", "falcon_mamba"}
+    assert checked == {t for a in registry().architectures for t in a.model_types}
+
+
+def install(folder: Path, name: str, source: str) -> None:
+    """Put a distribution with one plugin into ``folder``, as an installer would."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{name}.py").write_text(source)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lillama]\n{name} = {name}\n")
+
+
+def test_a_strangers_plugin(tmp_path: Path) -> None:
+    install(tmp_path, "garden", STRANGER)
+    done = run_process("plugin", "check", "garden", env=environment(PYTHONPATH=str(tmp_path)))
+    assert done == Ended(
+        0,
+        "".join(f"ok      olmo2  {c}\n" for c in CHECKS) + f"{len(CHECKS)} of {len(CHECKS)} checks passed\n",
+        "",
+    )
+
+
+def test_a_wrong_plugin_of_a_stranger(tmp_path: Path) -> None:
+    install(tmp_path, "garden", STRANGER.replace("model.layers", "layers"))
+    done = run_process("plugin", "check", "olmo", env=environment(PYTHONPATH=str(tmp_path)))
+    assert done.status == 1
+    assert "FAILED  olmo2  maps: architecture 'olmo' expects the decoder blocks at 'layers'" in done.stdout
+    assert done.stdout.endswith(f"0 of {len(CHECKS)} checks passed\n")
+
+
+def test_unknown_names(run_cli: Callable[..., Ended], tmp_path: Path) -> None:
+    assert "no plugin with architectures is named 'mambo'" in run_cli("plugin", "check", "mambo").error
+    assert "did you mean 'mamba'?" in run_cli("plugin", "check", "mambo").error
+    assert "no model at" in run_cli("plugin", "check", "mamba", "--model", tmp_path / "absent").error
+
+
+def test_a_model_of_ones_own(run_cli: Callable[..., Ended], tiny_model: Path, calibration_text: Path) -> None:
+    done = run_cli("plugin", "check", "transformer", "--model", tiny_model, "--calibration", calibration_text)
+    assert (done.status, done.stdout.splitlines()[-1]) == (0, f"{len(CHECKS)} of {len(CHECKS)} checks passed")
+
+
+# What is wrong is found
+
+
+class Forgetful(Architecture):
+    """Leaves a map alone without saying so."""
+
+    maps = ("self_attn.*", "mlp.up_proj", "mlp.down_proj")
+
+
+class Contradicting(Architecture):
+    """Takes a map that it declares an exception."""
+
+    exclude = ("mlp.up_proj",)
+
+    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
+        return [*super().sites(block, choice), LinearSite("mlp.up_proj", block.get_submodule("mlp.up_proj"))]
+
+
+class Doubling(Architecture):
+    """Lists a map twice."""
+
+    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
+        found = super().sites(block, choice)
+        return [*found, found[-1]]
+
+
+class Halved(LinearSite):
+    """Shows half of the rows."""
+
+    @contextlib.contextmanager
+    def watching(
+        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
+    ) -> Iterator[None]:
+        def half(show: OnRows | None) -> OnRows | None:
+            return None if show is None else lambda map_, rows: show(map_, rows[:, ::2])
+
+        with super().watching(block, half(on_input), half(on_output)):
+            yield
+
+
+class Repeating(LinearSite):
+    """Shows the rows twice."""
+
+    @contextlib.contextmanager
+    def watching(
+        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
+    ) -> Iterator[None]:
+        with super().watching(block, on_input, on_output), super().watching(block, on_input):
+            yield
+
+
+class Misplacing(LinearSite):
+    """Forgets the bias when it puts a layer in place."""
+
+    def bias(self, block: nn.Module, map_: LinearMap) -> torch.Tensor | None:
+        return None
+
+
+class WithSites(Architecture):
+    """Llama-like models with another kind of site."""
+
+    def __init__(self, kind: type[LinearSite]) -> None:
+        super().__init__(name=kind.__name__, model_types=("qwen2",), stacks={"decoder": "model.layers"})
+        self.kind = kind
+
+    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
+        return [self.kind(s.name, block.get_submodule(s.name)) for s in super().sites(block, choice)]
+
+
+class Deaf(Architecture):
+    """Runs a block without the arguments recorded for it that say what is padding."""
+
+    def call_block(
+        self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        return super().call_block(block, hidden, args, {k: v for k, v in kwargs.items() if k != "attention_mask"})
+
+
+class Scaling(Architecture):
+    """Does something between blocks that the model does not do."""
+
+    def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 1.01
+
+
+class Moody(Architecture):
+    """Its models compute something else in training mode."""
+
+    def adapt(self, model: nn.Module) -> None:
+        def louder(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+            return 1.1 * output if module.training else output
+
+        model.get_submodule("model.layers.0.mlp").register_forward_hook(louder)
+
+
+class Detached(Architecture):
+    """Its models cut the way of the gradient to the first block."""
+
+    def adapt(self, model: nn.Module) -> None:
+        model.get_submodule("model.layers.0").register_forward_hook(lambda _, __, output: output.detach())
+
+
+LLAMA: dict[str, Any] = {"model_types": ("llama",), "stacks": {"decoder": "model.layers"}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "check", "complaint"),
+    [
+        (Forgetful(**LLAMA), "maps", "['mlp.gate_proj.weight'] of model.layers.0 are linear maps, neither found nor"),
+        (Contradicting(**LLAMA), "maps", "['mlp.up_proj.weight'] of model.layers.0 are taken for linear maps"),
+        (Doubling(**LLAMA), "maps", "cover model.layers.0.mlp.down_proj.weight in part, or some of it more than once"),
+        (WithSites(Halved), "observing", "the gradient of model.layers.0.self_attn.q_proj and that of the rows shown"),
+        (WithSites(Repeating), "observing", "model.layers.0.self_attn.q_proj is shown 64 rows and 32 outputs"),
+        (WithSites(Misplacing), "observing", "outputs shown of model.layers.0.self_attn.q_proj and W x + b differ"),
+        (WithSites(Misplacing), "full-rank", "outputs at full rank and dense differ by"),
+        (Deaf(**LLAMA), "chain", "outputs of the chained decoder blocks and of the model, "),
+        (Scaling(**LLAMA), "chain", "outputs of the chained decoder blocks and of the model, without padding, differ"),
+        (Scaling(**LLAMA), "compression", "the blocks of 'decoder' run one by one differ"),
+        (Moody(**LLAMA), "training", "outputs in training mode and in eval mode differ by"),
+        (Detached(**LLAMA), "training", "no gradient reaches a factor of model.layers.0.self_attn.q_proj"),
+        (Architecture(name="x", model_types=("llama",), stacks={"decoder": "layers"}), "maps", "no such module"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)  # fmt: skip
+def test_what_is_wrong_is_found(architecture: Architecture, check: str, complaint: str, tmp_path: Path) -> None:
+    outcome = run_check(check, make_specimen(architecture, architecture.model_types[0], tmp_path / "tiny"))
+    assert not outcome.passed
+    assert complaint in (outcome.error or "")
+
+
+def test_a_type_that_no_tiny_model_can_be_made_of() -> None:
+    (outcome,) = check_architecture(Architecture(name="none", model_types=("no_such_type",), stacks={"a": "b"}))
+    assert outcome.check == "tiny model"
+    assert "no tiny 'no_such_type' can be made" in (outcome.error or "")
+    assert "tiny_config of architecture 'none'" in (outcome.error or "")
+
+
+def test_tiny_models_are_the_same_each_time(tmp_path: Path) -> None:
+    architecture = Architecture(**LLAMA)
+    architecture.tiny_config = {"num_hidden_layers": 3}
+    first, second = (make_specimen(architecture, "llama", tmp_path / name).load() for name in "ab")
+    assert len(first.model.layers) == 3
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
