@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -159,9 +160,15 @@ class _FusedSite(Site):
     low_rank: type[nn.Module]
     """The module that takes the place of the dense one."""
 
-    def __init__(self, name: str, module: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        wanted: Callable[[str], bool] = lambda name: True,
+        share: float = 1.0,
+    ) -> None:
         super().__init__(name, ())
-        self.every = {m.name: m for m in self.all_maps(module)}
+        self.every = {m.name: replace(m, share=share) for m in self.all_maps(module)}
         self.maps = tuple(m for m in self.every.values() if wanted(m.name))
 
     @classmethod
@@ -431,9 +438,17 @@ def find_sites(
             )
             return (own or matches_any(map_name, choice.include)) and not matches_any(map_name, choice.exclude)
 
-        site = site_class(name, module, wanted)
+        site = site_class(name, module, wanted, _share_used(block, name))
         sites += [site] if site.maps else []
     return sites
+
+
+def _share_used(block: nn.Module, name: str) -> float:
+    """Part of the experts ``name`` that a token is sent to; 1 when no module beside them says how many that are."""
+    parent = block.get_submodule(name.rpartition(".")[0])
+    experts = len(fused_parameter(block.get_submodule(name), "gate_up"))
+    chosen = [m.top_k for m in parent.modules() if isinstance(getattr(m, "top_k", None), int)]
+    return min(1.0, chosen[0] / experts) if chosen else 1.0
 
 
 KINDS.update({site.kind: site for site in (ExpertsSite, SharedExpertsSite)})

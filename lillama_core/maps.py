@@ -16,6 +16,8 @@ class LinearMap:
     group: str | None = None
     """Maps of one group do the same for different inputs (the experts of a layer): where one saw few rows, the
     statistics of the group help out."""
+    share: float = 1.0
+    """Part of the rows that the map multiplies: that of an expert is used by some tokens only."""
 
     @property
     def parameters(self) -> int:

@@ -76,6 +76,7 @@ class InputObserver:
         self.block = block
         self.moments: dict[str, SecondMoment] = {}
         self._leader: dict[str, str] = {}
+        self._averages: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._masks: Masks = ()
 
@@ -101,6 +102,7 @@ class InputObserver:
         leader = self._leader.setdefault(name, next((other for other, seen in self._seen if seen is tensor), name))
         if leader == name:
             self._seen.append((name, tensor))
+            self._averages.clear()
             self.moments.setdefault(name, SecondMoment()).add(*flat_rows(tensor, self._masks))
 
     def count(self, name: str) -> float:
@@ -124,10 +126,18 @@ class InputObserver:
         group = {n: m for n in group_of(self.block, name) if (m := self.moments.get(n)) is not None and m.count}
         if not group:
             return None if found is None or not found.count else found.mean()
-        average = weighted_average({n: m.mean() for n, m in group.items()}, {n: m.count for n, m in group.items()})
+        average = self._average(next(iter(group)), group)
         if found is None or not found.count:
             return torch.eye(len(average), device=average.device) * average.diagonal().mean()
         return blend(found.mean(), found.count, average)
+
+    def _average(self, first: str, group: dict[str, SecondMoment]) -> torch.Tensor:
+        # Asked for once for every map of the group, when all rows have been seen; the first map stands for the group.
+        if first not in self._averages:
+            self._averages[first] = weighted_average(
+                {n: m.mean() for n, m in group.items()}, {n: m.count for n, m in group.items()}
+            )
+        return self._averages[first]
 
 
 def group_of(block: Block, name: str) -> list[str]:
@@ -143,7 +153,11 @@ def _mean(values: list[float]) -> float:
 def weighted_average(values: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:
     """The mean of tensors of one shape, each counted as often as ``counts`` says."""
     total = sum(counts[name] for name in values)
-    return torch.stack([value * (counts[name] / total) for name, value in values.items()]).sum(0)
+    first = next(iter(values.values()))
+    average = torch.zeros_like(first)
+    for name, value in values.items():
+        average.add_(value, alpha=counts[name] / total)
+    return average
 
 
 def blend(own: torch.Tensor, count: float, average: torch.Tensor) -> torch.Tensor:
@@ -191,6 +205,7 @@ class GradientObserver:
         found = {"output": self.output.mean()}
         moments = {n: m.mean() for n, m in self.moments.items() if m.count}
         counts = {n: self.moments[n].count for n in moments}
+        averages: dict[str | None, torch.Tensor] = {}
         for map_ in self.block.maps:
             name = map_.name
             group = [n for n in group_of(self.block, name) if n in moments]
@@ -200,7 +215,9 @@ class GradientObserver:
             if not group:
                 found[f"gradients.{name}"] = moments[name]
             else:
-                average = weighted_average({n: moments[n] for n in group}, counts)
+                if map_.group not in averages:
+                    averages[map_.group] = weighted_average({n: moments[n] for n in group}, counts)
+                average = averages[map_.group]
                 found[f"gradients.{name}"] = blend(moments[name], counts[name], average) if name in moments else average
             found[f"scale.{name}"] = torch.tensor(squares / map_.out_features, dtype=torch.float64)
         return found
