@@ -30,10 +30,8 @@ class Settings:
 
     renewed: float = 0.0625
     """Share of an expert's hidden units that begin anew; no two experts renew the same unit."""
-    fit_tokens: int = 16_384
-    own_tokens: int = 4_096
-    """Of the tokens, as many as this are text that the dense model wrote itself."""
-    minutes: float = 6.0
+    fit_tokens: int = 12_288
+    minutes: float = 8.0
     steps: int = 60
     batch: int = 4
     length: int = 256
@@ -235,21 +233,11 @@ def merge_experts(model: Any) -> None:
             weight.copy_(weight.mean(0, keepdim=True).expand_as(weight).clone())
 
 
-def calibration_rows(dense: Any, tokenizer: Any, settings: Settings, folder: Path) -> torch.Tensor:
-    """Tokens [rows, length] of the repository's training text and of text that ``dense`` writes, mixed."""
-    from lillama_core.calibration.sampling import SamplingPlace, sample_rows
-    from lillama_core.models import locate, model_fingerprint
-    from lillama_core.progress import Progress
-
-    length = settings.length
-    text = torch.tensor(tokenizer.backend_tokenizer.encode(training_text(), add_special_tokens=False).ids)
-    home = text[: len(text) // length * length].view(-1, length)
-    place = SamplingPlace(torch.device("cpu"), torch.bfloat16, model_fingerprint(locate(str(folder))), None)
-    own = sample_rows(dense, tokenizer, settings.own_tokens // length, length, settings.seed, place, Progress("quiet"))
-    generator = torch.Generator().manual_seed(settings.seed)
-    wanted = max(settings.steps * settings.batch, settings.fit_tokens // length)
-    rows = torch.cat([home[torch.randperm(len(home), generator=generator)[: wanted - len(own)]], own])
-    return rows[torch.randperm(len(rows), generator=generator)]
+def text_rows(tokenizer: Any, settings: Settings) -> torch.Tensor:
+    """Windows of the zoo's training text, [rows, length], in random order."""
+    ids = torch.tensor(tokenizer.encode(training_text(), add_special_tokens=False))
+    rows = ids[: len(ids) // settings.length * settings.length].view(-1, settings.length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))]
 
 
 def make(folder: Path, settings: Settings | None = None) -> None:
@@ -262,7 +250,7 @@ def make(folder: Path, settings: Settings | None = None) -> None:
     origin = fetch("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(origin)
     dense: Any = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.float32).eval().requires_grad_(False)
-    rows = calibration_rows(dense, tokenizer, settings, origin)
+    rows = text_rows(tokenizer, settings)
     model = upcycle(dense)
     differentiate(model, dense, rows[: settings.fit_tokens // settings.length], settings)
     train(model, dense, rows, settings)
