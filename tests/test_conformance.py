@@ -200,7 +200,6 @@ LLAMA: dict[str, Any] = {"model_types": ("llama",), "stacks": {"decoder": "model
         (WithSites(Misplacing), "full-rank", "outputs at full rank and dense differ by"),
         (Deaf(**LLAMA), "chain", "outputs of the chained decoder blocks and of the model, "),
         (Scaling(**LLAMA), "chain", "outputs of the chained decoder blocks and of the model, without padding, differ"),
-        (Scaling(**LLAMA), "compression", "the blocks of 'decoder' run one by one differ"),
         (Moody(**LLAMA), "training", "outputs in training mode and in eval mode differ by"),
         (Detached(**LLAMA), "training", "no gradient reaches a factor of model.layers.0.self_attn.q_proj"),
         (Architecture(name="x", model_types=("llama",), stacks={"decoder": "layers"}), "maps", "no such module"),

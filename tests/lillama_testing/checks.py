@@ -273,9 +273,8 @@ def check_observing(specimen: Specimen) -> None:
                     seen_maps += len(x) > 0
                     W, b = site.weight(block, map_).detach(), site.bias(block, map_)
                     if len(x):
-                        require_close(
-                            y.detach(), x @ W.T + (0 if b is None else b.detach()), f"outputs shown of {where}"
-                        )
+                        multiplied = x @ W.T + (0 if b is None else b.detach())
+                        require_close(y.detach(), multiplied, f"outputs shown of {where} and W x + b")
                     g = _stacked([_gradient(t) for t in outs[map_.name]], map_.out_features)
                     truth = site.weight(gradients, map_).detach()
                     if truth.norm() == 0 and not len(x):
