@@ -145,7 +145,9 @@ class _Version(argparse.Action):
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local directory, or .gguf file")
     parser.add_argument(
-        "--architecture", metavar="NAME", help="use this architecture instead of the one found by model type"
+        "--architecture",
+        metavar="NAME",
+        help="use this architecture instead of the one found by model type; 'auto' finds the blocks in the model",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that the model brings (off by default)"

@@ -81,7 +81,7 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
     for spec in request.models:
         source = locate(spec, request.trust_remote_code)
         config = load_config(source, allow_compressed=True)
-        architecture = find_architecture(config, request.architecture)
+        architecture = find_architecture(config, request.architecture, request.trust_remote_code)
         if not architecture.evaluation.metrics:
             raise UserError(f"architecture {architecture.name!r} has no evaluation")
         architecture.evaluation.check(options)

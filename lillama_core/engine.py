@@ -83,6 +83,8 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
         for failure in registry().failures:
             progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
+        for remark in prepared.architecture.remarks:
+            progress.line(remark)
         return _Run(request, prepared, processor, device, directory, progress).run()
 
 
@@ -122,6 +124,7 @@ class _Run:
             data={},
             device=str(self.device),
             compute="float32" if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            remarks=list(self.architecture.remarks),
             resumed=self.request.resume and self.directory.path.exists(),
         )
         if self.request.resume:
@@ -177,13 +180,11 @@ class _Run:
 
     def _probe(self, model: nn.Module) -> None:
         """Run the blocks on made-up input: a model that overflows is better named now than by the sampler."""
-        # Two rows: what a block is given besides the hidden states may depend on their number.
         inputs = self.modality.probe(self.prepared.config)
         source = ResidentSource(model, self.device)
         for blocks in self.prepared.blocks.values():
             parent = Parent(model, self.architecture, blocks)
-            calls, stream = self._record_calls(parent, [inputs])
-            self._check_chain(parent, inputs, source, calls, stream[0])
+            self._check_chain(parent, inputs, source)
 
     def _load_data(self, model: nn.Module, fingerprint: str) -> Samples:
         with self.record.timed("calibration data"):
@@ -222,7 +223,7 @@ class _Run:
         streams: dict[str, list[torch.Tensor]] = {}
         for name, parent in parents.items():
             calls[name], streams[name] = self._record_calls(parent, inputs)
-            self._check_chain(parent, inputs[0], source, calls[name], streams[name][0])
+            self._check_chain(parent, inputs[0], source)
 
         with self.record.timed("profile"):
             training = len(batches) - count
@@ -294,17 +295,12 @@ class _Run:
     def _runner(self, calls: list[list[BlockCall]]) -> BlockRunner:
         return BlockRunner(self.architecture, calls, self.device, self.autocast)
 
-    def _check_chain(
-        self,
-        parent: Parent,
-        inputs: Inputs,
-        source: ResidentSource,
-        calls: list[list[BlockCall]],
-        hidden: torch.Tensor,
-    ) -> None:
+    def _check_chain(self, parent: Parent, inputs: Inputs, source: ResidentSource) -> None:
         """Blocks run one after the other must give what the model gives, or nothing that follows means anything."""
+        # Two rows: what a block is given besides the hidden states may depend on their number.
+        short = {k: v[:2] for k, v in self._on_device(inputs).items()}
+        calls, stream = self._record_calls(parent, [short])
         runner = self._runner(calls)
-        short = {k: v[:1] for k, v in self._on_device(inputs).items()}
 
         def run_live(index: int, entering: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             with runner.autocast():
@@ -315,7 +311,7 @@ class _Run:
         unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
         try:
             with torch.no_grad():
-                chained = hidden[:1].to(self.device)
+                chained = stream[0].to(self.device)
                 for block in parent.blocks:
                     chained = runner(source.block(block), block, 0, chained)
         except LillamaError:

@@ -87,6 +87,8 @@ class Modality(ABC):
     """Text, speech, images: everything about a model's input that the engine does not need to know."""
 
     name: str
+    processor_class: str = "AutoTokenizer"
+    """The transformers class that loads the processor again, for the model card."""
 
     @abstractmethod
     def check(self, recipe: Recipe, trust_remote_code: bool) -> None:

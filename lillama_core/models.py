@@ -248,26 +248,30 @@ def _no_plugin(model_type: str, remark: str = "") -> UserError:
     nearest_ones = f"nearest: {', '.join(near)}" if near else "no plugin is loaded"
     broken = f"; not loaded: {', '.join(f.name for f in found.failures)}" if found.failures else ""
     return UserError(
-        f"no plugin handles model type {model_type!r}{remark} ({nearest_ones}); use --architecture NAME"
-        " if its blocks are built like those of a known one, or add a plugin: see 'Add an architecture' in the"
-        f" README{broken}"
+        f"no plugin handles model type {model_type!r}{remark} ({nearest_ones}); use --architecture auto"
+        " to have its blocks found, --architecture NAME if they are built like those of a known one, or add a plugin:"
+        f" see 'Add an architecture' in the README{broken}"
     )
 
 
-def find_architecture(config: Any, name: str | None = None) -> Architecture:
-    """The architecture named ``name``, or the one that claims the config's model type.
+def find_architecture(config: Any, name: str | None = None, trust_remote_code: bool = False) -> Architecture:
+    """The architecture named ``name`` (``auto``: found in the model itself), or the one that claims its model type.
 
     Raises UserError that lists the nearest when there is none, and that names both when two plugins claim one.
     """
     from lillama_registry import registry
 
+    if name == "auto":
+        from lillama_core.generic import discover
+
+        return discover(config, trust_remote_code)
     found = registry()
     model_type = str(getattr(config, "model_type", ""))
     claiming: list[Architecture] = found.architectures_for(model_type)
     if name is not None:
         named = [a for a in found.architectures if name in (a.name, found.plugin_of(a).name)]
         if not named:
-            known = sorted({n for a in found.architectures for n in (a.name, found.plugin_of(a).name)})
+            known = sorted({n for a in found.architectures for n in (a.name, found.plugin_of(a).name)} | {"auto"})
             raise UserError(f"no architecture named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
         claiming = [a for a in named if model_type in a.model_types]
         if not claiming:
@@ -303,7 +307,13 @@ def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool 
     """The model without weights, on the meta device: shapes and names only."""
     try:
         with torch.device("meta"):
-            model: nn.Module = auto_class(architecture).from_config(config, trust_remote_code=trust_remote_code)
+            found = auto_class(architecture)
+            # An auto class, or a model's own.
+            model: nn.Module = (
+                found.from_config(config, trust_remote_code=trust_remote_code)
+                if hasattr(found, "from_config")
+                else found._from_config(config)
+            )
     except Exception as error:
         raise UserError(f"cannot build a {config.model_type!r} model from its config: {one_line(error)}") from None
     tie = getattr(model, "tie_weights", None)

@@ -46,6 +46,7 @@ def plan_before_computing(
     return {
         "model": model,
         "architecture": prepared.architecture.name,
+        "remarks": list(prepared.architecture.remarks),
         "allocation": recipe.allocation,
         "format": recipe.format,
         "dtype": str(dtype).removeprefix("torch."),
@@ -73,6 +74,7 @@ def show_plan(found: dict[str, Any]) -> str:
         f" {found['multiply_adds_per_token_after']:,}  (linear maps)",
         f"bytes                   {found['bytes_before']:>16,} -> {found['bytes_after']:,}",
     ]
+    lines += found["remarks"]
     if found["note"]:
         lines.append(f"note: {found['note']}")
     groups: dict[tuple[str, int, int], list[str]] = defaultdict(list)

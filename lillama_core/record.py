@@ -88,6 +88,8 @@ class RunRecord:
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    remarks: list[str] = field(default_factory=list)
+    """What was found rather than declared about the architecture."""
     resumed: bool = False
     started: float = field(default_factory=time.monotonic, repr=False)
 

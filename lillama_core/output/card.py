@@ -54,6 +54,7 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
         tags=["lillama", "low-rank"],
         **find_license(prepared),
     )
+    processor_class = prepared.architecture.modality.processor_class
     trained = bool(record.recipe.get("steps"))
     name = source.short_name if source.is_local else record.model
     text = (
@@ -73,6 +74,8 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
             maps=len(record.shapes),
             format=code(record.plan["format"]),
             auto_class=prepared.architecture.auto_class,
+            processor_class=processor_class,
+            processor_name="tokenizer" if processor_class == "AutoTokenizer" else "processor",
             causal=causal,
             remote_code=source.trust_remote_code,
             recipe=[(code(k), code(v), meaning) for k, v, meaning in recipe_rows(record)],

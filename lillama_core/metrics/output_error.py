@@ -1,0 +1,80 @@
+"""How far a model's output is from that of the model it is compared with: for models without a task of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama_core.blocks import main_output
+from lillama_core.evaluation import EvaluationOptions, Measurement, Report, Subject
+from lillama_core.modalities.base import Described
+from lillama_core.modality import Inputs, Modality, as_dtype
+from lillama_core.run_directory import read_tensors, write_tensors
+
+
+class OutputError:
+    """||y - y0|| / ||y0|| of the model's main output y (logits, or else its first output) over all rows.
+
+    y0 is what the baseline, measured first, gave on the very same inputs. Its outputs wait on disk: tables of logits
+    can be larger than the model.
+    """
+
+    name = "output_error"
+
+    def __init__(self, modality: Described) -> None:
+        self._modality = modality
+
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError when ``options.data`` cannot be read."""
+        self._modality.check_evaluation(options)
+
+    @torch.inference_mode()
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """One measurement, or none for the baseline itself, whose outputs are noted instead."""
+        if subject.baseline is None or self.name not in subject.baseline.notes:
+            rows = self._modality.evaluation(subject.model, subject.tokenizer, options)
+            folder = tempfile.TemporaryDirectory(prefix="lillama-outputs-")
+            for i, inputs in enumerate(rows.batches):
+                write_tensors(Path(folder.name) / f"{i}.safetensors", {"output": _output(subject, inputs)})
+            subject.notes[self.name] = (rows, folder)
+            report(
+                f"output error: measured against {subject.name} on {rows.what}; a model beside it is needed, so name"
+                " the dense one with --baseline"
+            )
+            return []
+        rows, folder = subject.baseline.notes[self.name]
+        wrong, size, shape = 0.0, 0.0, ()
+        for i, inputs in enumerate(rows.batches):
+            wanted = read_tensors(Path(folder.name) / f"{i}.safetensors")["output"].double()
+            found = _output(subject, inputs).double()
+            wrong += (found - wanted).square().sum().item()
+            size += wanted.square().sum().item()
+            shape = tuple(wanted.shape[1:])
+        report(f"output error: {rows.what}")
+        return [
+            Measurement(
+                name=self.name,
+                value=100 * (wrong / max(size, 1e-300)) ** 0.5,
+                unit="%",
+                better="lower",
+                meaning=f"||y - y0|| / ||y0|| of the model's output y {list(shape)} against that of"
+                f" {subject.baseline.name}, y0, on {rows.what}.",
+            )
+        ]
+
+
+def run_once(subject: Subject, modality: Modality) -> None:
+    """A forward pass on made-up input: what the model does while its memory is watched."""
+    with torch.inference_mode():
+        _output(subject, modality.probe(subject.model.config))
+
+
+def _output(subject: Subject, inputs: Inputs) -> torch.Tensor:
+    """The main output on the CPU in fp32."""
+    model: Any = subject.model
+    dtype = next(model.parameters()).dtype
+    placed = {k: v.to(subject.device) for k, v in as_dtype(inputs, dtype).items()}
+    return main_output(model(**placed)).float().cpu()

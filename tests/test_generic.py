@@ -1,0 +1,305 @@
+"""``--architecture auto``: models that no plugin knows, found, compressed, loaded, compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import QUICK, Ended, environment
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from lillama_core.architecture import find_blocks
+from lillama_core.blocks import BlockRunner, Parent, main_output
+from lillama_core.errors import UserError
+from lillama_core.generic import discover, find_stacks
+from lillama_core.modalities.text import EncoderDecoderText, with_special_ends
+from lillama_core.models import count_parameters
+from lillama_core.weights import ResidentSource
+
+VOCABULARY = 384
+ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TEXT_ENDS = {"vocab_size": VOCABULARY, **ENDS}
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5ForConditionalGeneration", {
+        **TEXT_ENDS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4,
+        "decoder_start_token_id": 1, "relative_attention_num_buckets": 8,
+    }),
+    "bart": ("BartForConditionalGeneration", {
+        **TEXT_ENDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64,
+        "decoder_start_token_id": 1, "encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5,
+        "forced_eos_token_id": None,
+    }),
+    "vit": ("ViTForImageClassification", {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "image_size": 16, "patch_size": 4, "num_labels": 5,
+    }),
+    "bert": ("BertForMaskedLM", {
+        **TEXT_ENDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }),
+    # Two rescalings: after the second block and after the fourth.
+    "rwkv": ("RwkvForCausalLM", {
+        **TEXT_ENDS, "hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5,
+        "rescale_every": 2, "context_length": 64,
+    }),
+}  # fmt: skip
+STACKS = {
+    "t5": {"encoder": "encoder.block", "decoder": "decoder.block"},
+    "bart": {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"},
+    "vit": {"blocks": "vit.layers"},
+    "bert": {"encoder": "bert.encoder.layer"},
+    "rwkv": {"blocks": "rwkv.blocks"},
+}
+
+
+def tiny(model_type: str, **changes: Any) -> Any:
+    name, settings = CLASSES[model_type]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**settings, **changes})
+    config.architectures = [name]
+    return getattr(transformers, name)(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small pictures, in two folders and three formats."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "more").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        coarse = torch.rand(1, 3, 3, 4, generator=generator)
+        pixels = nn.functional.interpolate(coarse, size=(18, 20), mode="bilinear")[0]
+        image = Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
+        # One without colours: it must become RGB.
+        image = image.convert("L") if i == 3 else image
+        image.save(folder / ("more" if i % 2 else ".") / f"{i}.{('png', 'jpg', 'bmp')[i % 3]}")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def dense(request: pytest.FixtureRequest, tmp_path: Path, tiny_tokenizer: Any) -> Path:
+    """The tiny model of the type that the test names, with its tokenizer or image processor."""
+    folder = tmp_path / "dense"
+    tiny(request.param).save_pretrained(folder)
+    if request.param == "vit":
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    else:
+        tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def data_options(model_type: str, calibration_text: Path, images: Path) -> list[str | Path]:
+    if model_type == "vit":
+        return ["--calibration", images, "--samples", "24", "--batch-size", "4", "--steps", "3"]
+    return ["--calibration", calibration_text, *QUICK]
+
+
+def inputs_of(config: Any) -> dict[str, torch.Tensor]:
+    return discover(config).modality.probe(config)
+
+
+@pytest.mark.parametrize("model_type", sorted(CLASSES))
+def test_stacks_maps_and_chain(model_type: str) -> None:
+    model = tiny(model_type)
+    architecture = discover(model.config)
+    architecture.adapt(model)
+    assert dict(architecture.stacks) == STACKS[model_type]
+    inputs = inputs_of(model.config)
+    source = ResidentSource(model, torch.device("cpu"))
+    for blocks in find_blocks(architecture, model).values():
+        for block in blocks:
+            linears = {n for n, m in model.get_submodule(block.path).named_modules() if isinstance(m, nn.Linear)}
+            assert {m.name for m in block.maps} == linears
+        parent = Parent(model, architecture, blocks)
+        hidden, calls = parent.record(inputs)
+        runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
+        for block in blocks:
+            hidden = runner(source.block(block), block, 0, hidden)
+        with torch.no_grad():
+            expected, found = main_output(model(**inputs)), main_output(parent.outputs(inputs, hidden))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", sorted(CLASSES), indirect=True)
+def test_compress_load_save_evaluate(
+    dense: Path, tmp_path: Path, calibration_text: Path, images: Path, run_cli: Callable[..., Ended]
+) -> None:
+    config = transformers.AutoConfig.from_pretrained(dense)
+    data = data_options(config.model_type, calibration_text, images)
+    out = tmp_path / "out"
+    ended = run_cli("compress", dense, "-o", out, "--architecture", "auto", "--reduction", "0.15", *data)
+    assert ended.status == 0, ended
+    for path in STACKS[config.model_type].values():
+        assert f"at {path}, " in ended.stderr
+    written = json.loads((out / "lillama.json").read_text())
+    assert written["plan"]["ranks"]
+    assert written["remarks"]
+    assert written["remarks"][0] in ended.stderr
+    assert any("calibration:" in line for line in written["remarks"])
+
+    code = (
+        "import sys, torch, transformers, lillama_core\n"
+        "from lillama_core.blocks import main_output\n"
+        "from lillama_core.generic import discover\n"
+        "name, folder, again = sys.argv[1:]\n"
+        "load = getattr(transformers, name).from_pretrained\n"
+        "model = load(folder).eval()\n"
+        "inputs = discover(model.config).modality.probe(model.config)\n"
+        "model.save_pretrained(again)\n"
+        "with torch.no_grad():\n"
+        "    a, b = main_output(model(**inputs)), main_output(load(again).eval()(**inputs))\n"
+        "assert torch.isfinite(a).all() and torch.equal(a, b)\n"
+        "print(sum(p.numel() for p in model.parameters()))\n"
+    )
+    name = CLASSES[config.model_type][0]
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, str(out), str(tmp_path / "again")],
+        capture_output=True, text=True, env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    original = count_parameters(tiny(config.model_type))
+    assert int(done.stdout.split()[-1]) == pytest.approx(0.85 * original, rel=0.01)
+
+    evaluation = ["--data", data[1], "--sequence-length", "32", "--windows", "4"]
+    ended = run_cli("evaluate", out, "--baseline", dense, "--architecture", "auto", *evaluation)
+    assert ended.status == 0, ended
+    metric = "perplexity" if config.model_type == "rwkv" else "output_error"
+    (row,) = [line for line in ended.stdout.splitlines() if line.startswith(f"{metric} ")]
+    if metric == "output_error":
+        assert row.split()[1] == "—"
+        assert 0 < float(row.split()[2]) < 100
+
+
+@pytest.mark.parametrize("dense", ["bert"], indirect=True)
+def test_output_error_is_what_it_says(
+    dense: Path, tmp_path: Path, calibration_text: Path, tiny_tokenizer: Any, run_cli: Callable[..., Ended]
+) -> None:
+    changed = tmp_path / "changed"
+    models = [transformers.AutoModelForMaskedLM.from_pretrained(dense).eval() for _ in range(2)]
+    with torch.no_grad():
+        models[1].bert.encoder.layer[1].output.dense.weight *= 0.9
+    models[1].save_pretrained(changed)
+    tiny_tokenizer.save_pretrained(changed)
+    numbers = tmp_path / "numbers.json"
+    options = ["--architecture", "auto", "--data", calibration_text, "--sequence-length", "16", "--windows", "5"]
+    ended = run_cli("evaluate", changed, "--baseline", dense, *options, "--json", numbers)
+    assert ended.status == 0, ended
+    (measured,) = [m for m in json.loads(numbers.read_text())[str(changed)] if m["name"] == "output_error"]
+    tokens = tiny_tokenizer(calibration_text.read_text(), add_special_tokens=False)["input_ids"]
+    rows = torch.tensor(tokens[: 5 * 16]).view(5, 16)
+    rows[:, 0] = 0
+    with torch.no_grad():
+        y0, y = (model(input_ids=rows).logits for model in models)
+    assert measured["value"] == pytest.approx(100 * ((y - y0).norm() / y0.norm()).item(), rel=1e-4)
+    assert measured["unit"] == "%"
+
+    alone = run_cli("evaluate", changed, *options)
+    assert alone.status == 0
+    assert "--baseline" in alone.stderr
+    assert "output_error" not in alone.stdout
+
+
+def test_rwkv_without_rescaling_gives_the_same() -> None:
+    plain, adapted = tiny("rwkv"), tiny("rwkv")
+    discover(adapted.config).adapt(adapted)
+    assert adapted.config.rescale_every == 0
+    tokens = inputs_of(plain.config)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**tokens).logits, plain(**tokens).logits, rtol=1e-4, atol=1e-4)
+    # The original has divided its weights by now; the adapted one must not.
+    assert not torch.equal(plain.rwkv.blocks[4].attention.output.weight, adapted.rwkv.blocks[4].attention.output.weight)
+
+
+def test_halves_of_rows() -> None:
+    class Ends:
+        """Puts 7 after a text."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [20, 21, *([7] if add_special_tokens else [])]}
+
+    rows = torch.arange(100, 116).view(2, 8)
+    samples = EncoderDecoderText().rows(rows, tiny("t5"), Ends())
+    assert samples.inputs["input_ids"].tolist() == [[100, 101, 102, 7], [108, 109, 110, 7]]
+    assert samples.inputs["decoder_input_ids"].tolist() == [[1, 104, 105, 106], [1, 112, 113, 114]]
+    assert samples.targets is not None
+    assert samples.targets.tolist() == [[104, 105, 106, 107], [112, 113, 114, 115]]
+    with pytest.raises(UserError, match="no room"):
+        with_special_ends(rows[:, :1], Ends())
+
+
+class _Two(nn.Module):
+    def __init__(self, *lists: nn.ModuleList) -> None:
+        super().__init__()
+        self.config = CONFIG_MAPPING["bert"]()
+        for i, modules in enumerate(lists):
+            setattr(self, f"part{i}", modules)
+
+
+def _blocks(n: int) -> nn.ModuleList:
+    return nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(n)])
+
+
+def test_what_is_not_clear_is_not_guessed() -> None:
+    with pytest.raises(UserError, match=r"2 lists of blocks.*part0 \(2 Sequential, 2 linear maps\); part1"):
+        find_stacks(_Two(_blocks(2), _blocks(3)))
+    with pytest.raises(UserError, match="no list of blocks"):
+        find_stacks(_Two(nn.ModuleList([nn.ReLU()])))
+    mixed = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.TransformerEncoderLayer(4, 2, 8)])
+    with pytest.raises(UserError, match="1 Sequential and 1 TransformerEncoderLayer"):
+        find_stacks(_Two(mixed))
+    assert find_stacks(_Two(_blocks(2), nn.ModuleList([nn.ReLU()]))) == {"blocks": "part0"}
+
+
+@pytest.mark.parametrize(
+    ("dense", "options", "message"),
+    [
+        ("bert", [], "name a text with --calibration FILE"),
+        ("t5", ["--calibration", "self"], "name a text with --calibration FILE"),
+        ("vit", [], "name a folder of them with --calibration DIR"),
+        ("vit", ["--calibration", "absent"], "no folder of images 'absent'"),
+        ("vit", ["--calibration", "{empty}"], "holds no image"),
+        ("vit", ["--calibration", "{corrupt}", "--samples", "8"], "broken.png' is damaged or no image"),
+        ("vit", ["--calibration", "{images}", "--samples", "100"], "hold 24 images, 100 asked for"),
+        ("vit", ["--calibration", "{images}@2"], "take no weight"),
+        ("vit", ["--calibration", "{images}", "--samples", "6"], "too few"),
+    ],
+    indirect=["dense"],
+)
+def test_mistakes(
+    dense: Path, options: list[str], message: str, tmp_path: Path, images: Path, run_cli: Callable[..., Ended]
+) -> None:
+    import shutil
+
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(images, tmp_path / "corrupt")
+    for path in (tmp_path / "corrupt").glob("*"):
+        path.rename(path.with_name(path.name)) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "corrupt" / "more")
+    for i in range(7):
+        shutil.copy(images / "0.png", tmp_path / "corrupt" / f"{i}.png")
+    (tmp_path / "corrupt" / "broken.png").write_bytes((images / "0.png").read_bytes()[:60])
+    folders = {"empty": tmp_path / "empty", "corrupt": tmp_path / "corrupt", "images": images}
+    given = [option.format(**folders) for option in options]
+    ended = run_cli("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", *given)
+    assert message in ended.error
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("dense", ["bert"], indirect=True)
+def test_offered_and_planned(dense: Path, run_cli: Callable[..., Ended]) -> None:
+    assert "--architecture auto" in run_cli("plan", dense).error
+    planned = run_cli("plan", dense, "--architecture", "auto")
+    assert planned.status == 0
+    assert "stack encoder at bert.encoder.layer, 2 blocks of BertLayer, 6 maps in a block" in planned.stdout
