@@ -1,0 +1,227 @@
+"""One cell of a suite: a model compressed by a method and measured beside the dense one, by the command line.
+
+Each command runs in a process of its own, so that its failure ends that cell alone, and its memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lillama_benchmarks.methods import Method
+from lillama_benchmarks.results import DENSE, Result
+from lillama_benchmarks.suites import Options, SuiteModel
+from lillama_core.architecture import Architecture
+from lillama_core.errors import LillamaError
+
+KEPT = ("lillama.json", "report.html", "README.md")
+"""Files of a compressed model that stay in the folder of its cell."""
+
+
+class CellFailed(LillamaError):  # noqa: N818  it reads as what happened
+    """A command of a cell failed; the message is the last line that it wrote on stderr."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where cells are worked on, and how."""
+
+    folder: Path
+    """Of the suite's results; a cell has ``cells/<model>/<method>-<reduction>`` in it."""
+    device: str = "auto"
+    keep_models: bool = False
+
+    def cell(self, model: str, name: str) -> Path:
+        """The folder of a cell, made anew."""
+        path = self.folder / "cells" / model / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+
+def cell_name(method: str, reduction: float) -> str:
+    return method if method == DENSE else f"{method}-{reduction:g}"
+
+
+def compress_options(model: SuiteModel, method: Method, reduction: float) -> dict[str, Any]:
+    """What the cell says to ``lillama compress``: the method, and over it what the model needs."""
+    return {
+        "recipe": method.recipe,
+        "reduction": reduction,
+        **method.options,
+        **({"calibration": [str(c) for c in model.calibration]} if model.calibration else {}),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in _over(model.compress, method).items()},
+    }
+
+
+def _over(options: Options, method: Method) -> Options:
+    """A method that does not train stays one: no option for the course of a training applies to it."""
+    return {k: v for k, v in options.items() if not (k == "steps" and method.options.get("steps") == 0)}
+
+
+def planned_options(model: SuiteModel, method: Method | None, reduction: float) -> dict[str, Any]:
+    """Everything that the commands of a cell are told, as it is written in its result."""
+    evaluations = [{k: str(v) if isinstance(v, Path) else v for k, v in e.items()} for e in model.evaluations]
+    compress = {} if method is None else compress_options(model, method, reduction)
+    return {"compress": compress, "evaluate": evaluations}
+
+
+def run_cell(
+    workshop: Workshop, model: SuiteModel, method: Method, reduction: float, dense_known: bool
+) -> list[Result]:
+    """Compress and measure; the cell's result, and that of the dense model where it is not yet known.
+
+    What fails is in the result's ``error``.
+    """
+    options = planned_options(model, method, reduction)
+    folder = workshop.cell(model.name, cell_name(method.name, reduction))
+    values = dict(vars(Result(model.name, "", method.name, reduction, options)))
+    try:
+        source = model.fetch()
+        values |= {"architecture": _architecture(source).name}
+        compressed = folder / "model"
+        _command(
+            folder / "compress.log",
+            *("compress", source, "-o", compressed, "--device", workshop.device, "--quiet"),
+            *command_line(options["compress"]),
+        )
+        record = json.loads((compressed / "lillama.json").read_text(encoding="utf-8"))
+        values |= {
+            "parameters": record["parameters"]["parameters_after"],
+            "bytes": record["bytes"]["compressed"],
+            "seconds": record["seconds"]["total"],
+            "peak_memory_bytes": record["peak_memory_bytes"],
+            "versions": record["versions"],
+            "machine": record["machine"],
+        }
+        for name in KEPT:
+            if (compressed / name).is_file():
+                shutil.copy2(compressed / name, folder / name)
+        dense, metrics = _evaluate(workshop, folder, source, compressed, options["evaluate"])
+        values["metrics"] = metrics
+        found = [Result(**values)]
+        if not dense_known:
+            found.insert(0, _beside(found[0], planned_options(model, None, 0.0), source, dense))
+    except LillamaError as error:
+        found = [Result(**(values | {"error": str(error)}))]
+    except OSError as error:
+        found = [Result(**(values | {"error": f"{error.strerror or error}: {error.filename}"}))]
+    finally:
+        if not workshop.keep_models:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+    return found
+
+
+def _beside(result: Result, options: dict[str, Any], source: Path, metrics: list[dict[str, Any]]) -> Result:
+    """The result of the dense model that was measured beside a compressed one."""
+    return replace(
+        result,
+        method=DENSE,
+        reduction=0.0,
+        options=options,
+        parameters=_parameters(source),
+        bytes=weight_bytes(source),
+        metrics=metrics,
+        seconds=None,
+        peak_memory_bytes=None,
+    )
+
+
+def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
+    """The model as it is, measured alone: for when no cell was measured beside it."""
+    from lillama_core.record import versions
+
+    options = planned_options(model, None, 0.0)
+    folder = workshop.cell(model.name, DENSE)
+    values = dict(vars(Result(model.name, "", DENSE, 0.0, options, versions=versions())))
+    try:
+        source = model.fetch()
+        values |= {"architecture": _architecture(source).name}
+        values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
+        values["metrics"] = _evaluate(workshop, folder, None, source, options["evaluate"])[1]
+    except LillamaError as error:
+        values["error"] = str(error)
+    except OSError as error:
+        values["error"] = f"{error.strerror or error}: {error.filename}"
+    return Result(**values)
+
+
+def _architecture(source: Path) -> Architecture:
+    from lillama_core.models import find_architecture, load_config, locate
+
+    return find_architecture(load_config(locate(str(source))))
+
+
+def _parameters(source: Path) -> int:
+    """All parameters of the model, by its config."""
+    from lillama_core.models import count_parameters, load_config, locate, meta_model
+
+    return count_parameters(meta_model(load_config(locate(str(source))), _architecture(source)))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a model's directory."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _evaluate(
+    workshop: Workshop, folder: Path, baseline: Path | None, model: Path, evaluations: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measurements of the baseline and of ``model``, from all runs of ``evaluate`` together."""
+    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for number, options in enumerate(evaluations, 1):
+        file = folder / f"evaluation-{number}.json"
+        _command(
+            folder / f"evaluation-{number}.log",
+            *("evaluate", model, *(() if baseline is None else ("--baseline", baseline))),
+            *("--json", file, "--details", folder / "details", "--device", workshop.device, "--quiet"),
+            *command_line(options),
+        )
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        for into, which in zip(found, (baseline, model), strict=True):
+            for metric in measured.get(str(which), []):
+                into.setdefault(metric["name"], metric)
+    return list(found[0].values()), list(found[1].values())
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """Options by the names of their fields as words of a command."""
+    words: list[str] = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, list | tuple):
+            for item in value:
+                words += [option, str(item)]
+        elif value is not None:
+            words += [option, str(value)]
+    return words
+
+
+def _command(log: Path, *words: str | Path) -> None:
+    """Run a command of lillama; what it writes goes to ``log``. Raises CellFailed when it fails."""
+    command = [sys.executable, "-m", "lillama_core", *map(str, words)]
+    with log.open("w", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, env={"HF_HUB_OFFLINE": "1", **os.environ})
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        errors.seek(0)
+        said = errors.read()
+        out.write(said)
+    if status != 0:
+        lines = [line for line in said.splitlines() if line.strip()]
+        last = lines[-1].removeprefix("lillama: error: ") if lines else f"ended with exit status {status}"
+        raise CellFailed(f"{words[0]}: {last}")

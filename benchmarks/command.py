@@ -1,0 +1,127 @@
+"""``lillama benchmark``: every model of a suite by every method, and pages of what came of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lillama_registry import hookimpl
+
+if TYPE_CHECKING:
+    from lillama_benchmarks.cells import Workshop
+    from lillama_benchmarks.methods import Method
+    from lillama_benchmarks.suites import SuiteModel
+
+
+@hookimpl
+def lillama_commands(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "benchmark",
+        help="compress and measure the models of a suite by several methods",
+        description="Compress every model of a suite by every method and measure each beside the dense model.",
+    )
+    parser.add_argument(
+        "--suite", default="cross-architecture", metavar="NAME", help="cross-architecture (default) or smoke"
+    )
+    parser.add_argument("--models", default="", metavar="A,B", help="models of the suite or directories (default: all)")
+    parser.add_argument("--methods", default="", metavar="A,B", help="methods or recipes (default: those of the suite)")
+    parser.add_argument(
+        "--reductions", default="", metavar="X,Y", help="parts of the parameters to remove (default: 0.2)"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="where results go (default: benchmark-SUITE)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on in DIR with the cells that it lacks or that failed"
+    )
+    parser.add_argument("--keep-models", action="store_true", help="keep the compressed models in DIR/cells")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.set_defaults(run=run_benchmark)
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """A line a cell on stdout; 0 when every cell succeeded, 1 otherwise. Raises UserError before the first cell."""
+    from lillama_benchmarks.cells import Workshop
+    from lillama_benchmarks.methods import find_methods
+    from lillama_benchmarks.pages import write_pages
+    from lillama_benchmarks.results import read
+    from lillama_benchmarks.suites import SUITES, choose_models
+    from lillama_core.calibration.cache import default_cache_dir
+    from lillama_core.errors import UserError, nearest
+
+    if options.suite not in SUITES:
+        known = list(SUITES)
+        raise UserError(
+            f"no suite named {options.suite!r} (there are: {', '.join(known)}){nearest(options.suite, known)}"
+        )
+    suite = SUITES[options.suite]
+    methods = find_methods(_names(options.methods, "--methods") or suite.methods)
+    reductions = _reductions(options.reductions) or suite.reductions
+    models = choose_models(suite, _names(options.models, "--models"), default_cache_dir() / "benchmark")
+    folder = Path(options.output or f"benchmark-{suite.name}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file, not a directory")
+    if folder.is_dir() and any(folder.iterdir()) and not options.resume:
+        raise UserError(f"{str(folder)!r} exists already; go on there with --resume, or choose another --output")
+    read(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    workshop = Workshop(folder, options.device, options.keep_models)
+    for model in models:
+        _run_model(workshop, model, methods, reductions)
+        write_pages(folder, suite.name, list(read(folder).values()))
+    wanted = {m.name for m in models}
+    results = [r for r in read(folder).values() if r.model in wanted]
+    failed = sum(r.error is not None for r in results)
+    print(f"{len(results) - failed} of {len(results)} cells succeeded: {folder / 'results.html'}")
+    return 1 if failed else 0
+
+
+def _run_model(workshop: Workshop, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...]) -> None:
+    """Run the cells of one model that are missing, and append each to the results as it ends."""
+    from lillama_benchmarks.cells import planned_options, run_cell, run_dense
+    from lillama_benchmarks.results import DENSE, Result, append, read
+
+    def missing(key: tuple[str, str, float], method: Method | None) -> bool:
+        found = read(workshop.folder).get(key)
+        return found is None or found.error is not None or found.options != planned_options(model, method, key[2])
+
+    def keep(result: Result) -> None:
+        append(workshop.folder, result)
+        name = f"{model.name}  {result.method}" + (f"  {100 * result.reduction:g} %" if result.reduction else "")
+        first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
+        print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)
+
+    dense = (model.name, DENSE, 0.0)
+    for reduction in reductions:
+        for method in methods:
+            if missing((model.name, method.name, reduction), method):
+                for result in run_cell(workshop, model, method, reduction, not missing(dense, None)):
+                    keep(result)
+    if missing(dense, None):
+        keep(run_dense(workshop, model))
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    from lillama_core.errors import UserError
+
+    if not text:
+        return ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if "" in names:
+        raise UserError(f"{option} {text!r} has an empty name")
+    return names
+
+
+def _reductions(text: str) -> tuple[float, ...]:
+    from lillama_core.errors import UserError
+
+    found = []
+    for part in _names(text, "--reductions"):
+        try:
+            value = float(part)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise UserError(f"--reductions takes numbers between 0 and 1, such as 0.1,0.2; not {part!r}")
+        found.append(value)
+    return tuple(dict.fromkeys(found))

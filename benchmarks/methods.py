@@ -1,0 +1,43 @@
+"""The methods that the suite compares: each a name and options over a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compress, the same for every model."""
+
+    name: str
+    recipe: str = "default"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the recipe by their names in YAML."""
+
+
+METHODS = (
+    Method("svd", options={"init": "svd", "allocation": "uniform", "steps": 0, "format": "factored"}),
+    Method("fast", "fast"),
+    Method("default", "default"),
+    Method("lillama", "lillama"),
+)
+"""In the order of the tables; ``svd`` is what everybody tries first: no data, no training."""
+
+
+def find_methods(names: tuple[str, ...]) -> list[Method]:
+    """The methods of these names, all when there are none; a recipe's name is a method's too.
+
+    Raises UserError for an unknown name.
+    """
+    from lillama_core.errors import UserError, nearest
+    from lillama_core.recipe import recipe_names
+
+    known = {m.name: m for m in METHODS}
+    recipes = {name: Method(name, name) for name in recipe_names() if name not in known}
+    for name in names:
+        if name not in known | recipes:
+            there = [*known, *recipes]
+            raise UserError(f"no method named {name!r} (there are: {', '.join(there)}){nearest(name, there)}")
+    return [(known | recipes)[name] for name in names] if names else list(METHODS)

@@ -1,0 +1,100 @@
+"""The results of a suite: one line of JSON for each cell, appended as it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lillama_core.errors import UserError
+
+FILE = "results.jsonl"
+DENSE = "dense"
+"""The method of a model as it is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one cell: a model, compressed by a method, or as it is."""
+
+    model: str
+    architecture: str
+    method: str
+    """DENSE for the model as it is."""
+    reduction: float
+    """Part of the parameters that was to be removed; 0 for the model as it is."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """All that was said to ``compress`` and ``evaluate``, beyond the model."""
+    parameters: int | None = None
+    bytes: int | None = None
+    """Of the weight files."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Measurements of the architecture's evaluation, as ``lillama evaluate --json`` writes them."""
+    seconds: float | None = None
+    """Time to compress, as the run measured it."""
+    peak_memory_bytes: int | None = None
+    """Largest resident memory of the process that compressed."""
+    error: str | None = None
+    """The last line of what failed; None when nothing did."""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        return self.model, self.method, self.reduction
+
+    def metric(self, name: str) -> dict[str, Any] | None:
+        """The measurement of this name."""
+        return next((m for m in self.metrics if m["name"] == name), None)
+
+
+def append(folder: Path, result: Result) -> None:
+    """Add a line; it is on the disk when this returns."""
+    path = folder / FILE
+    with path.open("a+b") as stream:
+        # A line that a kill cut off must not swallow this one.
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+        stream.write(json.dumps(asdict(result), allow_nan=True).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read(folder: Path) -> dict[tuple[str, str, float], Result]:
+    """The last result of every cell, in the order in which they first appeared; lines cut off by a kill are left out.
+
+    Raises UserError for a line that is no result.
+    """
+    path = folder / FILE
+    found: dict[tuple[str, str, float], Result] = {}
+    if not path.is_file():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        try:
+            result = Result(**values)
+        except TypeError as error:
+            raise UserError(f"{str(path)!r}, line {number}, is not a result of this suite: {error}") from None
+        found[result.key] = result
+    return found
+
+
+def by_model(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by model, the dense one first, then by reduction in the order of the methods' first appearance."""
+    grouped: dict[str, list[Result]] = {}
+    methods: list[str] = []
+    for result in results:
+        grouped.setdefault(result.model, []).append(result)
+        if result.method not in methods:
+            methods.append(result.method)
+    for rows in grouped.values():
+        rows.sort(key=lambda r: (r.method != DENSE, r.reduction, methods.index(r.method)))
+    return grouped

@@ -1,0 +1,162 @@
+"""What the suites run on: models, each with the data that it is calibrated and measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lillama_core.errors import UserError, nearest
+
+DATA = Path(__file__).parent / "data"
+CALIBRATION_TEXT = DATA / "wikitext2-valid.txt"
+EVALUATION_TEXT = DATA / "wikitext2-test.txt"
+SYNTHETIC_SPEECH = DATA / "speech" / "synthetic"
+
+Options = Mapping[str, Any]
+"""Options of a command by the names of their fields; the command line's have dashes."""
+
+
+@dataclass(frozen=True)
+class SuiteModel:
+    """A model of a suite."""
+
+    name: str
+    fetch: Callable[[], Path]
+    """The model's directory, made or downloaded at the first call."""
+    calibration: tuple[Path | str, ...] = ()
+    evaluations: tuple[Options, ...] = ({},)
+    """Options of ``lillama evaluate``, one run of it each; where two measure one thing, the first counts."""
+    compress: Options = field(default_factory=dict)
+    """Options of every compression of this model, over those of the method."""
+    on_request: bool = False
+    """Whether it takes part only when it is named."""
+
+    def check(self) -> None:
+        """Raise UserError when data of this model is missing."""
+        data = [*self.calibration, *(e["data"] for e in self.evaluations if "data" in e)]
+        for path in data:
+            if isinstance(path, Path) and not path.exists():
+                raise UserError(
+                    f"model {self.name!r} needs {str(path)!r}, which is not there; the suite's data comes with the"
+                    " repository, not with the package"
+                )
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Models, and what is done to them when the user does not say."""
+
+    name: str
+    models: Callable[[Path], list[SuiteModel]]
+    """Takes a folder in which the suite may keep files of its own."""
+    methods: tuple[str, ...]
+    """Empty: all there are."""
+    reductions: tuple[float, ...]
+
+
+def _text(windows: int = 40, limit: int = 120, data: Path = EVALUATION_TEXT) -> tuple[Options, ...]:
+    return ({"data": data, "windows": windows, "limit": limit},)
+
+
+def _held_out(folder: Path) -> Path:
+    """The articles that the zoo's small models were not trained on, as a file."""
+    from lillama_benchmarks.zoo.texts import held_out_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "wikitext2-held-out.txt"
+    path.write_text(held_out_text(), encoding="utf-8")
+    return path
+
+
+def cross_architecture(folder: Path) -> list[SuiteModel]:
+    """The zoo: one trained model of each architecture."""
+    from lillama_benchmarks import zoo
+    from lillama_core.metrics.speech import SETS
+
+    held_out = _held_out(folder)
+    speech: tuple[Options, ...] = (
+        {"data": SYNTHETIC_SPEECH / "evaluation" / "manifest.jsonl", "limit": 100},
+        {"data": Path(SETS["read"])},
+    )
+    data: dict[str, tuple[tuple[Path | str, ...], tuple[Options, ...]]] = {
+        "mamba-tiny": ((CALIBRATION_TEXT,), _text(data=held_out)),
+        "falcon-mamba-tiny": ((CALIBRATION_TEXT,), _text(data=held_out)),
+        "whisper-tiny.en": ((SYNTHETIC_SPEECH / "calibration" / "manifest.jsonl",), speech),
+    }
+
+    def made(name: str) -> SuiteModel:
+        calibration, evaluations = data.get(name, ((CALIBRATION_TEXT,), _text()))
+        return SuiteModel(name, lambda: zoo.fetch(name), calibration, evaluations)
+
+    found = [made(model.name) for model in zoo.models()]
+    whisper = made("whisper-tiny.en")
+    encoder = dataclasses.replace(
+        whisper, name="whisper-tiny.en-encoder", compress={"stacks": ("encoder",)}, on_request=True
+    )
+    return [*found, encoder]
+
+
+def smoke(folder: Path) -> list[SuiteModel]:
+    """A tiny random model of the first type of every registered architecture."""
+    from lillama_registry import registry
+    from lillama_testing.tiny import MATERIALS, QUICK, make_specimen
+
+    quick = {**QUICK, "steps": 1}
+    evaluations: tuple[Options, ...] = ({"sequence_length": 32, "windows": 2, "limit": 2},)
+
+    def made(architecture: Any) -> SuiteModel:
+        model_type = architecture.model_types[0]
+
+        def fetch() -> Path:
+            path = folder / f"tiny-{model_type}"
+            if not (path / "config.json").is_file():
+                make_specimen(architecture, model_type, path)
+            return path
+
+        materials = MATERIALS.get(architecture.modality.name)
+        calibration = () if materials is None else materials.calibration
+        options = {**quick, "stacks": tuple(architecture.stacks)}
+        return SuiteModel(f"tiny-{model_type}", fetch, calibration, evaluations, options)
+
+    first: dict[str, Any] = {}
+    for architecture in registry().architectures:
+        if architecture.model_types:
+            first.setdefault(architecture.name, architecture)
+    return [made(architecture) for architecture in first.values()]
+
+
+SUITES = {
+    "cross-architecture": Suite("cross-architecture", cross_architecture, (), (0.2,)),
+    "smoke": Suite("smoke", smoke, ("fast",), (0.2,)),
+}
+
+
+def choose_models(suite: Suite, names: tuple[str, ...], folder: Path) -> list[SuiteModel]:
+    """The suite's models of these names, all when there are none; a directory is a model too.
+
+    A model of the user's is calibrated and measured as its modality does by itself. Raises UserError for an unknown
+    name, and for data that is missing.
+    """
+    known = {m.name: m for m in suite.models(folder)}
+    chosen = list(_named(suite, names, known)) if names else [m for m in known.values() if not m.on_request]
+    for model in chosen:
+        model.check()
+    return chosen
+
+
+def _named(suite: Suite, names: tuple[str, ...], known: dict[str, SuiteModel]) -> Iterator[SuiteModel]:
+    for name in names:
+        if name in known:
+            yield known[name]
+        elif Path(name).is_dir():
+            path = Path(name).resolve()
+            yield SuiteModel(path.name, functools.partial(Path, path), (), ({"windows": 40, "limit": 120},))
+        else:
+            raise UserError(
+                f"no model named {name!r} in suite {suite.name!r} (there are: {', '.join(known)}),"
+                f" and no directory{nearest(name, list(known))}"
+            )
