@@ -16,6 +16,7 @@ from lillama_core.architecture import Architecture
 from lillama_core.engine import Request, compress
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.evaluation import Evaluation, EvaluationOptions, Measurement, Metric, Subject
+from lillama_core.modality import Inputs, Modality, SampleRequest, Samples
 from lillama_core.plan import RankPlan
 from lillama_core.preparation import make_plan, prepare
 from lillama_core.quantizer import register
@@ -28,12 +29,16 @@ __all__ = [
     "Architecture",
     "Evaluation",
     "EvaluationOptions",
+    "Inputs",
     "LillamaError",
     "Measurement",
     "Metric",
+    "Modality",
     "RankPlan",
     "Recipe",
     "Request",
+    "SampleRequest",
+    "Samples",
     "Subject",
     "UserError",
     "compress",

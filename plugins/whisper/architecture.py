@@ -1,0 +1,21 @@
+"""Where Whisper keeps its blocks: an encoder and a decoder, whose student hears what the compressed encoder says."""
+
+from lillama_core import Architecture, hookimpl
+
+from .evaluation import evaluation
+from .speech import Speech
+
+
+class Whisper(Architecture):
+    """Two stacks under a tied head; self-attention, cross-attention and MLP of each block are compressed."""
+
+    name = "whisper"
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    modality = Speech()
+    evaluation = evaluation
+
+
+@hookimpl
+def lillama_architectures() -> list[Architecture]:
+    stacks = {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"}
+    return [Whisper(model_types=("whisper",), stacks=stacks)]
