@@ -110,12 +110,13 @@ def profile_blocks(
             found = {}
             for site in block.sites:
                 for map_ in site.maps:
+                    weight = site.weight(module, map_).to(device)
                     statistics = (
-                        map_statistics(map_, observer, seen, sequences, device)
+                        map_statistics(map_, weight, observer, seen, sequences, device)
                         if initializer.needs_inputs
                         else MapStatistics()
                     )
-                    found[map_.name] = initializer.decompose(site.weight(module, map_).to(device), statistics)
+                    found[map_.name] = initializer.decompose(weight, statistics)
             counts = {m.name: observer.count(m.name) for m in block.maps} if initializer.needs_inputs else {}
             profile.save(block, found, seen.get("output"), counts)
         release_memory()

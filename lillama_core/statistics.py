@@ -201,7 +201,11 @@ class GradientObserver:
         self.moments[name].add(rows, weights)
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Everything, as tensors by name, ready for a file; maps of a group borrow from each other."""
+        """Everything, as tensors by name, ready for a file; maps of a group borrow from each other.
+
+        The outputs of a group's maps go the same way, so that they can lend each other F. W^T F W belongs to one W
+        alone: such a map borrows in `map_statistics`.
+        """
         found = {"output": self.output.mean()}
         moments = {n: m.mean() for n, m in self.moments.items() if m.count}
         counts = {n: self.moments[n].count for n in moments}
@@ -212,26 +216,43 @@ class GradientObserver:
             if name not in moments and not group:
                 continue
             squares = sum(self.squares[n] for n in group or [name]) / sum(counts[n] for n in group or [name])
-            if not group:
-                found[f"gradients.{name}"] = moments[name]
-            else:
-                if map_.group not in averages:
-                    averages[map_.group] = weighted_average({n: moments[n] for n in group}, counts)
-                average = averages[map_.group]
-                found[f"gradients.{name}"] = blend(moments[name], counts[name], average) if name in moments else average
             found[f"scale.{name}"] = torch.tensor(squares / map_.out_features, dtype=torch.float64)
+            if not group or map_.out_features > map_.in_features:
+                if name in moments:
+                    found[f"gradients.{name}"] = moments[name]
+                    found[f"rows.{name}"] = torch.tensor(counts[name])
+                continue
+            if map_.group not in averages:
+                averages[map_.group] = weighted_average({n: moments[n] for n in group}, counts)
+            average = averages[map_.group]
+            found[f"gradients.{name}"] = blend(moments[name], counts[name], average) if name in moments else average
         return found
 
 
 def map_statistics(
-    map_: LinearMap, observer: InputObserver, gradients: dict[str, torch.Tensor], sequences: int, device: torch.device
+    map_: LinearMap,
+    weight: torch.Tensor,
+    observer: InputObserver,
+    gradients: dict[str, torch.Tensor],
+    sequences: int,
+    device: torch.device,
 ) -> MapStatistics:
-    """What an initialiser may see of one map, on ``device``; the calibration data has ``sequences`` rows."""
+    """What an initialiser may see of one map with ``weight`` [out, in], on ``device``.
+
+    ``gradients`` is what `GradientObserver.statistics` returned; the calibration data has ``sequences`` rows.
+    """
     name = map_.name
-    inputs, scale, moment = observer.moment(name), gradients.get(f"scale.{name}"), gradients.get(f"gradients.{name}")
+    inputs, moment = observer.moment(name), gradients.get(f"gradients.{name}")
+    scale = float(gradients[f"scale.{name}"].item()) if f"scale.{name}" in gradients else 0.0
+    moment = None if moment is None else moment.to(device)
+    if scale > 0 and map_.group is not None and map_.out_features > map_.in_features:
+        # The group lends the size of its gradients, without a direction: F = scale times the identity.
+        W = weight.to(device).float()
+        loan = scale * (W.T @ W)
+        moment = loan if moment is None else blend(moment, float(gradients[f"rows.{name}"].item()), loan)
     return MapStatistics(
         None if inputs is None else inputs.to(device),
-        None if moment is None else moment.to(device),
-        0.0 if scale is None else float(scale.item()),
+        moment,
+        scale,
         observer.expected(name) / max(1, sequences),
     )

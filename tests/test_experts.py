@@ -1,0 +1,339 @@
+"""Fused experts as sites: full rank, what their maps see, statistics of few rows, and layouts that are refused."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lillama_core.architecture import Block
+from lillama_core.distillation import trained_parameters
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.experts import ExpertsSite, LowRankExperts, SharedExperts, SharedExpertsSite, find_sites
+from lillama_core.formats import BUILT_IN
+from lillama_core.maps import LinearMap, MapChoice
+from lillama_core.sites import KINDS, Site
+from lillama_core.statistics import GradientObserver, InputObserver, map_statistics
+
+EXPERTS, CHOSEN, WIDTH, UNITS, TOKENS = 4, 2, 8, 10, 15
+
+
+class Experts(nn.Module):
+    """The layout that transformers has for fused experts, with the loop over tokens that the definition suggests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * UNITS, WIDTH))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, UNITS))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for x, chosen, share in zip(hidden, index.tolist(), weights, strict=True):
+            total = torch.zeros_like(x)
+            for e, w in zip(chosen, share, strict=True):
+                gate, up = (self.gate_up_proj[e] @ x).chunk(2)
+                total = total + w * (self.down_proj[e] @ (functional.silu(gate) * up))
+            rows.append(total)
+        return torch.stack(rows)
+
+
+class Layer(nn.Module):
+    """A block of nothing but experts, with tokens sent where ``index`` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts: nn.Module = Experts()
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.experts(*args)
+        return out
+
+
+@pytest.fixture
+def layer() -> Layer:
+    torch.manual_seed(0)
+    return Layer()
+
+
+@pytest.fixture
+def call() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, experts and weights of tokens none of which goes to the last expert."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:CHOSEN] for _ in range(TOKENS)])
+    return (
+        torch.randn(TOKENS, WIDTH, generator=generator),
+        index,
+        torch.rand(TOKENS, CHOSEN, generator=generator),
+    )
+
+
+def site_of(layer: nn.Module, share: bool = False) -> Site:
+    (site,) = find_sites(layer, choice=MapChoice(share_experts=share))
+    return site
+
+
+def full_rank_layers(site: Site, block: nn.Module, format_name: str = "factored") -> dict[str, nn.Module]:
+    """For every map a low-rank module that computes the same: all ranks that the format can have less none."""
+    layers = {}
+    for map_ in site.maps:
+        U, S, Vt = torch.linalg.svd(site.weight(block, map_).detach(), full_matrices=False)
+        layers[map_.name] = BUILT_IN[format_name].from_factors(U * S, Vt, None)
+    return layers
+
+
+def test_maps_are_the_matrices_of_the_experts(layer: Layer) -> None:
+    site = site_of(layer)
+    assert isinstance(site, ExpertsSite)
+    assert [m.name for m in site.maps] == [
+        f"experts.{part}.{e}" for part in ("gate_up", "down") for e in range(EXPERTS)
+    ]
+    assert {m.group for m in site.maps} == {"experts.gate_up", "experts.down"}
+    experts: Any = layer.experts
+    for e in range(EXPERTS):
+        assert torch.equal(site.weight(layer, site.maps[e]), experts.gate_up_proj[e])
+        assert torch.equal(site.weight(layer, site.maps[EXPERTS + e]), experts.down_proj[e])
+
+
+@pytest.mark.parametrize("format_name", ["factored", "pivoted"])
+@pytest.mark.parametrize("share", [False, True])
+def test_full_rank_equals_dense_forward_and_backward(layer: Layer, call: Any, share: bool, format_name: str) -> None:
+    hidden, index, weights = call
+    compressed = copy.deepcopy(layer)
+    site = site_of(compressed, share)
+    site.put(compressed, full_rank_layers(site, compressed, format_name))
+    assert isinstance(compressed.experts, SharedExperts if share else LowRankExperts)
+    found = []
+    for module in (layer, compressed.train()):
+        x = hidden.clone().requires_grad_(True)
+        w = weights.clone().requires_grad_(True)
+        out = module(x, index, w)
+        out.square().sum().backward()
+        found.append((out, x.grad, w.grad))
+    for dense, low in zip(*found, strict=True):
+        torch.testing.assert_close(low, dense, rtol=1e-3, atol=1e-3)
+    again = KINDS[site.kind].at(site.name, compressed.experts)
+    assert [(m.name, m.out_features, m.in_features) for m in again.maps] == [
+        (m.name, m.out_features, m.in_features) for m in site.maps
+    ]
+    for map_ in site.maps:
+        torch.testing.assert_close(site.weight(compressed, map_), site.weight(layer, map_), rtol=1e-3, atol=1e-4)
+    # Factors alone are trained, and all of them.
+    if format_name == "factored":
+        assert len(trained_parameters(compressed, "factors")) == 2 * len(site.maps)
+
+
+def test_only_the_maps_named_are_replaced_and_may_be_replaced_again(layer: Layer, call: Any) -> None:
+    expected = layer(*call)
+    site = site_of(layer)
+    site.put(layer, {})
+    assert isinstance(layer.experts, Experts)
+    layers = full_rank_layers(site, layer)
+    site.put(layer, {"experts.down.1": layers["experts.down.1"]})
+    assert site.layer(layer, site.maps[EXPERTS + 1]) is layers["experts.down.1"]
+    assert type(site.layer(layer, site.maps[0])) is nn.Linear
+    torch.testing.assert_close(layer(*call), expected, rtol=1e-3, atol=1e-4)
+    changed = BUILT_IN["factored"].from_factors(torch.zeros(WIDTH, 1), torch.zeros(1, UNITS), None)
+    for e in range(EXPERTS):
+        site.put(layer, {f"experts.down.{e}": changed})
+    assert not layer(*call).any()
+
+
+def test_each_expert_has_a_rank_of_its_own_on_the_meta_device_too(layer: Layer) -> None:
+    with torch.device("meta"):
+        empty = Layer()
+    site = site_of(empty)
+    for e, map_ in enumerate(site.maps[:EXPERTS]):
+        site.put(empty, {map_.name: BUILT_IN["factored"].module(2 * UNITS, WIDTH, e + 1, False, torch.float32, "meta")})
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert [site.layer(empty, m).down.out_features for m in site.maps[:EXPERTS]] == [1, 2, 3, 4]
+
+
+def by_token(layer: Layer, call: Any) -> dict[str, list[torch.Tensor]]:
+    """Every row that a map multiplies, found token by token."""
+    rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+    experts: Any = layer.experts
+    for x, chosen in zip(call[0], call[1].tolist(), strict=True):
+        for e in chosen:
+            rows[f"experts.gate_up.{e}"].append(x)
+            gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+            rows[f"experts.down.{e}"].append(functional.silu(gate) * up)
+    return rows
+
+
+def test_each_map_is_shown_its_own_rows_and_outputs(layer: Layer, call: Any) -> None:
+    site = site_of(layer)
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    with site.watching(layer, on_input=lambda m, x: inputs.update({m.name: x})):
+        with site.watching(layer, on_output=lambda m, y: outputs.update({m.name: y})):
+            watched = layer(*call)
+        layer(*call)
+    torch.testing.assert_close(watched, layer(*call), rtol=1e-4, atol=1e-4)
+    assert "forward" not in layer.experts.__dict__
+    expected = by_token(layer, call)
+    assert set(inputs) == set(outputs) == set(expected)
+    assert not any(name.endswith(".3") for name in inputs)
+    for map_ in site.maps:
+        if map_.name in expected:
+            rows = torch.stack(expected[map_.name])
+            torch.testing.assert_close(inputs[map_.name], rows)
+            torch.testing.assert_close(outputs[map_.name], rows @ site.weight(layer, map_).T, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_equal_those_of_single_tokens_and_borrow_from_the_group(layer: Layer, call: Any) -> None:
+    site = site_of(layer)
+    observer = InputObserver(Block("decoder", 0, "", (site,)))
+    with observer.watching(layer), torch.no_grad():
+        for part in range(3):
+            observer.next_batch()
+            layer(*(t[5 * part : 5 * part + 5] for t in call))
+    rows = {name: torch.stack(found) for name, found in by_token(layer, call).items()}
+    for part in ("gate_up", "down"):
+        own = {e: rows[f"experts.{part}.{e}"] for e in range(EXPERTS - 1)}
+        everything = torch.cat(list(own.values()))
+        average = everything.T @ everything / len(everything)
+        size = len(average)
+        for e, x in own.items():
+            expected = (x.T @ x + size * average) / (len(x) + size)
+            torch.testing.assert_close(observer.moment(f"experts.{part}.{e}"), expected, rtol=1e-4, atol=1e-5)
+            assert observer.count(f"experts.{part}.{e}") == len(x)
+        # No token came by: the identity, in the size of what the others saw, so that the weights decide.
+        starved = f"experts.{part}.{EXPERTS - 1}"
+        assert observer.count(starved) == 0
+        torch.testing.assert_close(observer.moment(starved), torch.eye(size) * average.diagonal().mean())
+        assert observer.expected(starved) == pytest.approx(0.05 * len(everything) / EXPERTS)
+
+
+def test_gradient_moments_equal_those_of_single_tokens(layer: Layer, call: Any) -> None:
+    hidden, index, weights = call
+    site = site_of(layer)
+    observer = GradientObserver(Block("decoder", 0, "", (site,)))
+    target = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+    observer.output.add(target)
+    with observer.watching(layer):
+        layer(hidden.clone().requires_grad_(True), index, weights).backward(target)
+    found = observer.statistics()
+
+    gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
+    experts: Any = layer.experts
+    for x, chosen, share, g in zip(hidden, index.tolist(), weights, target, strict=True):
+        for e, w in zip(chosen, share, strict=True):
+            y = (experts.gate_up_proj[e] @ x).detach().requires_grad_(True)
+            gate, up = y.chunk(2)
+            z = experts.down_proj[e] @ (functional.silu(gate) * up)
+            z.retain_grad()
+            (w * z @ g).backward()
+            gradients[f"experts.gate_up.{e}"].append(y.grad)
+            gradients[f"experts.down.{e}"].append(z.grad)
+    inputs = InputObserver(Block("decoder", 0, "", (site,)))
+    with inputs.watching(layer), torch.no_grad():
+        layer(*call)
+    for map_ in site.maps:
+        part, e = map_.name.removeprefix("experts.").split(".")
+        own = gradients.get(map_.name)
+        group = torch.cat([torch.stack(gradients[f"experts.{part}.{i}"]) for i in range(EXPERTS - 1)])
+        F = group.T @ group / len(group)
+        scale = F.diagonal().mean()
+        W = site.weight(layer, map_).detach()
+        seen = map_statistics(map_, W, inputs, found, 3, torch.device("cpu"))
+        assert seen.gradient_scale == pytest.approx(scale.item(), rel=1e-4)
+        if part == "gate_up":
+            # W^T F W is of this expert alone: where rows are few the group lends the size of its gradients.
+            g = torch.zeros(0, WIDTH) if own is None else torch.stack(own) @ W
+            expected = (g.T @ g + WIDTH * scale * W.T @ W) / (len(g) + WIDTH)
+        elif own is None:
+            expected = F
+        else:
+            g = torch.stack(own)
+            expected = (g.T @ g + WIDTH * F) / (len(g) + WIDTH)
+        torch.testing.assert_close(seen.gradients, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_shared_projections_see_tokens_and_weighted_units_of_their_experts(layer: Layer, call: Any) -> None:
+    site = site_of(layer, share=True)
+    assert isinstance(site, SharedExpertsSite)
+    gate_up, down = site.maps
+    assert (gate_up.out_features, gate_up.in_features) == (EXPERTS * 2 * UNITS, WIDTH)
+    assert (down.out_features, down.in_features) == (WIDTH, EXPERTS * UNITS)
+    inputs: dict[str, torch.Tensor] = {}
+    with site.watching(layer, on_input=lambda m, x: inputs.update({m.name: x})):
+        watched = layer(*call)
+    torch.testing.assert_close(watched, layer(*call), rtol=1e-4, atol=1e-4)
+    assert torch.equal(inputs["experts.gate_up"], call[0])
+    expected = torch.zeros(TOKENS, EXPERTS, UNITS)
+    experts: Any = layer.experts
+    for t, (x, chosen, share) in enumerate(zip(call[0], call[1].tolist(), call[2], strict=True)):
+        for e, w in zip(chosen, share, strict=True):
+            gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+            expected[t, e] = w * functional.silu(gate) * up
+    torch.testing.assert_close(inputs["experts.down"], expected.flatten(1))
+    torch.testing.assert_close(expected.flatten(1) @ site.weight(layer, down).T, watched, rtol=1e-4, atol=1e-4)
+
+
+def test_a_format_without_a_matrix_to_cut_up_is_refused(layer: Layer) -> None:
+    class Wide(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 4, 16))
+            self.down_proj = nn.Parameter(torch.randn(2, 16, 2))
+
+    site = SharedExpertsSite("experts", Wide())
+    site.check(BUILT_IN["factored"])
+    with pytest.raises(UserError, match="--format factored"):
+        site.check(BUILT_IN["pivoted"])
+
+
+def test_autocast_changes_the_products_and_not_the_stream(layer: Layer, call: Any) -> None:
+    expected = layer(*call)
+    site = site_of(layer)
+    site.put(layer, full_rank_layers(site, layer))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(*call)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    half = layer.to(torch.bfloat16)
+    assert half(call[0].bfloat16(), *call[1:]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["is_transposed", "has_bias", "interleaved", "gate", "shape", "extra"])
+def test_other_layouts_are_refused(layer: Layer, change: str) -> None:
+    experts: Any = layer.experts
+    if change == "interleaved":
+        experts.is_concatenated = False
+    elif change == "gate":
+        layer.experts = type("Own", (Experts,), {"_apply_gate": lambda self, x: x})()
+    elif change == "shape":
+        experts.down_proj = nn.Parameter(torch.randn(EXPERTS, UNITS, WIDTH))
+    elif change == "extra":
+        experts.gate_up_proj_bias = nn.Parameter(torch.zeros(EXPERTS, 2 * UNITS))
+    else:
+        setattr(experts, change, True)
+    with pytest.raises(UserError, match="layout is not known"):
+        find_sites(layer)
+    assert find_sites(layer, exclude=("experts",)) == []
+    with pytest.raises(LillamaError, match="concatenated gate"):
+        ExpertsSite.at("experts", layer.experts)
+
+
+def test_maps_of_experts_can_be_left_out(layer: Layer) -> None:
+    (site,) = find_sites(layer, choice=MapChoice(exclude=("experts.down.*", "experts.gate_up.2")))
+    assert [m.name for m in site.maps] == ["experts.gate_up.0", "experts.gate_up.1", "experts.gate_up.3"]
+    assert find_sites(layer, choice=MapChoice(exclude=("experts.*.*",))) == []
+    assert [m.name for m in find_sites(layer, only=("experts.down.*",))[0].maps] == [
+        f"experts.down.{e}" for e in range(EXPERTS)
+    ]
+
+
+def test_a_map_without_a_group_borrows_nothing() -> None:
+    site = site_of(Layer())
+    observer = InputObserver(Block("decoder", 0, "", (site,)))
+    lone = LinearMap("experts.gate_up.0", 2 * UNITS, WIDTH)
+    statistics = map_statistics(lone, torch.zeros(2 * UNITS, WIDTH), observer, {}, 1, torch.device("cpu"))
+    assert statistics.inputs is None
+    assert statistics.gradients is None
