@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,17 @@ class RankPlan:
         return cls.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
+def parameters_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> int:
+    """Parameters of one map under ``plan``, its bias left out."""
+    rank = plan.ranks.get(map_.name)
+    if rank is None:
+        return map_.dense_parameters
+    return format_.parameters(map_.map.out_features, map_.map.in_features, rank)
+
+
 def kept_parameters(maps: list[PlannedMap], plan: RankPlan, format_: Format) -> int:
     """Parameters of ``maps`` under ``plan``, biases left out."""
-    return sum(
-        m.dense_parameters
-        if (rank := plan.ranks.get(m.name)) is None
-        else format_.parameters(m.map.out_features, m.map.in_features, rank)
-        for m in maps
-    )
+    return sum(parameters_of(m, plan, format_) for m in maps)
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,18 @@ def describe_plan(
         "parameters_before": total,
         "parameters_after": after,
         "reduction": 1 - after / total,
-        # One multiply-add a parameter and token, in the dense map and in both formats.
-        "multiply_adds_per_token_before": dense,
-        "multiply_adds_per_token_after": kept,
+        # One multiply-add a parameter and token that the map is used for, in the dense map and in both formats.
+        "multiply_adds_per_token_before": round(sum(m.map.share * m.dense_parameters for m in maps)),
+        "multiply_adds_per_token_after": round(sum(m.map.share * parameters_of(m, plan, format_) for m in maps)),
         "bytes_before": total * bytes_per_parameter,
         "bytes_after": after * bytes_per_parameter,
     }
+
+
+def rank_range(ranks: Sequence[int | None]) -> str:
+    """The rank of one map, or the range of several; None is a map that stays dense."""
+    low = [rank for rank in ranks if rank is not None]
+    if not low:
+        return "dense"
+    text = str(min(low)) if min(low) == max(low) else f"{min(low)}–{max(low)}"
+    return text if len(low) == len(ranks) else f"{text}, dense"

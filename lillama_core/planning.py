@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from lillama_core.models import check_dtype
-from lillama_core.plan import describe_plan
+from lillama_core.plan import describe_plan, parameters_of, rank_range
 from lillama_core.preparation import make_plan, prepare
 from lillama_core.recipe import Recipe
 from lillama_core.strategies import allocators, choose
@@ -37,9 +37,7 @@ def plan_before_computing(
             "out": m.map.out_features,
             "in": m.map.in_features,
             "rank": plan.ranks.get(m.name),
-            "parameters": m.dense_parameters
-            if m.name not in plan.ranks
-            else prepared.format.parameters(m.map.out_features, m.map.in_features, plan.ranks[m.name]),
+            "parameters": parameters_of(m, plan, prepared.format),
         }
         for m in prepared.maps
     ]
@@ -77,15 +75,18 @@ def show_plan(found: dict[str, Any]) -> str:
     lines += found["remarks"]
     if found["note"]:
         lines.append(f"note: {found['note']}")
-    groups: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, int, int], dict[str, list[int | None]]] = defaultdict(lambda: defaultdict(list))
     for m in found["maps"]:
-        # Block numbers are the numeric components of the path.
-        kind = ".".join(part for part in m["name"].split(".") if not part.isdigit())
-        groups[kind, m["out"], m["in"]].append("dense" if m["rank"] is None else str(m["rank"]))
+        # The first numeric component of the path is the block's number, later ones are those of its experts.
+        parts = m["name"].split(".")
+        kind = ".".join(part for part in parts if not part.isdigit())
+        block = next((part for part in parts if part.isdigit()), "")
+        groups[kind, m["out"], m["in"]][block].append(m["rank"])
     width = max(len(kind) for kind, _, _ in groups)
     lines.append("")
     lines.append(f"{'map':<{width}}  {'shape':>13}  ranks by block")
-    for (kind, rows, columns), ranks in groups.items():
+    for (kind, rows, columns), blocks in groups.items():
+        ranks = [rank_range(of_block) for of_block in blocks.values()]
         shown = f"{ranks[0]} in all {len(ranks)}" if len(set(ranks)) == 1 else " ".join(ranks)
         lines.append(f"{kind:<{width}}  {f'{rows} x {columns}':>13}  {shown}")
     return "\n".join(lines)

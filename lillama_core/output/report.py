@@ -34,6 +34,7 @@ from lillama_core.output.card import (
     source_rows,
     stages,
 )
+from lillama_core.plan import rank_range
 from lillama_core.record import RunRecord
 from lillama_core.strategies import formats
 
@@ -78,11 +79,7 @@ class Cell:
     @property
     def text(self) -> str:
         """The rank, the range of several, or "dense"."""
-        low = [rank for rank in self.ranks if rank is not None]
-        if not low:
-            return "dense"
-        text = str(min(low)) if min(low) == max(low) else f"{min(low)}–{max(low)}"
-        return text if len(low) == len(self.ranks) else f"{text}, dense"
+        return rank_range(self.ranks)
 
 
 @dataclass
@@ -195,7 +192,7 @@ def stacks(record: RunRecord) -> list[Stack]:
     crowded = {s.name for s in found.values() if len({m[2] for m in maps if m[0] is s}) > MOST_ROWS}
     format_ = formats()[record.plan["format"]]
     for stack, position, inner, name, out, in_ in maps:
-        row = re.sub(r"(?<=\.)\d+(?=\.)", "*", inner) if stack.name in crowded else inner
+        row = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner) if stack.name in crowded else inner
         rank = record.plan["ranks"].get(name)
         kept = out * in_ if rank is None else format_.parameters(out, in_, rank)
         stack.cells.setdefault(row, {}).setdefault(position, Cell()).add(rank, out * in_, kept)
