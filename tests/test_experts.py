@@ -14,7 +14,8 @@ from torch.nn import functional
 from lillama_core.architecture import Block
 from lillama_core.distillation import trained_parameters
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.experts import ExpertsSite, LowRankExperts, SharedExperts, SharedExpertsSite, find_sites
+from lillama_core.expert_modules import LowRankExperts, SharedExperts
+from lillama_core.experts import ExpertsSite, SharedExpertsSite, find_sites
 from lillama_core.formats import BUILT_IN
 from lillama_core.maps import LinearMap, MapChoice
 from lillama_core.sites import KINDS, Site
