@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#999999")
 """Of the methods in the plots (Okabe & Ito's, told apart by the colour-blind too), on light and dark ground."""
 MARKERS = "osD^vPX"
+IN_A_COLUMN = ("footprint/parameters",)
+"""Metrics that the tables show of every model anyway."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def table(model: str, rows: list[Result]) -> Table:
     metrics: dict[str, dict[str, Any]] = {}
     for row in rows:
         for metric in row.metrics:
-            metrics.setdefault(metric["name"], metric)
+            if metric["name"] not in IN_A_COLUMN:
+                metrics.setdefault(metric["name"], metric)
     heads = [f"{name}{' (' + m['unit'] + ')' if m['unit'] else ''} {_arrow(m)}" for name, m in metrics.items()]
     good = [row for row in rows if row.error is None]
     return Table(
