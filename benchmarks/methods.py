@@ -23,6 +23,13 @@ METHODS = (
     Method("default", "default"),
     Method("lillama", "lillama"),
 )
+BASELINES = (
+    Method(
+        "liteasr",
+        options={"init": "output-pca", "allocation": "variance-threshold", "steps": 0, "format": "factored"},
+    ),
+)
+"""Published methods that run when they are named: each is for some architectures only."""
 """In the order of the tables; ``svd`` is what everybody tries first: no data, no training."""
 
 
@@ -34,7 +41,7 @@ def find_methods(names: tuple[str, ...]) -> list[Method]:
     from lillama_core.errors import UserError, nearest
     from lillama_core.recipe import recipe_names
 
-    known = {m.name: m for m in METHODS}
+    known = {m.name: m for m in (*METHODS, *BASELINES)}
     recipes = {name: Method(name, name) for name in recipe_names() if name not in known}
     for name in names:
         if name not in known | recipes:

@@ -40,6 +40,8 @@ class Profile:
             tensors[f"left.{name}"] = d.left
             tensors[f"right.{name}"] = d.right
             tensors[f"flags.{name}"] = torch.tensor([d.spectrum.comparable, d.on_outputs])
+            if d.center is not None:
+                tensors[f"center.{name}"] = d.center
         write_tensors(self._file(block), tensors)
 
     def counts(self, block: Block) -> dict[str, float]:
@@ -69,7 +71,8 @@ class Profile:
             comparable, on_outputs = tensors[f"flags.{map_.name}"].tolist()
             spectrum = Spectrum(tensors[f"energies.{map_.name}"], comparable)
             left, right = tensors[f"left.{map_.name}"], tensors[f"right.{map_.name}"]
-            found[map_.name] = Decomposition(spectrum, left, right, on_outputs)
+            center = tensors.get(f"center.{map_.name}")
+            found[map_.name] = Decomposition(spectrum, left, right, on_outputs, center)
         return found, tensors.get("metric")
 
 

@@ -28,18 +28,23 @@ class SecondMoment:
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
         self.count = 0.0
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows [tokens, d], each as often as ``weights`` [tokens] says; once without."""
         rows = rows.detach().float()
-        if weights is not None:
+        size = rows.shape[-1]
+        if self.total is None or self.sum is None:
+            self.total = torch.zeros(size, size, device=rows.device)
+            self.sum = torch.zeros(size, device=rows.device)
+        if weights is None:
+            self.sum += rows.sum(0)
+        else:
             kept = weights > 0
             rows, weights = rows[kept], weights[kept].float()
+            self.sum += weights @ rows
             rows = rows * weights.sqrt()[:, None]
-        size = rows.shape[-1]
-        if self.total is None:
-            self.total = torch.zeros(size, size, device=rows.device)
         # Autocast would round the products to half precision, which leaves the small eigenvalues to chance.
         with torch.autocast(rows.device.type, enabled=False):
             if rows.device.type != "cpu" or size <= self.TILE:
@@ -49,6 +54,12 @@ class SecondMoment:
                     stop = min(start + self.TILE, size)
                     self.total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self.count += rows.shape[0] if weights is None else weights.sum().item()
+
+    def center(self) -> torch.Tensor:
+        """E[x] [d]."""
+        if self.sum is None or not self.count:
+            raise ValueError("no rows were seen")
+        return self.sum / self.count
 
     def mean(self) -> torch.Tensor:
         """The moment [d, d], symmetric."""
@@ -114,6 +125,11 @@ class InputObserver:
         """How many rows of as much data to expect at a map: those seen, but never none where its group saw some."""
         group = group_of(self.block, name)
         return self.count(name) if not group else 0.95 * self.count(name) + 0.05 * _mean([*map(self.count, group)])
+
+    def center(self, name: str) -> torch.Tensor | None:
+        """E[x] of a map's inputs, or None if no row reached it."""
+        found = self.moments.get(self._leader.get(name, name))
+        return None if found is None or not found.count else found.center()
 
     def moment(self, name: str) -> torch.Tensor | None:
         """G of a map, or None if no row reached it or its group.
@@ -242,7 +258,7 @@ def map_statistics(
     ``gradients`` is what `GradientObserver.statistics` returned; the calibration data has ``sequences`` rows.
     """
     name = map_.name
-    inputs, moment = observer.moment(name), gradients.get(f"gradients.{name}")
+    inputs, moment, center = observer.moment(name), gradients.get(f"gradients.{name}"), observer.center(name)
     scale = float(gradients[f"scale.{name}"].item()) if f"scale.{name}" in gradients else 0.0
     moment = None if moment is None else moment.to(device)
     if scale > 0 and map_.group is not None and map_.out_features > map_.in_features:
@@ -255,4 +271,5 @@ def map_statistics(
         moment,
         scale,
         observer.expected(name) / max(1, sequences),
+        None if center is None else center.to(device),
     )
