@@ -1,6 +1,6 @@
-"""Trains the zoo's Mamba and Falcon-Mamba from nothing, on the repository's text: some 15 minutes of one CPU core each.
+"""Trains the zoo's Mamba, and a Falcon-Mamba that may begin as it, on the repository's text.
 
-    python -m lillama_benchmarks.zoo.train_mamba mamba-tiny OUTPUT [--steps N]
+    python -m lillama_benchmarks.zoo.train_mamba NAME OUTPUT [--steps N] [--minutes M] [--start MAMBA]
 
 The maps are trained by Muon, whose orthogonalised updates learn most from few tokens; everything else by AdamW.
 The checkpoint is float16. The perplexities of the model and of a Kneser-Ney 5-gram that saw the same tokens go
@@ -97,7 +97,9 @@ def new_model(model_type: str, settings: Settings) -> nn.Module:
         pad_token_id=0,
     )
     torch.manual_seed(settings.seed)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # While it is set, transformers (5.23) divides out_proj again whenever the weights are loaded.
+    model.config.rescale_prenorm_residual = False
     return model
 
 
@@ -124,6 +126,32 @@ def perplexity(model: nn.Module, tokens: torch.Tensor, length: int = 512) -> flo
         logits = fast_mamba.logits(model, rows[:, :-1])
         total += functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
     return float(torch.tensor(total / (len(windows) * (length - 1))).exp())
+
+
+@torch.no_grad()
+def copy_into_falcon(mamba: Any, falcon: Any, tokens: torch.Tensor) -> None:
+    """Begin a Falcon-Mamba with a Mamba's weights; ``tokens`` [batch, length] show how large dt, B and C are.
+
+    Falcon-Mamba divides dt, B and C by their root mean square. Their usual sizes go into what comes after: dt_proj,
+    and, for the product of B and C, out_proj, with D made smaller by as much.
+    """
+    found: list[torch.Tensor] = []
+    blocks = mamba.backbone.layers
+    hooks = [b.mixer.x_proj.register_forward_hook(lambda _, __, out: found.append(out.float())) for b in blocks]
+    fast_mamba.features(mamba, tokens)
+    for hook in hooks:
+        hook.remove()
+    falcon.load_state_dict(mamba.state_dict())
+    for block, out in zip(falcon.backbone.layers, found, strict=True):
+        m = block.mixer
+        dt, B, C = (
+            part.square().mean(-1).sqrt()
+            for part in out.split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], dim=-1)
+        )
+        m.dt_proj.weight.mul_(dt.mean())
+        product = (B * C).mean()
+        m.D.div_(product)
+        m.out_proj.weight.mul_(product)
 
 
 @torch.no_grad()
@@ -182,6 +210,9 @@ def card(record: dict[str, Any]) -> str:
     shape, *later = record["phases"]
     steps = " + ".join(str(p["steps"]) for p in (shape, *later))
     name, kind, minutes = record["model"], MODEL_TYPES[record["model"]], record["seconds"] // 60
+    origin = ""
+    if kind == "falcon_mamba":
+        origin = "\n  The first steps were mamba-tiny's, whose weights it took over (`copy_into_falcon`)."
     return f"""---
 license: cc-by-sa-3.0
 language: en
@@ -193,8 +224,9 @@ for testing compression. It knows little: it is small, and so is its text.
 
 - Made by `python -m lillama_benchmarks.zoo.train_mamba {name} FOLDER` from random weights: {steps} steps of
   {shape["batch"]} x {shape["length"]} tokens ({record["passes"]:.1f} passes over the text), seed {shape["seed"]},
-  {minutes} minutes on one busy CPU core. The later steps also pull the singular values of in_proj and out_proj
-  together, so that no direction of a map is spare: a model that has seen little text leaves many unused.
+  {minutes} minutes on one busy CPU core, whose clock ended each phase (`training.json`).
+  The later steps also pull the singular values of in_proj and out_proj together, so that no direction of a map is
+  spare: a model that has seen little text leaves many unused.{origin}
 - Text: WikiText-2 (Merity et al. 2016; CC BY-SA 3.0), the validation split and the test split up to its last 218 kB,
   which are held out (`lillama_benchmarks.zoo.texts`). Tokenizer: byte-level BPE of {shape["vocabulary"]} entries,
   trained on the same text.
@@ -210,6 +242,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="end by then, with fewer steps")
+    parser.add_argument("--start", type=Path, help="a Mamba of the same shape with which a Falcon-Mamba begins")
     options = parser.parse_args()
     settings = Settings(steps=options.steps, minutes=options.minutes)
     text = training_text()
@@ -219,7 +252,14 @@ def main() -> None:
 
     started = time.monotonic()
     model: Any = new_model(MODEL_TYPES[options.name], settings)
-    phases = [{**asdict(s), "steps": train(model, tokens, held_out, s)} for s in (settings, finishing(settings))]
+    courses = [settings, finishing(settings)]
+    if options.name == "falcon-mamba-tiny" and options.start is not None:
+        from transformers import AutoModelForCausalLM
+
+        mamba = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        copy_into_falcon(mamba, model, tokens[:4096].view(8, 512))
+        courses = courses[1:]
+    phases = [{**asdict(s), "steps": train(model, tokens, held_out, s)} for s in courses]
     seconds = time.monotonic() - started
 
     model.eval().to(torch.float16)
