@@ -349,8 +349,9 @@ def _share_used(block: nn.Module, name: str) -> float:
     """Part of the experts ``name`` that a token is sent to; 1 when no module beside them says how many that are."""
     parent = block.get_submodule(name.rpartition(".")[0])
     experts = len(fused_parameter(block.get_submodule(name), "gate_up"))
-    chosen = [m.top_k for m in parent.modules() if isinstance(getattr(m, "top_k", None), int)]
-    return min(1.0, chosen[0] / experts) if chosen else 1.0
+    said = (getattr(module, "top_k", None) for module in parent.modules())
+    chosen = next((k for k in said if isinstance(k, int)), experts)
+    return min(1.0, chosen / experts)
 
 
 KINDS.update({site.kind: site for site in (ExpertsSite, SharedExpertsSite)})
