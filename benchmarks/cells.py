@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class CellFailed(LillamaError):  # noqa: N818  it reads as what happened
     """A command of a cell failed; the message is the last line that it wrote on stderr."""
 
 
+class Stopped(Exception):  # noqa: N818  the user wants no more
+    """The suite is being given up; what was being worked on is no result."""
+
+
 @dataclass(frozen=True)
 class Workshop:
     """Where cells are worked on, and how."""
@@ -38,6 +43,18 @@ class Workshop:
     """Of the suite's results; a cell has ``cells/<model>/<method>-<reduction>`` in it."""
     device: str = "auto"
     keep_models: bool = False
+    threads: int | None = None
+    """Of each process; None: as many as it likes."""
+    making: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a model is made or fetched: some are made with the process's random numbers."""
+
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Set when no more cells are wanted: commands that run are ended."""
+
+    def fetch(self, model: SuiteModel) -> Path:
+        """The model's directory."""
+        with self.making:
+            return model.fetch()
 
     def cell(self, model: str, name: str) -> Path:
         """The folder of a cell, made anew."""
@@ -85,10 +102,11 @@ def run_cell(
     folder = workshop.cell(model.name, cell_name(method.name, reduction))
     values = dict(vars(Result(model.name, "", method.name, reduction, options)))
     try:
-        source = model.fetch()
+        source = workshop.fetch(model)
         values |= {"architecture": _architecture(source).name}
         compressed = folder / "model"
         _command(
+            workshop,
             folder / "compress.log",
             *("compress", source, "-o", compressed, "--device", workshop.device, "--quiet"),
             *command_line(options["compress"]),
@@ -143,7 +161,7 @@ def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
     folder = workshop.cell(model.name, DENSE)
     values = dict(vars(Result(model.name, "", DENSE, 0.0, options, versions=versions())))
     try:
-        source = model.fetch()
+        source = workshop.fetch(model)
         values |= {"architecture": _architecture(source).name}
         values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
         values["metrics"] = _evaluate(workshop, folder, None, source, options["evaluate"])[1]
@@ -180,6 +198,7 @@ def _evaluate(
     for number, options in enumerate(evaluations, 1):
         file = folder / f"evaluation-{number}.json"
         _command(
+            workshop,
             folder / f"evaluation-{number}.log",
             *("evaluate", model, *(() if baseline is None else ("--baseline", baseline))),
             *("--json", file, "--details", folder / "details", "--device", workshop.device, "--quiet"),
@@ -207,21 +226,26 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _command(log: Path, *words: str | Path) -> None:
+def _command(workshop: Workshop, log: Path, *words: str | Path) -> None:
     """Run a command of lillama; what it writes goes to ``log``. Raises CellFailed when it fails."""
     command = [sys.executable, "-m", "lillama_core", *map(str, words)]
+    env = {"HF_HUB_OFFLINE": "1", **os.environ}
+    if workshop.threads is not None:
+        env["OMP_NUM_THREADS"] = str(workshop.threads)
     with log.open("w", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors, env={"HF_HUB_OFFLINE": "1", **os.environ})
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        process = subprocess.Popen(command, stdout=out, stderr=errors, env=env)
+        while (status := process.poll()) is None:
+            if workshop.stopped.wait(0.1):
+                process.terminate()
+                process.wait()
+                raise Stopped
         errors.seek(0)
         said = errors.read()
         out.write(said)
     if status != 0:
+        # Ctrl-C reaches the command too, perhaps sooner than this process.
+        if workshop.stopped.wait(0.5):
+            raise Stopped
         lines = [line for line in said.splitlines() if line.strip()]
         last = lines[-1].removeprefix("lillama: error: ") if lines else f"ended with exit status {status}"
         raise CellFailed(f"{words[0]}: {last}")

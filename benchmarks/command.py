@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lillama_registry import hookimpl
@@ -34,6 +37,7 @@ def lillama_commands(subparsers: Any) -> None:
         "--resume", action="store_true", help="go on in DIR with the cells that it lacks or that failed"
     )
     parser.add_argument("--keep-models", action="store_true", help="keep the compressed models in DIR/cells")
+    parser.add_argument("--jobs", type=int, metavar="N", help="models at a time; spoils speeds (default: 1; smoke: 2)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=run_benchmark)
@@ -58,6 +62,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
     methods = find_methods(_names(options.methods, "--methods") or suite.methods)
     reductions = _reductions(options.reductions) or suite.reductions
     models = choose_models(suite, _names(options.models, "--models"), default_cache_dir() / "benchmark")
+    jobs = suite.jobs if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
     folder = Path(options.output or f"benchmark-{suite.name}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a directory")
@@ -65,10 +72,23 @@ def run_benchmark(options: argparse.Namespace) -> int:
         raise UserError(f"{str(folder)!r} exists already; go on there with --resume, or choose another --output")
     read(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(folder, options.device, options.keep_models)
-    for model in models:
-        _run_model(workshop, model, methods, reductions)
-        write_pages(folder, suite.name, list(read(folder).values()))
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    workshop = Workshop(folder, options.device, options.keep_models, threads)
+    writing = Lock()
+
+    def run(model: SuiteModel) -> None:
+        _run_model(workshop, model, methods, reductions, writing)
+        with writing:
+            write_pages(folder, suite.name, list(read(folder).values()))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            # Asked for, so that what a thread raises is raised here.
+            list(pool.map(run, models))
+        except BaseException:
+            workshop.stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     wanted = {m.name for m in models}
     results = [r for r in read(folder).values() if r.model in wanted]
     failed = sum(r.error is not None for r in results)
@@ -76,17 +96,21 @@ def run_benchmark(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _run_model(workshop: Workshop, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...]) -> None:
-    """Run the cells of one model that are missing, and append each to the results as it ends."""
+def _run_model(
+    workshop: Workshop, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...], writing: Lock
+) -> None:
+    """Run the cells of one model that are missing, and append each to the results as it ends, holding ``writing``."""
     from lillama_benchmarks.cells import planned_options, run_cell, run_dense
     from lillama_benchmarks.results import DENSE, Result, append, read
 
     def missing(key: tuple[str, str, float], method: Method | None) -> bool:
-        found = read(workshop.folder).get(key)
+        with writing:
+            found = read(workshop.folder).get(key)
         return found is None or found.error is not None or found.options != planned_options(model, method, key[2])
 
     def keep(result: Result) -> None:
-        append(workshop.folder, result)
+        with writing:
+            append(workshop.folder, result)
         name = f"{model.name}  {result.method}" + (f"  {100 * result.reduction:g} %" if result.reduction else "")
         first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
         print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)

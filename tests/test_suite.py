@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, run_process
+from conftest import Ended, command, environment, run_process
 
 from lillama_benchmarks.cells import command_line, compress_options, planned_options
 from lillama_benchmarks.methods import METHODS, Method, find_methods
@@ -235,6 +239,25 @@ def test_a_failure_does_not_stop_the_rest_and_resume_fills_what_is_missing(tmp_p
     assert again.status == 1
     added = (out / FILE).read_text().removeprefix(before).splitlines()
     assert [json.loads(line)["model"] for line in added] == ["broken", "broken"]
+
+
+def test_an_interrupted_suite_keeps_no_half_cell(tmp_path: Path) -> None:
+    """Ctrl-C, which a terminal sends to the suite and to the command that it runs."""
+    out = tmp_path / "out"
+    models = "tiny-llama,tiny-mamba"
+    words = command("benchmark", "--suite", "smoke", "--models", models, "--jobs", "1", "--output", out)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+                               start_new_session=True)  # fmt: skip
+    log = out / "cells" / "tiny-llama" / "fast-0.2" / "compress.log"
+    while not log.is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said == "lillama: error: interrupted; what was finished is kept, --resume goes on from there\n"
+    assert read(out) == {}
+    assert not (out / "cells" / "tiny-mamba").exists()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def lillama_commands(subparsers: Any) -> None:
         help="run the conformance kit",
         description="Try an architecture on a tiny random model of each of its model types, or on a model of yours.",
     )
-    parser.add_argument("name", metavar="NAME", help="name of a plugin or of an architecture")
+    parser.add_argument("name", metavar="NAME", help="a plugin or an architecture; auto with --model")
     parser.add_argument("--model", metavar="DIR", help="check on this model instead of tiny ones")
     parser.add_argument(
         "--calibration", metavar="SRC", action="append", help="its calibration data (default: what the kit has)"
@@ -31,12 +31,13 @@ def lillama_commands(subparsers: Any) -> None:
 def run_plugin_check(options: argparse.Namespace) -> int:
     """One line a check on stdout; 0 when all passed, 1 otherwise. Raises UserError for an unknown name."""
     from lillama_core.errors import LillamaError, UserError, nearest, one_line
+    from lillama_core.generic import AUTO
     from lillama_testing.checks import CHECKS, Outcome, run_check
     from lillama_testing.tiny import make_specimen, specimen_at
 
     found = registry()
     chosen = [a for a in found.architectures if options.name in (a.name, found.plugin_of(a).name)]
-    if not chosen:
+    if not chosen and not (options.name == AUTO and options.model is not None):
         failed = next((f for f in found.failures if f.name == options.name), None)
         if failed is not None:
             raise UserError(f"plugin {failed.name!r} could not be loaded: {failed.reason}")
