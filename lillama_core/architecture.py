@@ -93,7 +93,7 @@ class Block:
     stack: str
     index: int
     path: str
-    """Path of the block from the model: ``model.layers.3``."""
+    """Path of the block from the model: ``model.layers.3``; empty for the model itself."""
     sites: tuple[Site, ...]
 
     @property
@@ -106,7 +106,7 @@ class Block:
 
     def full_name(self, map_: LinearMap) -> str:
         """The map's path from the model."""
-        return f"{self.path}.{map_.name}"
+        return f"{self.path}.{map_.name}" if self.path else map_.name
 
 
 def find_blocks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lillama_core.architecture import Block, safe_file_stem
 from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
+from lillama_core.embedding import EmbeddingObserver, embedding_site
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear
@@ -88,6 +90,16 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         return _Run(request, prepared, processor, device, directory, progress).run()
 
 
+def rounded(module: nn.Module, dtype: torch.dtype, path: str) -> dict[str, torch.Tensor]:
+    """The state of ``module`` with its real numbers in ``dtype``; LillamaError where they overflow."""
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            shown = str(dtype).removeprefix("torch.")
+            raise LillamaError(f"{path}.{name} does not fit {shown}: values overflow; try --dtype bfloat16")
+    return state
+
+
 class _Run:
     """One compression: the objects that its stages share."""
 
@@ -109,6 +121,7 @@ class _Run:
         self.device = device
         self.progress = progress
         self.autocast = choose_autocast(self.recipe.compute, device)
+        self.embedding = None if prepared.embedding is None else EmbeddingObserver(embedding_site(prepared.embedding))
         self.loss: Loss = choose(all_losses(), self.recipe.loss, "--loss")
         self.initializer: Initializer = choose(initializers(), self.recipe.init, "--init")
         self.directory = directory
@@ -229,6 +242,7 @@ class _Run:
             training = len(batches) - count
             for name, parent in parents.items():
                 self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
+            self._profile_embedding(model, data, profile)
         self._tell_rare(profile)
         plan = make_plan(prepared, recipe.allocation, profile)
         self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
@@ -242,16 +256,18 @@ class _Run:
             f" {self.record.parameters['parameters_after']:,} parameters"
         )
         with self.record.timed("blocks"):
+            dense_tables = self._compress_embedding(model, plan, profile)
             for position, (name, parent) in enumerate(parents.items()):
                 # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
-                student = self._record_calls(parent, inputs) if position else (calls[name], list(streams[name]))
+                same = position == 0 and not dense_tables
+                student = (calls[name], list(streams[name])) if same else self._record_calls(parent, inputs)
                 last = self._compress_stack(
                     parent, batches, (calls.pop(name), streams.pop(name)), student, held_out, source, profile, plan
                 )
                 self._install(model, parent.blocks, plan)
         with self.record.timed("report"):
             held = [(batches[i], last[0][i], last[1][i]) for i in held_out]
-            self.record.fidelity = measure_fidelity(parent, held, self.autocast)
+            self.record.fidelity = measure_fidelity(parent, held, self.autocast, dense_tables)
         del calls, streams, student, last, held
         release_memory()
         with self.record.timed("output"):
@@ -341,7 +357,10 @@ class _Run:
     ) -> None:
         blocks = parent.blocks
         needed = self.initializer.needs_gradients or (self.loss.needs_sensitivity and self.recipe.steps > 0)
-        if needed and not all(profile.has_gradients(block) for block in blocks):
+        known = all(profile.has_gradients(block) for block in blocks)
+        if self.prepared.embedding is not None:
+            known = known and profile.has(self.prepared.embedding)
+        if needed and not known:
             with self.record.timed("sensitivity"):
                 self._sensitivity(parent, batches, source, profile)
         with self.record.timed("statistics"):
@@ -368,8 +387,54 @@ class _Run:
                     wanted -= len(rows)
         calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
         runner = self._runner(calls)
-        for block, found in measure_sensitivity(parent, source, runner, small, self.recipe.seed, self.progress):
-            profile.save_gradients(block, found)
+        entry = None if self.embedding is None else self.embedding.entry
+        watching = contextlib.nullcontext() if self.embedding is None else self.embedding.watching(parent.model)
+        with watching:
+            for block, found in measure_sensitivity(
+                parent, source, runner, small, self.recipe.seed, self.progress, entry
+            ):
+                profile.save_gradients(block, found)
+
+    def _profile_embedding(self, model: nn.Module, data: Samples, profile: Profile) -> None:
+        """Take the token embedding apart, if it is to be compressed."""
+        block = self.prepared.embedding
+        if block is None or self.embedding is None or profile.has(block):
+            return
+        (map_,) = block.maps
+        weight = self.embedding.site.weight(model, map_)
+        statistics = self.embedding.statistics(weight, data)
+        # Decompositions are done in fp64, which not every accelerator has.
+        device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        found = self.initializer.decompose(weight.to(device), statistics.to(device))
+        profile.save(block, {map_.name: found}, None, {})
+
+    def _compress_embedding(self, model: nn.Module, plan: RankPlan, profile: Profile) -> dict[str, nn.Module]:
+        """Put the factors of the token embedding into the model; the dense modules that were there, by path."""
+        block = self.prepared.embedding
+        if block is None:
+            return {}
+        ranks = self._ranks(block, plan)
+        if not ranks:
+            self.progress.line(f"{embedding_site(block).name}: stays dense, the plan saves more elsewhere")
+            return {}
+        site = embedding_site(block)
+        (map_,) = block.maps
+        path = self._file(block)
+        if not path.is_file():
+            found, _ = profile.load(block)
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            weight = site.weight(model, map_).cpu()
+            B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+            made = self.prepared.format.from_factors(B, A, None)
+            write_tensors(path, rounded(made, self.dtype, site.name))
+        layer = self.prepared.format.module(
+            map_.out_features, map_.in_features, ranks[map_.name], False, torch.float32, "cpu"
+        )
+        layer.load_state_dict(read_tensors(path))
+        dense = site.modules(model)
+        site.put(model, {site.name: layer.to(self.device).eval().requires_grad_(False)})
+        self.progress.line(f"{site.name}: rank {ranks[map_.name]}, shared by {', '.join(dense)}")
+        return dense
 
     def _compress_stack(
         self,
@@ -487,12 +552,7 @@ class _Run:
                         layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
                     )
             site.put(student, converted)
-        state = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in student.state_dict().items()}
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise LillamaError(
-                    f"{block.path}.{name} does not fit {self.record.dtype}: values overflow; try --dtype bfloat16"
-                )
+        state = rounded(student, self.dtype, block.path)
         path = self._file(block)
         write_json(
             path.with_suffix(".json"),

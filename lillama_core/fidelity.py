@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import nll_loss
 
 from lillama_core.blocks import Parent, main_output
+from lillama_core.embedding import exchanged
 from lillama_core.modality import IGNORED, Samples
 from lillama_core.record import Fidelity
 
@@ -18,11 +21,13 @@ def measure_fidelity(
     parent: Parent,
     held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
     autocast: torch.dtype | None,
+    dense_tables: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
     """Compare predictions from the last hidden states (dense, compressed) of each held-out batch.
 
     Both streams are there already, so this costs what comes after the last stack alone. Perplexities need targets;
-    divergence and agreement, a model that returns logits.
+    divergence and agreement, a model that returns logits. ``dense_tables`` are the modules outside of the blocks, by
+    path, that the model had before it was compressed.
     """
     device = next(parent.model.parameters()).device
     tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
@@ -32,7 +37,9 @@ def measure_fidelity(
         for samples, dense, compressed in held:
             for row in range(dense.shape[0]):
                 one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
-                outputs = [parent.outputs(one, hidden[row : row + 1].to(device)) for hidden in (dense, compressed)]
+                with exchanged(parent.model, dense_tables):
+                    outputs = [parent.outputs(one, dense[row : row + 1].to(device))]
+                outputs.append(parent.outputs(one, compressed[row : row + 1].to(device)))
                 mains = [main_output(found)[0] for found in outputs]
                 mains = [m.reshape(-1, m.shape[-1]) for m in mains]
                 predicts = hasattr(outputs[0], "logits")

@@ -10,6 +10,7 @@ from torch import nn
 
 from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block
+from lillama_core.embedding import embedding_block
 from lillama_core.errors import UserError, nearest
 from lillama_core.experts import SharedExpertsSite
 from lillama_core.formats import Format
@@ -44,6 +45,14 @@ class Preparation:
     format: Format
     minimum_rank: int
     rank_step: int
+    embedding: Block | None = None
+    """The token embedding, when it is to be compressed."""
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Everything that holds maps, in forward order."""
+        first = [] if self.embedding is None else [self.embedding]
+        return first + [block for stack in self.blocks.values() for block in stack]
 
 
 def prepare(
@@ -63,12 +72,18 @@ def prepare(
     choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
     check_choice(found, meta, choice)
     blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
-    sites = [site for stack in blocks.values() for block in stack for site in block.sites]
+    embedding = None
+    if recipe.compress_embeddings:
+        if recipe.stacks:
+            raise UserError("--compress-embeddings and --stacks exclude each other: the embedding is in no stack")
+        embedding = embedding_block(meta)
+    whole = blocks if embedding is None else {embedding.stack: [embedding], **blocks}
+    sites = [site for stack in whole.values() for block in stack for site in block.sites]
     for site in sites:
         site.check(format_)
     if recipe.share_experts and not any(site.kind == SharedExpertsSite.kind for site in sites):
         raise UserError(f"--share-experts: model {model!r} has no experts")
-    maps = planned_maps(blocks)
+    maps = planned_maps(whole)
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
     width = max(min(m.map.out_features, m.map.in_features) for m in maps)
     return Preparation(
@@ -83,6 +98,7 @@ def prepare(
         # The paper's 1024 and 256 at a width of 4096.
         recipe.minimum_rank or max(1, width // 4),
         recipe.rank_step or max(1, width // 16),
+        embedding,
     )
 
 
@@ -118,10 +134,9 @@ def make_plan(prepared: Preparation, allocation: str, profile: Profile | None) -
     allocator = choose(allocators(), allocation, "--allocation")
     spectra = {}
     if allocator.needs_spectra and profile is not None:
-        for stack in prepared.blocks.values():
-            for block in stack:
-                found, _ = profile.load(block)
-                spectra.update({block.full_name(m): found[m.name].spectrum for m in block.maps})
+        for block in prepared.all_blocks:
+            found, _ = profile.load(block)
+            spectra.update({block.full_name(m): found[m.name].spectrum for m in block.maps})
     return allocator.allocate(
         AllocationRequest(
             prepared.maps,

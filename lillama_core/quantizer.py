@@ -74,7 +74,11 @@ def site_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str,
             ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
             if ranks:
                 how = {"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks}
-                found[f"{block.path}.{site.name}"] = {"kind": site.kind, "format": plan.format, **how}
+                found[joined(block.path, site.name) if block.path else site.name] = {
+                    "kind": site.kind,
+                    "format": plan.format,
+                    **how,
+                }
     return found
 
 

@@ -36,6 +36,8 @@ class Recipe:
     exclude: tuple[str, ...] = option((), "maps to leave dense, as paths from the block; '*' stands for one part")
     share_experts: bool = option(False, "one input projection for all experts of a layer, one output projection")
 
+    compress_embeddings: bool = option(False, "compress the token embedding, and the output head tied to it, as well")
+
     calibration: tuple[str, ...] = option(
         (),
         "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several",

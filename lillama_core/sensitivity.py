@@ -11,7 +11,7 @@ from lillama_core.blocks import BlockRunner, Parent, main_output
 from lillama_core.memory import release_memory
 from lillama_core.modality import Inputs, Samples
 from lillama_core.progress import Progress
-from lillama_core.statistics import GradientObserver, flat_rows
+from lillama_core.statistics import GradientObserver, SecondMoment, flat_rows
 from lillama_core.weights import WeightSource
 
 
@@ -57,12 +57,13 @@ def measure_sensitivity(
     batches: list[Samples],
     seed: int,
     progress: Progress,
+    entry: SecondMoment | None = None,
 ) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
     """Second moments of the gradients for every block of the parent's stack, as named tensors.
 
     They are given out block by block and forgotten, since together they are as large as the model. ``runner`` holds
     the calls of ``batches``. Each block is run once more with gradients, one at a time, so that memory is the blocks'
-    inputs of one batch and the graph of one block.
+    inputs of one batch and the graph of one block. ``entry`` gets the gradients at the entry of the first block.
     """
     blocks = parent.blocks
     observers = {block.name: GradientObserver(block) for block in blocks}
@@ -100,6 +101,8 @@ def measure_sensitivity(
             assert hidden.grad is not None
             gradient = hidden.grad
             progress.step(block.name)
+        if entry is not None:
+            entry.add(*flat_rows(gradient, masks))
         release_memory()
     for block in blocks:
         yield block, observers.pop(block.name).statistics()

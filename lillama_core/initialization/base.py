@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,11 @@ class MapStatistics:
     gradients: torch.Tensor | None = None
     gradient_scale: float = 0.0
     rows: float = 1.0
+
+    def to(self, device: torch.device) -> MapStatistics:
+        """These statistics on ``device``."""
+        inputs, gradients = (None if t is None else t.to(device) for t in (self.inputs, self.gradients))
+        return replace(self, inputs=inputs, gradients=gradients)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class OutputError:
             )
             return []
         rows, folder = subject.baseline.notes[self.name]
-        wrong, size, shape = 0.0, 0.0, ()
+        wrong, size = 0.0, 0.0
+        shape: tuple[int, ...] = ()
         for i, inputs in enumerate(rows.batches):
             wanted = read_tensors(Path(folder.name) / f"{i}.safetensors")["output"].double()
             found = _output(subject, inputs).double()

@@ -36,7 +36,7 @@ def write_result(
 ) -> None:
     """Write ``model``, whose maps are low rank already, and publish the directory once it has been loaded back."""
     result = directory.result
-    sites = site_entries((block for stack in prepared.blocks.values() for block in stack), plan)
+    sites = site_entries(prepared.all_blocks, plan)
     model.config.dtype = next(model.parameters()).dtype
     attach(model, LillamaConfig(sites))
     logger = logging.getLogger("transformers")

@@ -185,10 +185,12 @@ def stacks(record: RunRecord) -> list[Stack]:
         stack = found.setdefault(path, Stack(path))
         places[block["name"]] = stack, len(stack.blocks)
         stack.blocks.append(block)
+    outside: dict[str, Stack] = {}
     maps = []
     for name, (out, in_) in record.shapes.items():
-        stack, position, inner = _place(name, places)
+        stack, position, inner = _place(name, places, outside)
         maps.append((stack, position, inner, name, out, in_))
+    found = {**{f"{path} (outside)": s for path, s in outside.items()}, **found}
     crowded = {s.name for s in found.values() if len({m[2] for m in maps if m[0] is s}) > MOST_ROWS}
     format_ = formats()[record.plan["format"]]
     for stack, position, inner, name, out, in_ in maps:
@@ -200,13 +202,18 @@ def stacks(record: RunRecord) -> list[Stack]:
     return list(found.values())
 
 
-def _place(name: str, places: dict[str, tuple[Stack, int]]) -> tuple[Stack, int, str]:
-    """The stack, the block's number in it, and the name within the block of the map called ``name``."""
+def _place(name: str, places: dict[str, tuple[Stack, int]], outside: dict[str, Stack]) -> tuple[Stack, int, str]:
+    """The stack, the block's number in it, and the name within the block of the map called ``name``.
+
+    ``outside`` gets the stacks of maps that lie in no block.
+    """
     block = name
-    while block not in places:
+    while block and block not in places:
         block = block.rpartition(".")[0]
-        if not block:
-            raise ValueError(f"map {name!r} belongs to no block of the record")
+    if not block:
+        # The token embedding: a stack of one block, of which nothing else is noted.
+        parent, _, inner = name.rpartition(".")
+        return outside.setdefault(parent, Stack(parent or "model", [{"name": parent}])), 0, inner
     stack, position = places[block]
     return stack, position, name[len(block) + 1 :]
 

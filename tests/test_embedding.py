@@ -1,0 +1,163 @@
+"""``--compress-embeddings``: one low-rank table for lookups and logits, in memory, on disk, in the plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUICK, Ended, environment
+from safetensors.torch import load_file
+from test_generic import inputs_of, tiny
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lillama_core.blocks import main_output
+from lillama_core.embedding import EmbeddingObserver, LowRankEmbedding, embedding_block, embedding_site, exchanged
+from lillama_core.formats import BUILT_IN
+from lillama_core.initialization import SensitivityAware
+from lillama_core.modality import Samples
+from lillama_core.models import count_parameters
+
+
+@pytest.mark.parametrize("format_name", ["factored", "pivoted"])
+@pytest.mark.parametrize(
+    ("model_type", "paths"),
+    [
+        ("t5", {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}),
+        ("bart", {"model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"}),
+        ("bert", {"bert.embeddings.word_embeddings", "cls.predictions.decoder"}),
+        ("rwkv", {"rwkv.embeddings"}),
+    ],
+)
+def test_a_table_of_full_rank_changes_nothing(model_type: str, paths: set[str], format_name: str) -> None:
+    model = tiny(model_type, **({"scale_embedding": True} if model_type == "bart" else {}))
+    with torch.no_grad():
+        # A bias of the head must survive.
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.out_features == model.config.vocab_size:
+                module.bias is not None and module.bias.normal_()
+    inputs = inputs_of(model.config)
+    expected = main_output(model(**inputs))
+    site = embedding_site(embedding_block(model))
+    (map_,) = site.maps
+    dense = site.modules(model)
+    assert set(dense) == paths
+    W = site.weight(model, map_).detach()
+    U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
+    layer = BUILT_IN[format_name].from_factors((U * S).float(), Vt.float(), None)
+    before = count_parameters(model)
+    site.put(model, {site.name: layer})
+    assert before - count_parameters(model) == W.numel() - BUILT_IN[format_name].parameters(*W.shape, W.shape[1])
+    torch.testing.assert_close(main_output(model(**inputs)), expected, rtol=1e-3, atol=1e-4)
+    for path in paths:
+        assert model.get_submodule(path).weight is model.get_input_embeddings().weight
+    with exchanged(model, dense):
+        assert torch.equal(main_output(model(**inputs)), expected)
+    assert isinstance(model.get_input_embeddings(), LowRankEmbedding)
+
+
+@pytest.mark.parametrize("format_name", ["factored", "pivoted"])
+def test_compress_a_tied_model(
+    format_name: str, tiny_model: Path, tmp_path: Path, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--compress-embeddings", "--format", format_name, "--reduction", "0.3", "--allocation", "uniform"]
+    ended = run_cli("compress", tiny_model, "-o", out, *options, "--calibration", calibration_text, *QUICK)
+    assert ended.status == 0, ended
+    written = json.loads((out / "lillama.json").read_text())
+    rank = written["plan"]["ranks"]["model.embed_tokens"]
+    vocabulary, _ = written["shapes"]["model.embed_tokens"]
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].shape == (vocabulary, rank)
+    assert not any(name.startswith("lm_head") for name in tensors)
+    site = json.loads((out / "config.json").read_text())["quantization_config"]["sites"]["model.embed_tokens"]
+    assert site == {"kind": "embedding", "format": format_name, "rank": rank}
+
+    loaded = AutoModelForCausalLM.from_pretrained(out).eval()
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert count_parameters(loaded) == written["parameters"]["parameters_after"]
+    assert 0.69 < count_parameters(loaded) / count_parameters(dense) <= 0.7
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tokens = torch.randint(3, vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
+    generated = loaded.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] > 9
+    # By hand: lookup and logits are products with the one table U A.
+    table = loaded.model.embed_tokens(torch.arange(vocabulary))
+    with torch.no_grad():
+        hidden = loaded.model(tokens).last_hidden_state
+        torch.testing.assert_close(loaded(tokens).logits, hidden @ table.T, rtol=1e-4, atol=1e-5)
+    code = (
+        "import sys, torch, lillama_core\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "folder, again = sys.argv[1:]\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder).eval()\n"
+        "model.save_pretrained(again)\n"
+        "other = AutoModelForCausalLM.from_pretrained(again).eval()\n"
+        "tokens = torch.arange(12).view(2, 6)\n"
+        "assert torch.equal(model(tokens).logits, other(tokens).logits)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out), str(tmp_path / "again")],
+        capture_output=True, text=True, env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    # A loader that does not know the format must not fill the table with random numbers.
+    settings = json.loads((out / "config.json").read_text())
+    del settings["quantization_config"]
+    (out / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "tiny")).requires_grad_(False)
+    site = embedding_site(embedding_block(model))
+    (map_,) = site.maps
+    observer = EmbeddingObserver(site)
+    ids = torch.randint(0, 40, (6, 12))
+    x = torch.randn(72, 32) @ torch.randn(32, 32)
+    rows = x.clone().requires_grad_(True)
+    with observer.watching(model):
+        logits = model.lm_head(rows)
+        gradient = logits.softmax(-1) - nn.functional.one_hot(torch.randint(0, 384, (72,)), 384)
+        logits.backward(gradient)
+    entry = torch.randn(50, 32) @ torch.randn(32, 32)
+    observer.entry.add(entry)
+    W = site.weight(model, map_)
+    statistics = observer.statistics(W, Samples({"input_ids": ids}))
+
+    frequency = torch.bincount(ids.flatten(), minlength=384) / ids.numel()
+    weights = (gradient.T @ gradient / 72 + frequency.diag()) / 2
+    inputs = x.T @ x / 72 + entry.T @ entry / 50
+    torch.testing.assert_close(statistics.inputs, inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistics.gradients, W.T @ weights @ W, rtol=1e-3, atol=1e-7)
+    assert statistics.gradient_scale == pytest.approx(weights.diagonal().mean().item(), rel=1e-4)
+    assert statistics.rows == 12
+
+    def error(approximation: torch.Tensor) -> float:
+        d = W - approximation
+        return torch.trace(weights @ d @ inputs @ d.T).item()
+
+    found = SensitivityAware().decompose(W, statistics)
+    for rank in (4, 16):
+        B, A = found.factors(W, rank)
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+        assert error(B @ A) < 0.9 * error(U[:, :rank] * S[:rank] @ Vt[:rank])
+
+
+def test_mistakes(tiny_model: Path, run_cli: Callable[..., Ended]) -> None:
+    plan: Any = run_cli("plan", tiny_model, "--compress-embeddings", "--stacks", "decoder")
+    assert "--compress-embeddings and --stacks exclude each other" in plan.error
+    planned = run_cli("plan", tiny_model, "--compress-embeddings")
+    assert planned.status == 0
+    assert "model.embed_tokens" in planned.stdout
+    with pytest.raises(Exception, match="no token embedding"):
+        embedding_block(tiny("vit"))
