@@ -307,12 +307,27 @@ class EmbeddingObserver:
         with self.site.watching(model, observe_input, observe_output):
             yield
 
+    @contextlib.contextmanager
+    def lookups(self, model: nn.Module) -> Iterator[list[str]]:
+        """While open, the paths of the tables in which rows are looked up are listed: none below an audio encoder."""
+        seen: list[str] = []
+        tables = {p: m for p, m in self.site.modules(model).items() if is_embedding(m)}
+        handles = [m.register_forward_hook(lambda *_, p=p: seen.append(p)) for p, m in tables.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _add_squares(self, gradient: torch.Tensor) -> None:
         self._squares += gradient.float().square().sum().item()
 
     def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
         """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""
-        if not self.entry.count:
+        moments = [m.mean().to(weight.device) for m in (self.entry, self.inputs) if m.count]
+        # A model may project the rows to another width before its first block.
+        inputs = sum((m for m in moments if len(m) == weight.shape[1]), torch.zeros((), device=weight.device))
+        if not inputs.dim():
             return MapStatistics()
         (map_,) = self.site.maps
         ids = [v for k, v in data.inputs.items() if k.endswith("input_ids")]
@@ -321,11 +336,9 @@ class EmbeddingObserver:
         frequency = (frequency / frequency.sum().clamp(min=1)).to(weight.device)
         W = weight.float()
         moment, scale = W.T @ (frequency[:, None] * W), 1 / map_.out_features
-        inputs = self.entry.mean().to(weight.device)
         if self.inputs.count:
             moment = (moment + self.gradients.mean().to(weight.device)) / 2
             scale = (scale + self._squares / self.inputs.count / map_.out_features) / 2
-            inputs = inputs + self.inputs.mean().to(weight.device)
         return MapStatistics(inputs, moment, scale, tokens.numel() / max(1, len(data)))
 
 

@@ -385,11 +385,17 @@ class _Run:
                 if wanted > 0:
                     small.append(batch.select(rows[:wanted]).to(self.device))
                     wanted -= len(rows)
-        calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
-        runner = self._runner(calls)
-        entry = None if self.embedding is None else self.embedding.entry
-        watching = contextlib.nullcontext() if self.embedding is None else self.embedding.watching(parent.model)
-        with watching:
+        model, entry = parent.model, None
+        with contextlib.ExitStack() as watching:
+            if self.embedding is None:
+                calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
+            else:
+                with self.embedding.lookups(model) as seen:
+                    calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
+                # Only where its rows enter do gradients say what they matter.
+                entry = self.embedding.entry if seen else None
+                watching.enter_context(self.embedding.watching(model))
+            runner = self._runner(calls)
             for block, found in measure_sensitivity(
                 parent, source, runner, small, self.recipe.seed, self.progress, entry
             ):
