@@ -153,20 +153,22 @@ def test_compress_load_save_again_and_fail_without_lillama(
 
 @pytest.fixture(scope="module")
 def compressed(
-    dense: Callable[[str], Path], calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
     """A Mixtral whose second router never picks the last expert, compressed; and the lines that the run printed."""
-    model = load(dense("mixtral"))
-    with torch.no_grad():
-        # Logits are linear in the hidden states: this one is always below another.
+
+    def starve(model: Any) -> None:
+        # Logits are linear in the hidden states: of x, x, -x, -x and 0 the last is never among the two largest.
         gate = model.model.layers[1].mlp.gate.weight
-        gate[3] = 0
-        gate[2] = -gate[1]
-        gate[0] = -gate[1] / 2
-    spoilt = tmp_path_factory.mktemp("spoilt") / "mixtral"
-    model.save_pretrained(spoilt)
-    for file in dense("mixtral").glob("tokenizer*"):
-        (spoilt / file.name).write_bytes(file.read_bytes())
+        gate.copy_(torch.stack([gate[0], gate[0], -gate[0], -gate[0], 0 * gate[0]]))
+
+    spoilt = make_model(
+        tmp_path_factory.mktemp("spoilt") / "mixtral",
+        "mixtral",
+        change=starve,
+        intermediate_size=48,
+        num_local_experts=5,
+    )
     out = spoilt.parent / "out"
     command = [sys.executable, "-m", "lillama_core", "compress", str(spoilt), "-o", str(out), *QUICK]
     command += ["--calibration", str(calibration_text), "--reduction", "0.2", "--format", "factored"]
@@ -194,24 +196,22 @@ def test_an_expert_that_no_token_reached_is_named_and_survives(compressed: tuple
     record = json.loads((out / "lillama.json").read_text())
     seen = record["rows_seen"]
     starved = [name for name, rows in seen.items() if not rows]
-    assert starved == [f"model.layers.1.mlp.experts.{part}.3" for part in ("gate_up", "down")]
-    assert len(seen) == 2 * 2 * 4
+    assert starved == [f"model.layers.1.mlp.experts.{part}.4" for part in ("gate_up", "down")]
+    assert len(seen) == 2 * 2 * 5
     (line,) = [text for text in lines if "saw no row" in text]
     assert line.startswith("2 maps of experts saw no row")
     assert starved[0] in line
     # Each token goes to two experts.
     rows = record["data"]["rows"] * 32
     for part in ("gate_up", "down"):
-        counted = [seen[f"model.layers.0.mlp.experts.{part}.{e}"] for e in range(4)]
+        counted = [seen[f"model.layers.0.mlp.experts.{part}.{e}"] for e in range(5)]
         assert sum(counted) == pytest.approx(2 * rows, rel=0.2)
         assert sum(counted) % 2 == 0
     experts = load(out).model.layers[1].mlp.experts
     assert isinstance(experts, LowRankExperts)
-    for layer in (experts.gate_up_maps[3], experts.down_maps[3]):
+    for layer in (experts.gate_up_maps[4], experts.down_maps[4]):
         assert torch.isfinite(layer.weight).all()
-    # Its rank is not bought with what the others need: nothing is known to depend on it.
-    report = (out / "report.html").read_text()
-    assert "mlp.experts.gate_up" in report
+    assert "mlp.experts.gate_up" in (out / "report.html").read_text()
 
 
 def test_plan_shows_experts_as_ranges_and_counts_what_a_token_uses(
