@@ -248,7 +248,7 @@ def test_routing_is_counted_and_compared(
     options = EvaluationOptions(data=str(calibration_text), sequence_length=32, windows=3)
     first = Subject("dense", model, tiny_tokenizer)
     (share,) = Routing().measure(first, options, lambda line: None)
-    assert share.name == "smallest_expert_share"
+    assert share.name == "routing/smallest_share"
     shares = torch.tensor(first.notes["tokens_per_expert"])
     torch.testing.assert_close(shares.sum(1), torch.full((2,), 2.0))
     assert share.value == pytest.approx(100 * shares.min().item())
@@ -266,12 +266,12 @@ def test_routing_is_counted_and_compared(
     assert torch.equal(chosen[0].long().sort(-1).values, expected.sort(-1).values)
 
     same = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=first), options, lambda line: None)
-    assert [m.value for m in same if m.name == "routing_agreement"] == [100.0]
+    assert [m.value for m in same if m.name == "routing/agreement"] == [100.0]
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.neg_()
     other = Routing().measure(Subject("other", model, tiny_tokenizer, baseline=first), options, lambda line: None)
-    (found,) = [m.value for m in other if m.name == "routing_agreement"]
+    (found,) = [m.value for m in other if m.name == "routing/agreement"]
     now, experts = choices(model, rows, torch.device("cpu"))
     assert experts == 4
     kept = [

@@ -72,7 +72,7 @@ class Routing:
         subject.notes |= {"routing": chosen, "tokens_per_expert": shares.tolist()}
         found = [
             Measurement(
-                "smallest_expert_share",
+                "routing/smallest_share",
                 100 * shares.min().item(),
                 "%",
                 "higher",
@@ -84,7 +84,7 @@ class Routing:
         if reference is not None and reference.shape == chosen.shape:
             found.append(
                 Measurement(
-                    "routing_agreement",
+                    "routing/agreement",
                     100 * agreement(chosen, reference),
                     "%",
                     "higher",
