@@ -439,7 +439,7 @@ class _Run:
         layer.load_state_dict(read_tensors(path))
         dense = site.modules(model)
         site.put(model, {site.name: layer.to(self.device).eval().requires_grad_(False)})
-        self.progress.line(f"{site.name}: rank {ranks[map_.name]}, shared by {', '.join(dense)}")
+        self.progress.line(f"{site.name}: rank {ranks[map_.name]}, read at {', '.join(dense)}")
         return dense
 
     def _compress_stack(

@@ -63,7 +63,8 @@ class GenericArchitecture(Architecture):
             blocks = f"{len(modules)} blocks of {type(modules[0]).__name__}"
             lines.append(f"auto: stack {name} at {path}, {blocks}, {len(counts)} maps in a block: {maps}")
             held = tuple(f"{site.name}." for site in sites)
-            tables = {n for block in modules for n, p in block.named_parameters() if p.dim() > 2}
+            # Vectors may be stored with empty dimensions around them.
+            tables = {n for b in modules for n, p in b.named_parameters() if sum(size > 1 for size in p.shape) > 2}
             others = sorted(n for n in tables if not n.startswith(held))
             if others:
                 lines.append(f"auto: not linear layers, left dense: {', '.join(others)}")
