@@ -534,7 +534,8 @@ class _Run:
                 if map_.name in ranks:
                     weight = site.weight(student, map_)
                     B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, site.bias(student, map_))
+                    bias = found[map_.name].bias(site.bias(student, map_), weight, B, A)
+                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, bias)
             site.put(student, layers)
         student.to(self.device)
         metric = None

@@ -13,6 +13,9 @@ from lillama_core.errors import UserError
 from lillama_core.formats import Format
 from lillama_core.maps import LinearMap
 
+INDEX_ALLOWANCE = 0.004
+"""Largest part of the kept parameters that is given up to make room for a format's indices."""
+
 
 @dataclass(frozen=True)
 class PlannedMap:
@@ -103,6 +106,9 @@ def make_budget(
     dense = sum(m.dense_parameters for m in maps)
     smallest = sum(format_.parameters(m.map.out_features, m.map.in_features, 1) for m in maps)
     removed = round(reduction * reference)
+    # Files shall be as much smaller as was asked: indices, at two bytes a parameter, are made up for by parameters.
+    indices = sum(format_.index_bytes(m.map.out_features, m.map.in_features) for m in maps) // 2
+    removed += min(indices, int(INDEX_ALLOWANCE * (reference - removed)), max(0, dense - removed - smallest))
     if dense - removed < smallest:
         # Rounded down, so that the number named can be asked for.
         most = math.floor((dense - smallest) / reference * 1000) / 1000

@@ -114,8 +114,9 @@ def profile_blocks(
             for site in block.sites:
                 for map_ in site.maps:
                     weight = site.weight(module, map_).to(device)
+                    has_bias = site.bias(module, map_) is not None
                     statistics = (
-                        map_statistics(map_, weight, observer, seen, sequences, device)
+                        map_statistics(map_, weight, observer, seen, sequences, device, has_bias)
                         if initializer.needs_inputs
                         else MapStatistics()
                     )

@@ -252,6 +252,7 @@ def map_statistics(
     gradients: dict[str, torch.Tensor],
     sequences: int,
     device: torch.device,
+    has_bias: bool = False,
 ) -> MapStatistics:
     """What an initialiser may see of one map with ``weight`` [out, in], on ``device``.
 
@@ -272,4 +273,5 @@ def map_statistics(
         scale,
         observer.expected(name) / max(1, sequences),
         None if center is None else center.to(device),
+        has_bias,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -127,3 +129,28 @@ def test_components_are_balanced() -> None:
     W, X, Y = make(6, 9)
     B, A = BUILT_IN["sensitivity"].decompose(W, statistics(W, X, Y)).factors(W, 4)
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
+def test_a_bias_makes_up_for_what_all_inputs_share(shape: tuple[int, int]) -> None:
+    """Inputs far from zero: the error left is that of the centred inputs, as a sum over all rows says."""
+    out_features, in_features = shape
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(shape, generator=generator)
+    b = torch.randn(out_features, generator=generator)
+    X = (
+        torch.randn(400, in_features, generator=generator) @ torch.randn(in_features, in_features, generator=generator)
+        + 5
+    )
+    with_bias = MapStatistics(X.T @ X / len(X), center=X.mean(0), has_bias=True)
+    found = BUILT_IN["activation"].decompose(W, with_bias)
+    B, A = found.factors(W, 4)
+    bias = found.bias(b, W, B, A)
+    assert bias is not None
+    error = ((X @ W.T + b) - (X @ A.T @ B.T + bias)).square().sum(1).mean()
+    assert error == pytest.approx(float(found.spectrum.energies[4:].sum()), rel=2e-2)
+
+    plain = BUILT_IN["activation"].decompose(W, replace(with_bias, has_bias=False))
+    B, A = plain.factors(W, 4)
+    assert plain.bias(b, W, B, A) is b
+    assert error < ((X @ W.T) - (X @ A.T @ B.T)).square().sum(1).mean()

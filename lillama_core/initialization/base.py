@@ -17,18 +17,22 @@ class MapStatistics:
     ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the
     map's output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller
     and all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where nobody asked for it, or where
-    no row came by. ``rows`` is the number of rows that reach the map in one row of calibration data.
+    no row came by. ``rows`` is the number of rows that reach the map in one row of calibration data, ``center`` is
+    E[x] [in]. A map that ``has_bias`` can make up for an error that is the same for all inputs.
     """
 
     inputs: torch.Tensor | None = None
     gradients: torch.Tensor | None = None
     gradient_scale: float = 0.0
     rows: float = 1.0
+    center: torch.Tensor | None = None
+    has_bias: bool = False
 
     def to(self, device: torch.device) -> MapStatistics:
         """These statistics on ``device``."""
-        inputs, gradients = (None if t is None else t.to(device) for t in (self.inputs, self.gradients))
-        return replace(self, inputs=inputs, gradients=gradients)
+        tensors = (self.inputs, self.gradients, self.center)
+        inputs, gradients, center = (None if t is None else t.to(device) for t in tensors)
+        return replace(self, inputs=inputs, gradients=gradients, center=center)
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,24 @@ class Decomposition:
     left: torch.Tensor
     right: torch.Tensor
     on_outputs: bool
+    center: torch.Tensor | None = None
+    """Inputs [in] at which the map with factors shall give what the dense one gives: what is lost there goes into the
+    bias, if the map has one; None: the bias stays."""
 
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [out, rank], A [rank, in]) in fp32 for W [out, in], with columns of B and rows of A of equal norm."""
         weight = weight.float()
         left, right = self.left[:, :rank].to(weight.device), self.right[:rank].to(weight.device)
         return balance(left, right @ weight) if self.on_outputs else balance(weight @ left, right)
+
+    def bias(
+        self, bias: torch.Tensor | None, weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The bias [out] of the map with factors B and A for W = ``weight`` [out, in]: b + (W - B A) center."""
+        if bias is None or self.center is None:
+            return bias
+        center = self.center.to(weight.device)
+        return bias.float() + weight.float() @ center - B @ (A @ center)
 
 
 def balance(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,9 @@
 Both solve min over rank r of |L^T (W - W') C|_F^2 in closed form, with C C^T = G = E[x x^T] the second moment of the
 inputs and L L^T = F a weight on the outputs. With M = L^T W C and its singular vectors U, V:
 W' = L^-T U_r U_r^T L^T W = W C V_r V_r^T C^-1, and the error is the sum of the squared singular values left out.
+
+A map with a bias may shift it: with b' = b + (W - W') E[x] the error that is the same for all inputs is gone, and G is
+their covariance instead.
 """
 
 from __future__ import annotations
@@ -53,6 +56,9 @@ class ActivationAware(Initializer):
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         W = weight.double()
         G = None if statistics.inputs is None else statistics.inputs.double()
+        center = statistics.center if statistics.has_bias else None
+        if G is not None and center is not None:
+            G = G - torch.outer(center, center).double()
         if G is None or not G.diagonal().sum() > 0:
             # Nothing came by: the weights alone decide.
             G = torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
@@ -71,7 +77,8 @@ class ActivationAware(Initializer):
             Spectrum(energies.clamp(min=0), comparable=self.needs_gradients),
             left.float().contiguous(),
             right.float().contiguous(),
-            on_outputs=W.shape[0] <= W.shape[1],
+            W.shape[0] <= W.shape[1],
+            center,
         )
 
     def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
