@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="end by then, with fewer steps")
-    parser.add_argument("--start", type=Path, help="a Mamba of the same shape with which a Falcon-Mamba begins")
+    parser.add_argument("--start", type=Path, help="begin the second phase with this model, a Mamba for either")
     options = parser.parse_args()
     settings = Settings(steps=options.steps, minutes=options.minutes)
     text = training_text()
@@ -253,11 +253,14 @@ def main() -> None:
     started = time.monotonic()
     model: Any = new_model(MODEL_TYPES[options.name], settings)
     courses = [settings, finishing(settings)]
-    if options.name == "falcon-mamba-tiny" and options.start is not None:
+    if options.start is not None:
         from transformers import AutoModelForCausalLM
 
-        mamba = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32)
-        copy_into_falcon(mamba, model, tokens[:4096].view(8, 512))
+        start: Any = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        if start.config.model_type == model.config.model_type:
+            model.load_state_dict(start.state_dict())
+        else:
+            copy_into_falcon(start, model, tokens[:4096].view(8, 512))
         courses = courses[1:]
     phases = [{**asdict(s), "steps": train(model, tokens, held_out, s)} for s in courses]
     seconds = time.monotonic() - started
