@@ -23,6 +23,8 @@ METHODS = (
     Method("default", "default"),
     Method("lillama", "lillama"),
 )
+"""In the order of the tables; ``svd`` is what everybody tries first: no data, no training."""
+
 BASELINES = (
     Method(
         "liteasr",
@@ -30,7 +32,6 @@ BASELINES = (
     ),
 )
 """Published methods that run when they are named: each is for some architectures only."""
-"""In the order of the tables; ``svd`` is what everybody tries first: no data, no training."""
 
 
 def find_methods(names: tuple[str, ...]) -> list[Method]:

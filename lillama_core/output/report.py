@@ -1,21 +1,16 @@
 """report.html of a result: one file that shows a run, readable without a network.
 
-The plots are inline SVG by matplotlib whose colours are variables of the page's style sheet, so that they follow its
-light and dark themes. All that comes from a model or a recipe is escaped, by the template or by matplotlib.
+The plots are inline SVG. All that comes from a model or a recipe is escaped, by the template or by matplotlib.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from markupsafe import Markup
 
 from lillama_core.output.card import (
     Change,
@@ -34,6 +29,19 @@ from lillama_core.output.card import (
     source_rows,
     stages,
 )
+from lillama_core.output.plots import (
+    AFTER,
+    BEFORE,
+    FAINT,
+    GRID,
+    INK,
+    WIDTH,
+    drawing,
+    new_figure,
+    plain_labels,
+    style,
+    svg,
+)
 from lillama_core.plan import rank_range
 from lillama_core.record import RunRecord
 from lillama_core.strategies import formats
@@ -42,16 +50,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 10.0
-"""Of a plot as wide as the page, in matplotlib's inches of 72 points."""
-
 MOST_ROWS = 40
 """Map names of a heat map; beyond, names that differ in numbers alone (experts.0, experts.1) share a row."""
-
-INK, FAINT, GRID, BEFORE, AFTER = "#010101", "#010102", "#010103", "#010104", "#010105"
-"""Stand-ins for colours of the style sheet, which are put in their place in the finished SVG."""
-
-THEME = {INK: "--ink", FAINT: "--faint", GRID: "--grid", BEFORE: "--before", AFTER: "--after"}
 
 
 @dataclass
@@ -103,21 +103,18 @@ class Stack:
 
 def write_report(result: Path, record: RunRecord) -> None:
     """Write report.html to ``result``."""
-    # Set for this call alone: text stays text, and ids are the same for the same numbers.
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lillama"}):
+    with drawing():
         sections = [
             {
                 "stack": stack,
-                "ranks": _svg(_rank_map(stack)) if stack.low_rank else None,
-                "training": _svg(_training(stack)) if _has_training(stack) else None,
+                "ranks": svg(_rank_map(stack)) if stack.low_rank else None,
+                "training": svg(_training(stack)) if _has_training(stack) else None,
             }
             for stack in stacks(record)
         ]
         times = [(name, seconds) for name, seconds in stages(record) if seconds > 0]
-        time_plot = _svg(_times(times)) if times else None
-        size_plot = _svg(_sizes(changes(record)))
+        time_plot = svg(_times(times)) if times else None
+        size_plot = svg(_sizes(changes(record)))
     page = (
         environment(autoescape=True)
         .get_template("report.html.j2")
@@ -221,29 +218,6 @@ def _place(name: str, places: dict[str, tuple[Stack, int]], outside: dict[str, S
 # Plots
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
-
-
-def _style(axes: Axes) -> None:
-    """Thin lines, and colours that stand in for those of the page."""
-    axes.set_facecolor("none")
-    axes.tick_params(colors=INK, which="both", length=0, labelsize=9)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.xaxis.label.set_color(INK)
-    axes.xaxis.label.set_fontsize(10)
-
-
-def _plain_labels(labels: Sequence[Any]) -> None:
-    """Names are no formulas: a dollar sign in one must not start mathematics."""
-    for label in labels:
-        label.set_parse_math(False)
-
-
 def _block_ticks(axes: Axes, blocks: int, most: int) -> None:
     """Numbers of blocks below an axis, at most ``most`` of them."""
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, blocks) if blocks / s <= most)
@@ -263,7 +237,7 @@ def _rank_map(stack: Stack) -> Figure:
     lowest = min(math.floor(min(shares) * 10) / 10, 0.9)
     norm = Normalize(lowest, 1.0)
     colours = colormaps["cividis"]
-    figure = _figure(WIDTH, 1.1 + 0.3 * len(names))
+    figure = new_figure(WIDTH, 1.1 + 0.3 * len(names))
     axes = figure.add_subplot()
     grid = [[math.nan] * blocks for _ in names]
     for y, row in enumerate(stack.cells.values()):
@@ -282,16 +256,16 @@ def _rank_map(stack: Stack) -> Figure:
     axes.set_xlim(-0.5, blocks - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks(range(len(names)), names)
-    _plain_labels(axes.get_yticklabels())
+    plain_labels(axes.get_yticklabels())
     _block_ticks(axes, blocks, most=32)
-    _style(axes)
+    style(axes)
     axes.spines["bottom"].set_visible(False)
     # Drawn as cells rather than as the picture that matplotlib's colour bar would embed.
     steps = 48
     edges = [lowest + (1 - lowest) * i / steps for i in range(steps + 1)]
     bar = axes.inset_axes((1.02, 0, 0.015, 1))
     bar.pcolormesh([0, 1], edges, [[(low + high) / 2] for low, high in pairwise(edges)], cmap=colours, norm=norm)
-    _style(bar)
+    style(bar)
     bar.spines["bottom"].set_visible(False)
     bar.set_xticks([])
     bar.yaxis.tick_right()
@@ -314,7 +288,7 @@ def _training(stack: Stack) -> Figure:
     """Held-out loss and relative error of each block's output, before and after training."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = _figure(WIDTH, 3.2)
+    figure = new_figure(WIDTH, 3.2)
     panels = (("loss", "held-out loss"), ("error", "relative squared error of the output"))
     handles: list[Any] = []
     for column, (key, title) in enumerate(panels):
@@ -323,12 +297,12 @@ def _training(stack: Stack) -> Figure:
         series = [("after", AFTER, "o", "-", "after training" if stack.trained else "without training")]
         if stack.trained:
             series.insert(0, ("before", BEFORE, "s", "--", "before training"))
-        for when, colour, marker, style, label in series:
+        for when, colour, marker, dashes, label in series:
             values = _values(stack, f"{key}_{when}")
             if all(math.isnan(v) for v in values):
                 continue
             lines += axes.plot(
-                values, color=colour, marker=marker, linestyle=style, markersize=3.5, linewidth=1.4, label=label
+                values, color=colour, marker=marker, linestyle=dashes, markersize=3.5, linewidth=1.4, label=label
             )
         if lines:
             axes.set_yscale("log")
@@ -342,7 +316,7 @@ def _training(stack: Stack) -> Figure:
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         _block_ticks(axes, len(stack.blocks), most=16)
-        _style(axes)
+        style(axes)
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
     return figure
 
@@ -354,25 +328,25 @@ def _beside(axes: Axes, x: float, y: float, text: str) -> None:
 
 def _times(times: list[tuple[str, float]]) -> Figure:
     """Bars: where the time went."""
-    figure = _figure(WIDTH, 0.5 + 0.32 * len(times))
+    figure = new_figure(WIDTH, 0.5 + 0.32 * len(times))
     axes = figure.add_subplot()
     longest, total = max(s for _, s in times), sum(s for _, s in times)
     axes.barh(range(len(times)), [s for _, s in times], color=AFTER, height=0.62)
     for y, (_, seconds) in enumerate(times):
         _beside(axes, seconds, y, f"{duration(seconds)} ({percent(seconds / total)})")
     axes.set_yticks(range(len(times)), [name for name, _ in times])
-    _plain_labels(axes.get_yticklabels())
+    plain_labels(axes.get_yticklabels())
     axes.set_xlim(0, longest * 1.3)
     axes.invert_yaxis()
     axes.set_xticks([])
-    _style(axes)
+    style(axes)
     axes.spines["bottom"].set_visible(False)
     return figure
 
 
 def _sizes(rows: list[Change]) -> Figure:
     """Pairs of bars: dense and compressed, each pair relative to its dense one."""
-    figure = _figure(WIDTH, 0.45 + 0.62 * len(rows))
+    figure = new_figure(WIDTH, 0.45 + 0.62 * len(rows))
     axes = figure.add_subplot()
     for y, change in enumerate(rows):
         pairs = (
@@ -386,24 +360,6 @@ def _sizes(rows: list[Change]) -> Figure:
     axes.set_xlim(0, 1.3)
     axes.invert_yaxis()
     axes.set_xticks([])
-    _style(axes)
+    style(axes)
     axes.spines["bottom"].set_visible(False)
     return figure
-
-
-def _svg(figure: Figure) -> Markup:
-    """``figure`` as an inline SVG element in the page's colours, with neither links nor a fixed size."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    out = io.StringIO()
-    nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
-    FigureCanvasSVG(figure).print_svg(out, metadata=nothing)
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    for stand_in, variable in THEME.items():
-        text = text.replace(stand_in, f"var({variable})")
-    # Escaped by matplotlib: what it draws is written as XML text.
-    return Markup(text)

@@ -112,6 +112,9 @@ def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, 
     # An alias and the name that it stands for are one setting.
     generation = changes.pop("generation", {})
     names = [n for n in SIZES if hasattr(default, n) and n not in config_class.attribute_map]
+    if default.is_encoder_decoder:
+        # Not a setting that every such config knows by itself.
+        changes = {"decoder_start_token_id": START, **changes}
     config = config_class(**({n: SIZES[n] for n in names} | changes | dict(architecture.tiny_config)))
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
