@@ -66,7 +66,7 @@ COMMON = (
     ("flite", "awb"),
     ("flite", "kal16"),
     ("espeak-ng", "en-us"),
-    ("espeak-ng", "en-gb-scotland"),
+    ("espeak-ng", "en-us+f2"),
 )
 UNSEEN = (("flite", "rms"), ("espeak-ng", "en-gb"))
 """Only in the evaluation half."""
