@@ -299,8 +299,11 @@ class _Run:
         """The arguments of all blocks for every batch, and the hidden states that enter the first."""
         calls: list[list[BlockCall]] = []
         stream: list[torch.Tensor] = []
+        # Another stack's blocks run for real on the way to this one's: they deserve the fast arithmetic, too.
+        runs_blocks = len(self.architecture.stacks) > 1
         for inputs in batches:
-            hidden, found = parent.record(self._on_device(inputs))
+            with self._runner([]).autocast() if runs_blocks else contextlib.nullcontext():
+                hidden, found = parent.record(self._on_device(inputs))
             calls.append(share_equal(calls[-1] if calls else None, found))
             stream.append(hidden.cpu())
         return calls, stream

@@ -28,6 +28,7 @@ class Speech(Modality):
     """
 
     name = "speech"
+    processor_class = "AutoProcessor"
 
     def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
         if not recipe.calibration:
@@ -60,6 +61,7 @@ class Speech(Modality):
     def load(self, request: SampleRequest) -> Samples:
         found = _utterances(request.recipe)
         features, frames, digest = [], [], hashlib.sha256()
+        request.progress.phase("Spectrograms", len(found))
         for utterance in found:
             sound = utterance.sound()
             features.append(
@@ -67,6 +69,7 @@ class Speech(Modality):
             )
             frames.append(-(-len(sound) // HOP))
             digest.update(sound.tobytes())
+            request.progress.step(utterance.name)
         spectrograms = torch.stack(features)
         written = _transcripts(found, spectrograms, request)
         digest.update(repr(written).encode())
