@@ -18,7 +18,14 @@ class Method:
 
 
 METHODS = (
-    Method("svd", options={"init": "svd", "allocation": "uniform", "steps": 0, "format": "factored"}),
+    Method(
+        "svd",
+        options={
+            **{"init": "svd", "allocation": "uniform", "steps": 0, "format": "factored"},
+            # The data serves the report alone.
+            **{"tokens": 8192, "self_share": 0.0},
+        },
+    ),
     Method("fast", "fast"),
     Method("default", "default"),
     Method("lillama", "lillama"),
