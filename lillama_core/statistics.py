@@ -198,9 +198,11 @@ class GradientObserver:
             for site in self.block.sites:
 
                 def watch(map_: LinearMap, output: torch.Tensor, site: Site = site) -> None:
-                    if output.requires_grad:
-                        weight = site.weight(module, map_)
-                        output.register_hook(lambda g: self._observe(map_.name, g, weight, masks))
+                    # Nothing that is trained or followed enters a map that reads another stack's output alone.
+                    if not output.requires_grad:
+                        output.requires_grad_(True)
+                    weight = site.weight(module, map_)
+                    output.register_hook(lambda g: self._observe(map_.name, g, weight, masks))
 
                 stack.enter_context(site.watching(module, on_output=watch))
             yield

@@ -169,3 +169,39 @@ def test_core_names_no_architecture() -> None:
     names = re.compile(r"\b(whisper|mamba|mixtral|falcon|phi|gemma|qwen|gpt2|mistral)", re.IGNORECASE)
     for file in folder.rglob("*.py"):
         assert not names.search(file.read_text(encoding="utf-8")), file
+
+
+def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
+    """The keys and values of cross-attention read what no gradient is asked of; padding counts for nothing."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=8, init_std=0.3,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval().requires_grad_(False)
+    architecture = find_architecture(config)
+    blocks = find_blocks(architecture, model)["decoder"]
+    parent, source = Parent(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+    inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, 5))}
+    kept = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).float()
+    samples = Samples(inputs, masks={"encoder": kept})
+    _, calls = parent.record(inputs)
+    runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
+    ((_, found),) = list(measure_sensitivity(parent, source, runner, [samples], 7, Progress("quiet")))
+
+    gradients: list[torch.Tensor] = []
+
+    def hook(_m: nn.Module, _i: tuple, out: torch.Tensor) -> None:
+        out.requires_grad_(True).register_hook(gradients.append)
+
+    model.model.decoder.layers[0].encoder_attn.v_proj.register_forward_hook(hook)
+    logits = model(**inputs).logits
+    labels = torch.multinomial(
+        logits.detach().reshape(-1, 60).softmax(-1), 1, generator=torch.Generator().manual_seed(7)
+    )
+    logits.reshape(-1, 60).log_softmax(-1).gather(1, labels).sum().neg().backward()
+    g = gradients[0][kept > 0]
+    torch.testing.assert_close(found["gradients.encoder_attn.v_proj"], g.T @ g / 12, rtol=1e-3, atol=1e-6)
