@@ -34,10 +34,12 @@ from lillama_core.compute import choose_autocast
 from lillama_core.formats import BUILT_IN as FORMATS
 from lillama_core.initialization import BUILT_IN as INITIALIZERS
 from lillama_core.metrics.perplexity import perplexity
+from lillama_core.modality import Samples
 from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
 from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress
 from lillama_core.sensitivity import measure_sensitivity
+from lillama_core.statistics import Masks
 from lillama_core.weights import ResidentSource
 
 HERE = Path(__file__).parent
@@ -170,8 +172,8 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         forward_seconds = median_seconds(forward, 1)
         started = time.perf_counter()
-        small = [{"input_ids": r} for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
-        small_runner = BlockRunner(architecture, [parent.record(b)[1] for b in small], CPU, autocast)
+        small = [Samples({"input_ids": r}) for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
+        small_runner = BlockRunner(architecture, [parent.record(b.inputs)[1] for b in small], CPU, autocast)
         profile = Profile(Path(folder))
         for block, found in measure_sensitivity(parent, source, small_runner, small, 0, Progress("quiet")):
             profile.save_gradients(block, found)
@@ -179,7 +181,8 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
 
         started = time.perf_counter()
         initializer = INITIALIZERS["sensitivity"]
-        profile_blocks(blocks, source, runner, list(stream), initializer, profile, Progress("quiet"))
+        masks: list[Masks] = [()] * len(stream)
+        profile_blocks(blocks, source, runner, list(stream), initializer, masks, profile, Progress("quiet"))
         statistics_seconds = time.perf_counter() - started
         started = time.perf_counter()
         for block in blocks:
@@ -190,7 +193,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
                 W = site.weight(module, map_)
                 rank = FORMATS["pivoted"].largest_rank(map_.out_features, map_.in_features, int(0.75 * map_.parameters))
                 B, A = decompositions[map_.name].factors(W, rank)
-                site.replace(module, FORMATS["pivoted"].from_factors(B, A, site.bias(module, map_)))
+                site.put(module, {map_.name: FORMATS["pivoted"].from_factors(B, A, site.bias(module, map_))})
         replacement_seconds = time.perf_counter() - started
         second_forward = median_seconds(forward, 1)
     forward_seconds = (forward_seconds + second_forward) / 2
@@ -202,7 +205,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         "gram_and_decomposition_seconds": round(statistics_seconds - forward_seconds, 1),
         "pivoting_and_replacement_seconds": round(replacement_seconds, 1),
         "ratio_to_one_forward_pass": round(beyond / forward_seconds, 2),
-        "sensitivity_tokens": sum(b["input_ids"].numel() for b in small),
+        "sensitivity_tokens": sum(b.inputs["input_ids"].numel() for b in small),
         "sensitivity_seconds": round(backward_seconds, 1),
     }
 

@@ -102,7 +102,7 @@ def write_half(folder: Path, texts: list[str], voices: list[Voice]) -> None:
     """The utterances of one half and their manifest; the voices take turns."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows = []
+    rows: list[dict[str, str | float]] = []
     for number, (text, voice) in enumerate(zip(texts, voices, strict=True)):
         name = f"{number:03d}.ogg"
         soundfile.write(
