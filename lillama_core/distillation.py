@@ -206,7 +206,10 @@ def distill_block(
         optimizer.zero_grad(set_to_none=True)
         # One backward pass a stream: the same sum, with one graph alive at a time.
         for stream in followed:
-            loss_of(order[step], stream)[0].backward()
+            loss, _ = loss_of(order[step], stream)
+            # It depends on no factor where the batch sends no row to the only experts that have some.
+            if loss.requires_grad:
+                loss.backward()
         if options.gradient_clip > 0:
             nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimizer.step()

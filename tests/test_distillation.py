@@ -100,6 +100,26 @@ def test_a_rate_that_diverges_costs_nothing_but_time() -> None:
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
+class Seldom(Layer):
+    """Its maps are for positions that do not come: an expert that no token is sent to."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        chosen = hidden[..., 0] > 100
+        out = hidden.clone()
+        if chosen.any():
+            out[chosen] = super().forward(hidden[chosen])
+        return out
+
+
+def test_factors_that_no_row_reaches_stay_as_they_are() -> None:
+    student, block, runner, data = setting()
+    student.__class__ = Seldom
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    result = distill_block(student, block, runner, data, None, OPTIONS)
+    assert result.loss_after == result.loss_before
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
 def test_factors_alone_or_the_whole_block() -> None:
     student, block, runner, data = setting()
     before = {k: v.clone() for k, v in student.state_dict().items()}
