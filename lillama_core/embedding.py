@@ -36,7 +36,7 @@ from lillama_core.initialization import MapStatistics
 from lillama_core.maps import LinearMap
 from lillama_core.modality import Samples
 from lillama_core.sites import KINDS, OnRows, Site
-from lillama_core.statistics import SecondMoment
+from lillama_core.statistics import SecondMoment, flat_rows
 
 
 class PlainProjection(nn.Module):
@@ -297,8 +297,8 @@ class EmbeddingObserver:
 
         def observe_input(_: LinearMap, x: torch.Tensor) -> None:
             if x.requires_grad:
-                self.inputs.add(x.detach().flatten(0, -2))
-                x.register_hook(lambda g: self.gradients.add(g.flatten(0, -2)))
+                rows = x.detach()
+                x.register_hook(lambda g: self._add(rows, g))
 
         def observe_output(_: LinearMap, y: torch.Tensor) -> None:
             if y.requires_grad:
@@ -319,6 +319,13 @@ class EmbeddingObserver:
             for handle in handles:
                 handle.remove()
 
+    def _add(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows, gradients = rows.flatten(0, -2), gradients.flatten(0, -2)
+        # Where nothing is predicted, behind the end of a row, there is no gradient: what is read there is no matter.
+        counted = (gradients != 0).any(-1)
+        self.inputs.add(rows[counted])
+        self.gradients.add(gradients[counted])
+
     def _add_squares(self, gradient: torch.Tensor) -> None:
         self._squares += gradient.float().square().sum().item()
 
@@ -330,16 +337,21 @@ class EmbeddingObserver:
         if not inputs.dim():
             return MapStatistics()
         (map_,) = self.site.maps
-        ids = [v for k, v in data.inputs.items() if k.endswith("input_ids")]
-        tokens = torch.cat([v.flatten() for v in ids]).cpu() if ids else torch.zeros(0, dtype=torch.int64)
-        frequency = torch.bincount(tokens, minlength=map_.out_features)[: map_.out_features].float()
-        frequency = (frequency / frequency.sum().clamp(min=1)).to(weight.device)
+        frequency = torch.zeros(map_.out_features)
+        for name, ids in data.inputs.items():
+            if name.endswith("input_ids"):
+                # Padding is looked up as well, and matters to nothing.
+                rows, counts = flat_rows(ids[..., None].cpu(), tuple(data.masks.values()))
+                counts = torch.ones(len(rows)) if counts is None else counts.float()
+                frequency += torch.bincount(rows[:, 0], counts, map_.out_features)[: map_.out_features]
+        tokens = frequency.sum().item()
+        frequency = (frequency / max(1.0, tokens)).to(weight.device)
         W = weight.float()
         moment, scale = W.T @ (frequency[:, None] * W), 1 / map_.out_features
         if self.inputs.count:
             moment = (moment + self.gradients.mean().to(weight.device)) / 2
             scale = (scale + self._squares / self.inputs.count / map_.out_features) / 2
-        return MapStatistics(inputs, moment, scale, tokens.numel() / max(1, len(data)))
+        return MapStatistics(inputs, moment, scale, tokens / max(1, len(data)))
 
 
 KINDS[EmbeddingSite.kind] = EmbeddingSite

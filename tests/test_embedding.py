@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lillama_core.blocks import main_output
 from lillama_core.embedding import EmbeddingObserver, LowRankEmbedding, embedding_block, embedding_site, exchanged
 from lillama_core.formats import BUILT_IN
-from lillama_core.initialization import SensitivityAware
+from lillama_core.initialization import MapStatistics, SensitivityAware
 from lillama_core.modality import Samples
 from lillama_core.models import count_parameters
 
@@ -151,6 +151,31 @@ def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path
         B, A = found.factors(W, rank)
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         assert error(B @ A) < 0.9 * error(U[:, :rank] * S[:rank] @ Vt[:rank])
+
+
+def test_padding_counts_for_nothing(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Rows filled up with a token that is masked give what the rows alone give."""
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "tiny")).requires_grad_(False)
+    site = embedding_site(embedding_block(model))
+    torch.manual_seed(2)
+    x, gradient = torch.randn(3, 5, 32), torch.randn(3, 5, 384)
+    ids = torch.randint(2, 40, (3, 5))
+
+    def statistics(padding: int) -> MapStatistics:
+        observer = EmbeddingObserver(site)
+        mask = nn.functional.pad(torch.ones(3, 5), (0, padding))
+        rows = torch.cat((x, torch.randn(3, padding, 32)), 1).requires_grad_(True)
+        with observer.watching(model):
+            model.lm_head(rows).backward(nn.functional.pad(gradient, (0, 0, 0, padding)))
+        filled = nn.functional.pad(ids, (0, padding), value=1)
+        samples = Samples({"decoder_input_ids": filled}, masks={"decoder": mask})
+        return observer.statistics(model.get_input_embeddings().weight, samples)
+
+    alone, padded = statistics(0), statistics(4)
+    torch.testing.assert_close(padded.inputs, alone.inputs)
+    torch.testing.assert_close(padded.gradients, alone.gradients)
+    assert padded.gradient_scale == pytest.approx(alone.gradient_scale)
+    assert padded.rows == alone.rows == 5
 
 
 def test_mistakes(tiny_model: Path, run_cli: Callable[..., Ended]) -> None:
