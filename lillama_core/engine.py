@@ -45,6 +45,8 @@ from lillama_registry import registry
 
 _Recorded = tuple[list[list[BlockCall]], list[torch.Tensor]]
 """For every batch the other arguments of each block of a stack, and the hidden states that enter the first."""
+_Ends = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""What the last block of a stack gives for the held-out batches, dense and compressed."""
 METRIC_DAMPING = 1e-2
 """Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
 
@@ -258,6 +260,8 @@ class _Run:
         with self.record.timed("blocks"):
             dense_tables = self._compress_embedding(model, plan, profile)
             for position, (name, parent) in enumerate(parents.items()):
+                # Only the last stack's outputs are looked at.
+                last: _Ends = ([], [])
                 # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
                 same = position == 0 and not dense_tables
                 student = (calls[name], list(streams[name])) if same else self._record_calls(parent, inputs)
@@ -266,9 +270,9 @@ class _Run:
                 )
                 self._install(model, parent.blocks, plan)
         with self.record.timed("report"):
-            held = [(batches[i], last[0][i], last[1][i]) for i in held_out]
+            held = [(batches[i], *ends) for i, ends in zip(held_out, zip(*last, strict=True), strict=True)]
             self.record.fidelity = measure_fidelity(parent, held, self.autocast, dense_tables)
-        del calls, streams, student, last, held
+        del calls, streams, student, last, held, dense_tables
         release_memory()
         with self.record.timed("output"):
             self._finish(model, plan)
@@ -279,6 +283,8 @@ class _Run:
         seen: dict[str, float] = {}
         rare, never = 0, []
         for block in (b for stack in self.prepared.blocks.values() for b in stack):
+            if all(m.group is None for m in block.maps):
+                continue
             counts = profile.counts(block)
             for map_ in block.maps:
                 if map_.group is not None and map_.name in counts:
@@ -455,8 +461,8 @@ class _Run:
         source: ResidentSource,
         profile: Profile,
         plan: RankPlan,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Compress the blocks of one stack from the bottom up; the last hidden states, dense and compressed.
+    ) -> _Ends:
+        """Compress the blocks of one stack from the bottom up; what comes out, dense and compressed, of ``held_out``.
 
         ``dense_recorded`` and ``student_recorded`` are what enters the stack's blocks in the dense model, and in the
         one whose earlier stacks are compressed.
@@ -511,11 +517,7 @@ class _Run:
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
             )
-        by_batch_teacher: list[Any] = [None] * len(batches)
-        by_batch_student: list[Any] = [None] * len(batches)
-        for position, i in enumerate(followed):
-            by_batch_teacher[i], by_batch_student[i] = teacher[position], student[position]
-        return by_batch_teacher, by_batch_student
+        return [teacher[i] for i in held], [student[i] for i in held]
 
     def _compress_block(
         self,
