@@ -70,8 +70,8 @@ def prepare(
     found = find_architecture(config, architecture, trust_remote_code)
     meta = meta_model(config, found, trust_remote_code)
     choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
-    check_choice(found, meta, choice)
     blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
+    check_choice(found, meta, choice)
     embedding = None
     if recipe.compress_embeddings:
         if recipe.stacks:

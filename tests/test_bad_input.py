@@ -20,6 +20,8 @@ import torch
 from conftest import QUICK, Ended, environment, run_process, tree
 from safetensors.torch import load_file, save_file
 
+from lillama_registry import registry
+
 Cli = Callable[..., Ended]
 
 
@@ -178,11 +180,14 @@ def test_a_known_architecture_serves_a_stranger(run_cli: Cli, make_model: Callab
         assert len(json.loads(ended.stdout)["maps"]) > 4
 
 
-def test_architecture_that_does_not_fit(refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path):
-    """Bloom has its blocks where GPT-2 has, but their arguments depend on the batch; MPT has them elsewhere."""
-    make_model(tmp_path / "bloom", family="bloom", n_layer=2, n_head=2)
-    said = refused("--architecture", "transformer", model="bloom")
-    assert "architecture 'transformer' does not describe this model" in said
+def test_architecture_that_does_not_fit(
+    refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that would have the model double its hidden states; MPT, which has its blocks elsewhere."""
+    with monkeypatch.context() as changed:
+        (architecture,) = registry().architectures_for("llama")
+        changed.setattr(architecture, "between_blocks", lambda index, hidden: 2 * hidden)
+        assert "architecture 'transformer' does not describe this model" in refused()
     make_model(tmp_path / "mpt", family="mpt", d_model=32, n_heads=2, n_layers=2)
     said = refused("--architecture", "transformer", model="mpt")
     assert "architecture 'transformer' expects the decoder blocks at" in said
