@@ -82,14 +82,17 @@ def _converted(folder: Path, reader: CheckpointReader) -> Path:
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    target = default_cache_dir() / "converted" / digest.hexdigest()[:24] / folder.resolve().name
-    target.parent.mkdir(parents=True, exist_ok=True)
+    cache = default_cache_dir() / "converted"
+    target = cache / digest.hexdigest()[:24] / folder.resolve().name
+    cache.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target.parent) + ".lock"):
         if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
+            # A checkpoint that is refused leaves no directory.
+            with tempfile.TemporaryDirectory(dir=cache) as unfinished:
                 made = Path(unfinished) / "model"
                 made.mkdir()
                 reader.convert(folder, made)
+                target.parent.mkdir(exist_ok=True)
                 made.rename(target)
     return target
 

@@ -21,7 +21,7 @@ from lillama_core import LillamaError, Recipe, Request, UserError, compress
 from lillama_core.architecture import find_blocks
 from lillama_core.formats import BUILT_IN, LowRankLinear
 from lillama_core.maps import MapChoice
-from lillama_core.models import count_parameters, find_architecture
+from lillama_core.models import count_parameters, find_architecture, locate
 from lillama_plugins.mamba.mixer import call_maps_as_modules
 from lillama_plugins.mamba.native import MambaSsmCheckpoint
 
@@ -420,6 +420,9 @@ def test_what_is_no_native_checkpoint_is_not_accepted(content: str | None, tmp_p
         ({"ssm_cfg": {"d_states": 4}}, "d_states"),
         ({"ssm_cfg": {"d_state": "many", "bias": True}}, "state_size"),
         ({"ssm_cfg": [4]}, "not a table"),
+        ({"ssm_cfg": {"d_state": -1, "bias": True}}, "cannot be built"),
+        ({"ssm_cfg": {"expand": 0, "bias": True}}, "cannot be built"),
+        ({"d_model": 10**12}, "cannot be built"),
         ({"depth": 3}, "'depth'"),
         ({"attn_layer_idx": [1]}, "attention"),
         ({"d_intermediate": 64}, "MLP"),
@@ -452,6 +455,16 @@ def test_a_native_checkpoint_on_the_command_line(tmp_path: Path, run_cli: Callab
     assert {p.name for p in tmp_path.iterdir()} == {"bad", "good"}
 
 
+def test_a_refused_checkpoint_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LILLAMA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="Mamba2"):
+        locate(str(native(tmp_path / "bad", tiny("mamba"), ssm_cfg={"layer": "Mamba2"})))
+    assert not [p for p in (tmp_path / "cache" / "converted").iterdir() if p.suffix != ".lock"]
+    found = Path(locate(str(native(tmp_path / "good", tiny("mamba")))).location)
+    assert found.name == "good"
+    assert (found / "model.safetensors").is_file()
+
+
 def spoil(write: Callable[[Path], object], tmp_path: Path) -> str:
     """The error for a checkpoint whose weight file ``write`` has replaced."""
     folder = native(tmp_path / "native", tiny("mamba"))
@@ -479,6 +492,8 @@ class Harmful:
         (lambda p: torch.save([torch.ones(2)], p), "not a table"),
         (lambda p: torch.save({**torch.load(p), "lm_head.weight": torch.ones(160, 32)}, p), "differs from the emb"),
         (lambda p: torch.save({k: v.int() for k, v in torch.load(p).items()}, p), "int32"),
+        (lambda p: torch.save({k: v.to("meta") for k, v in torch.load(p).items()}, p), "no plain tensor"),
+        (lambda p: torch.save({k: v.to_sparse() for k, v in torch.load(p).items()}, p), "no plain tensor"),
     ],
 )
 def test_bad_native_weights(

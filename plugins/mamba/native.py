@@ -133,6 +133,9 @@ def read_weights(path: Path, config: Any) -> dict[str, torch.Tensor]:
         raise unsuitable(f"cannot be read: {one_line(error)}") from None
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise unsuitable("are not a table of tensors")
+    odd = next((k for k, v in loaded.items() if v.is_meta or v.layout != torch.strided), None)
+    if odd is not None:
+        raise unsuitable(f"hold {odd} as no plain tensor: it is sparse, or has no numbers")
     state = {str(k).replace("backbone.embedding.", "backbone.embeddings."): v for k, v in loaded.items()}
     shapes = expected_shapes(config)
     if config.tie_word_embeddings:
@@ -155,11 +158,15 @@ def read_weights(path: Path, config: Any) -> dict[str, torch.Tensor]:
 
 
 def expected_shapes(config: Any) -> dict[str, torch.Size]:
-    """Name -> shape of every weight that transformers' model of ``config`` stores."""
+    """Name -> shape of every weight that transformers' model of ``config`` stores; UserError if there can be none."""
     from transformers import MambaForCausalLM
 
-    with torch.device("meta"):
-        model = MambaForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = MambaForCausalLM(config)
+    # No tensor can have such a size, or the mixer's options contradict each other.
+    except Exception as error:
+        raise UserError(f"mamba-ssm config describes a model that cannot be built: {one_line(error)}") from None
     found = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del found["lm_head.weight"]
