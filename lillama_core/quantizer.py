@@ -173,6 +173,7 @@ def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
 
 def _swap(model: nn.Module, path: str, entry: SiteConfig) -> None:
     site = KINDS[entry.kind].at(path, model.get_submodule(path))
+    site.check(formats()[entry.format])
     maps = {m.name: m for m in site.maps}
     layers: dict[str, nn.Module] = {}
     for local, rank in entry.ranks.items():

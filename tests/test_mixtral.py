@@ -15,13 +15,15 @@ import torch
 from conftest import QUICK, Ended, environment
 from safetensors import safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lillama_core import EvaluationOptions, Subject
+from lillama_core import EvaluationOptions, LillamaError, Subject
 from lillama_core.architecture import find_blocks
 from lillama_core.expert_modules import LowRankExperts
 from lillama_core.formats import BUILT_IN
 from lillama_core.maps import MapChoice
 from lillama_core.models import count_parameters, find_architecture
+from lillama_core.quantizer import LillamaConfig, LillamaHfQuantizer
 from lillama_plugins.mixtral.evaluation import Routing, agreement, choices, token_shares
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -279,6 +281,27 @@ def test_routing_is_counted_and_compared(
     ]
     assert found == pytest.approx(100 * sum(kept) / len(kept))
     assert found < 60
+
+
+def test_a_family_member_without_experts_has_no_routing(
+    make_model: Callable[..., Path], tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path
+) -> None:
+    settings = {**FAMILIES["qwen3_moe"], "mlp_only_layers": [0, 1]}
+    subject = Subject("dense", load(make_model(tmp_path / "all-dense", "qwen3_moe", **settings)), tiny_tokenizer)
+    options = EvaluationOptions(data=str(calibration_text), sequence_length=32, windows=1)
+    assert Routing().measure(subject, options, lambda line: None) == []
+
+
+def test_a_config_that_shares_experts_in_a_format_that_cannot_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=4, num_local_experts=2, num_hidden_layers=1, vocab_size=16,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    entry = {"kind": "shared-experts", "format": "pivoted", "ranks": {"gate_up": 2, "down": 2}}
+    quantizer = LillamaHfQuantizer(LillamaConfig({"model.layers.0.mlp.experts": entry}), pre_quantized=True)
+    with pytest.raises(LillamaError, match="pivoted"):
+        quantizer._process_model_before_weight_loading(model)
 
 
 def test_shares_and_agreement_of_a_small_table() -> None:

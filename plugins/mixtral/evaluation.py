@@ -67,6 +67,9 @@ class Routing:
         windows = min(WINDOWS, options.windows or WINDOWS)
         rows = load_text_windows(source, subject.tokenizer, options.sequence_length, windows)
         report(f"routing: {len(rows)} windows of {options.sequence_length} tokens")
+        if not any(name.endswith(f".{ROUTER}") for name, _ in subject.model.named_modules()):
+            # Families of experts have members whose layers are all dense.
+            return []
         chosen, experts = choices(subject.model, rows, subject.device)
         shares = token_shares(chosen, experts)
         subject.notes |= {"routing": chosen, "tokens_per_expert": shares.tolist()}
