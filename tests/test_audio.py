@@ -132,6 +132,7 @@ def test_a_manifest_is_relative_to_itself_and_text_is_optional(tmp_path: Path) -
         ('{"text": "words"}', r"line 2 names no sound file"),
         ('{"audio": 3}', r"line 2 names no sound file"),
         ('{"audio": "gone.wav", "text": "words"}', r"line 2: gone\.wav does not exist"),
+        ('{"audio": "%s"}' % ("n" * 5000), r"line 2: n+ does not exist"),
         ('{"audio": "one.wav", "text": 3}', r"line 2: 'text' is a int"),
     ],
 )
@@ -182,7 +183,7 @@ def test_a_folder_without_sound_is_refused(tmp_path: Path) -> None:
         read_speech(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["librispeach", "no/such/folder", "librispeech:a:b:c"])
+@pytest.mark.parametrize("name", ["librispeach", "no/such/folder", "librispeech:a:b:c", "~nobody/speech", "n" * 5000])
 def test_an_unknown_source_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="is no folder, no manifest and no speech dataset"):
         read_speech(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,11 +133,12 @@ def read_speech(source: str | Path, limit: int | None = None) -> list[Utterance]
     (``transcription``, ``transcripts.txt``, ``*.trans.txt``), a folder that holds ``manifest.jsonl``; such a manifest;
     or a name in ``DATASETS``. Raises UserError, naming the file and line, when there is nothing to read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    # os.path: pathlib raises for what no file can be called.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         manifest = path / "manifest.jsonl"
         found = list(_manifest(manifest) if manifest.is_file() else _folder(path))
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix.lower() in SUFFIXES:
             return [Utterance(path, _own_text(path), name=path.stem, where=str(path))]
         found = list(_manifest(path))
@@ -173,7 +175,7 @@ def _manifest(path: Path) -> Iterator[Utterance]:
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: 'text' is a {type(text).__name__}; it must be a string, or be left out")
         audio = path.parent / row["audio"]
-        if not audio.is_file():
+        if not os.path.isfile(audio):
             raise UserError(f"{where}: {row['audio']} does not exist (looked for {audio})")
         yield Utterance(audio, _filled(text), name=row["audio"], where=where)
     if empty:

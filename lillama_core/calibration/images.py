@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ def find_images(folder: str) -> list[Path]:
 
     Raises UserError when there is no such folder, or no image in it.
     """
-    path = Path(folder).expanduser()
-    if not path.exists():
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    # os.path: pathlib raises for what no folder can be called.
+    path = Path(os.path.expanduser(folder))
+    if not os.path.exists(path):
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
         raise UserError(f"no folder of images {folder!r}{nearest(path.name, beside)}")
     if not path.is_dir():
         raise UserError(f"{folder!r} is a file; give the folder that holds the images")

@@ -72,7 +72,8 @@ class Images(Described):
         pixels = _pixels(paths, request.processor, request.model)
         description = {}
         for folder in folders:
-            own = [path for path in paths if path in set(find_images(folder))]
+            inside = set(find_images(folder))
+            own = [path for path in paths if path in inside]
             if own:
                 description[folder] = {
                     "kind": "images",
