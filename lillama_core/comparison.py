@@ -64,10 +64,10 @@ def _check(request: EvaluationRequest) -> None:
         raise UserError(f"{str(path)!r} cannot be written")
     folder = request.details
     if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--details {str(folder)!r} cannot be made: {error.strerror}") from error
+        # It is made when there is something to write.
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--details {str(folder)!r} cannot be made: {str(there)!r} is not a writable directory")
 
 
 def compare(request: EvaluationRequest) -> list[Evaluated]:

@@ -62,9 +62,10 @@ def test_promised_options(run_cli: Cli, option: str) -> None:
         (("evaluate", "m", "--windows", "-1"), "--windows must be at least 0, not -1"),
         (("evaluate", "m", "--limit", "0"), "--limit must be at least 1, not 0"),
         (("evaluate", "m", "--sequence-length", "1"), "--sequence-length must be at least 2, not 1"),
-        (("evaluate", "m", "--data", "nowhere.txt"), "no such file"),
         (("evaluate", "m", "--json", "nowhere/at/all.json"), "cannot be written"),
         (("evaluate", "./nowhere"), "no model at './nowhere'"),
+        (("evaluate", "./nowhere", "--details", "transcripts"), "no model at './nowhere'"),
+        (("evaluate", "m", "--details", "/dev/null/transcripts"), "'/dev/null' is not a writable directory"),
         (("evaluate", "m", "--baseline", "./nowhere"), "no model at './nowhere'"),
         (("evaluate", "m", "--device", "gpu"), "--device must be"),
         (("plugins", "all"), "unknown argument 'all'"),
@@ -78,6 +79,12 @@ def test_wrong_commands(
     assert expected in ended.error
     assert ended.stdout == ""
     assert tree(tmp_path) == {}
+
+
+def test_data_for_an_evaluation_are_looked_for_before_the_model_is_loaded(run_cli: Cli, tiny_model: Path) -> None:
+    ended = run_cli("evaluate", tiny_model, "--data", "nowhere.txt")
+    assert "no such file" in ended.error
+    assert "Measuring" not in ended.stderr
 
 
 def test_compress_prints_results_on_stdout_and_progress_on_stderr(compressed: Path) -> None:
