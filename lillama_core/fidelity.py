@@ -42,7 +42,7 @@ def measure_fidelity(
                 outputs.append(parent.outputs(one, compressed[row : row + 1].to(device)))
                 mains = [main_output(found)[0] for found in outputs]
                 mains = [m.reshape(-1, m.shape[-1]) for m in mains]
-                predicts = hasattr(outputs[0], "logits")
+                predicts = getattr(outputs[0], "logits", None) is not None
                 kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
                 labels = None if samples.targets is None else samples.targets[row].to(device)
                 # Some tokens at a time: these tables are as wide as the vocabulary.

@@ -33,7 +33,8 @@ def output_gradient(
     logits = getattr(outputs, "logits", None)
     if logits is None:
         states = main_output(outputs)
-        states.backward(torch.randn(states.shape, generator=generator).to(states))
+        noise = torch.randn(states.shape, generator=generator).to(states)
+        states.backward(noise if output_mask is None else noise * output_mask.to(noise)[..., None])
         assert last_hidden.grad is not None
         return last_hidden.grad
     gradient = torch.empty_like(logits)
