@@ -22,8 +22,10 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: .venv/smollm2.gguf
 	$(BIN)/python benchmarks/demo.py --model .venv/smollm2.gguf --output demo
 
+# Two processes of one thread each: most tests wait for a fresh process to load its libraries.
+test: export LILLAMA_TEST_ZOO ?= .venv/zoo
 test: .venv/smollm2.gguf
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
