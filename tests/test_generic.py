@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,12 @@ from lillama_core.architecture import find_blocks
 from lillama_core.blocks import BlockRunner, Parent, main_output
 from lillama_core.errors import UserError
 from lillama_core.generic import discover, find_stacks
+from lillama_core.modalities import Images
 from lillama_core.modalities.text import EncoderDecoderText, with_special_ends
+from lillama_core.modality import SampleRequest, Samples
 from lillama_core.models import count_parameters
+from lillama_core.progress import Progress
+from lillama_core.recipe import Recipe
 from lillama_core.weights import ResidentSource
 
 VOCABULARY = 384
@@ -295,6 +300,22 @@ def test_mistakes(
     ended = run_cli("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", *given)
     assert message in ended.error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_another_processor_makes_other_data_of_the_same_images(images: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    recipe = Recipe(calibration=(str(images),), samples=4, batch_size=2)
+
+    def load(**changes: Any) -> Samples:
+        processor = ViTImageProcessor(size={"height": 16, "width": 16}, **changes)
+        model = SimpleNamespace(config=SimpleNamespace(image_size=16))
+        return Images().load(SampleRequest(recipe, model, processor, "", torch.device("cpu"), None, Progress("quiet")))
+
+    first, again, other = load(), load(), load(image_mean=[0.4, 0.5, 0.5])
+    assert first.sha256 == again.sha256 != other.sha256
+    (described,) = first.description.values()
+    assert described["rows"] == 4
 
 
 @pytest.mark.parametrize("dense", ["bert"], indirect=True)
