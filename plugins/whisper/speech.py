@@ -6,10 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lillama_core import Inputs, Modality, Recipe, SampleRequest, Samples, UserError
-from lillama_core.calibration.audio import RATE, Utterance, read_speech
+from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, read_speech
 from lillama_core.modality import IGNORED, random_tokens
 
 from .ctranslate2 import save_processor
@@ -19,12 +21,16 @@ PADDING_WEIGHT = 0.0
 HOP = 320
 """Samples between two positions of the encoder: 160 between two frames, and a convolution of stride 2."""
 BATCH = 8
+TILT = 8.0
+"""Largest gain or loss of the filter of a disturbed recording, in dB."""
+SNR = (5.0, 30.0)
+"""Least and largest ratio of voice to noise in a disturbed recording, in dB."""
 
 
 class Speech(Modality):
     """A row is one utterance: 30 s of log-mel spectrogram for the encoder, its transcript for the decoder.
 
-    A transcript that is not known is the dense model's own, decoded greedily.
+    A transcript that is not known is the dense model's own, decoded greedily. Every second recording is disturbed.
     """
 
     name = "speech"
@@ -60,18 +66,21 @@ class Speech(Modality):
 
     def load(self, request: SampleRequest) -> Samples:
         found = _utterances(request.recipe)
-        features, frames, digest = [], [], hashlib.sha256()
+        features, frames = [], []
+        generator = np.random.default_rng(request.recipe.seed)
         request.progress.phase("Spectrograms", len(found))
-        for utterance in found:
+        for number, utterance in enumerate(found):
             sound = utterance.sound()
+            if number % 2:
+                sound = disturbed(sound, generator)
             features.append(
                 request.processor.feature_extractor(sound, sampling_rate=RATE, return_tensors="pt").input_features[0]
             )
             frames.append(-(-len(sound) // HOP))
-            digest.update(sound.tobytes())
             request.progress.step(utterance.name)
         spectrograms = torch.stack(features)
         written = _transcripts(found, spectrograms, request)
+        digest = hashlib.sha256(spectrograms.numpy().tobytes())
         digest.update(repr(written).encode())
         tokens, targets = decoder_rows(written, request.model, prompt_length(request.processor))
         positions = torch.arange(request.model.config.max_source_positions)
@@ -93,13 +102,18 @@ class Speech(Modality):
             int(sum(frames)),
             masks,
             targets,
-            masks["decoder"],
+            (targets != IGNORED).float(),
         )
 
 
 def _utterances(recipe: Recipe) -> list[Utterance]:
-    """The recordings to calibrate on: all there are, or ``recipe.samples`` drawn by the recipe's seed."""
-    found = [u for source in recipe.calibration for u in read_speech(source.rpartition("@")[0] or source)]
+    """The recordings to calibrate on: ``recipe.samples`` of them, drawn by the recipe's seed, or all there are.
+
+    Of a dataset, which has to be fetched, the first ``recipe.samples``.
+    """
+    found: list[Utterance] = []
+    for source in recipe.calibration:
+        found += read_speech(source, recipe.samples if source.partition(":")[0] in DATASETS else None)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [found[i] for i in order[: recipe.samples]]
 
@@ -112,6 +126,27 @@ def _check_count(found: list[Utterance], recipe: Recipe) -> None:
         )
     for utterance in found:
         utterance.sound()
+
+
+def disturbed(sound: Sound, generator: np.random.Generator) -> Sound:
+    """``sound`` [samples] as another microphone in another place would have it: filtered, with noise, louder or softer.
+
+    What is distilled on clean recordings of a few voices forgets the rest of what the model has heard. The filter is
+    a random curve of ``TILT`` dB over the logarithm of the frequency, the noise as coloured, at a random ``SNR``.
+    """
+    frequencies = np.fft.rfftfreq(len(sound), 1 / RATE)
+    knots = np.log(np.array([50.0, 200.0, 600.0, 1500.0, 3500.0, 8000.0]))
+
+    def curve() -> NDArray[np.float64]:
+        decibels = np.interp(np.log(np.maximum(frequencies, 1.0)), knots, generator.uniform(-TILT, TILT, len(knots)))
+        return np.asarray(10 ** (decibels / 20))
+
+    voice = np.fft.irfft(np.fft.rfft(sound) * curve(), len(sound))
+    noise = np.fft.irfft(np.fft.rfft(generator.standard_normal(len(sound))) * curve(), len(sound))
+    ratio = 10 ** (-generator.uniform(*SNR) / 20)
+    mixed = voice / voice.std() + ratio * noise / noise.std()
+    loudness = sound.std() * 10 ** (generator.uniform(-6, 6) / 20)
+    return np.asarray(np.clip(mixed * loudness, -1, 1), dtype=np.float32)
 
 
 def prompt_length(processor: Any) -> int:

@@ -1,0 +1,115 @@
+"""What Whisper is calibrated on: spectrograms, transcripts, what counts of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from lillama_core import Recipe, SampleRequest, Samples
+from lillama_core.errors import UserError
+from lillama_core.modality import IGNORED
+from lillama_core.models import find_architecture, load_config, load_model, locate
+from lillama_core.progress import Progress
+from lillama_plugins.whisper.speech import HOP, Speech, decoder_rows, disturbed
+from lillama_registry import registry
+from lillama_testing import make_specimen
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whisper") / "model"
+    (architecture,) = registry().architectures_for("whisper")
+    make_specimen(architecture, "whisper", folder)
+    return folder
+
+
+def recordings(folder: Path, texts: list[str | None], seconds: float = 1.0) -> Path:
+    """Noise of different loudness, with a manifest."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = []
+    for i, text in enumerate(texts):
+        sound = generator.standard_normal(int(16000 * seconds) + 160 * i) * 0.1
+        soundfile.write(folder / f"{i}.wav", sound, 16000)
+        lines.append(json.dumps({"audio": f"{i}.wav", **({} if text is None else {"text": text})}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def load(model_directory: Path, data: Path, **options: Any) -> Samples:
+    source = locate(str(model_directory))
+    architecture = find_architecture(load_config(source))
+    recipe = Recipe(calibration=(str(data),), **options)
+    model = load_model(source, architecture, torch.float32)
+    processor = architecture.modality.load_processor(source, None)
+    request = SampleRequest(recipe, model, processor, "", torch.device("cpu"), None, Progress("quiet"))
+    return architecture.modality.load(request)
+
+
+def test_only_what_was_said_counts(model_directory: Path, tmp_path: Path) -> None:
+    texts: list[str | None] = ["a", "a longer text", "b", "c"]
+    found = load(model_directory, recordings(tmp_path / "data", texts), batch_size=2)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
+    positions = [-(-(16000 + 160 * i) // HOP) for i in order]
+    assert found.masks["encoder"].sum(1).tolist() == positions
+    assert found.targets is not None
+    assert found.output_mask is not None
+    # Every token behind the prompt is predicted once, the end of the text included; padding never.
+    assert torch.equal(found.output_mask, (found.targets != IGNORED).float())
+    tokens = found.inputs["decoder_input_ids"]
+    for row, counted, target in zip(tokens, found.masks["decoder"], found.targets, strict=True):
+        length = int(counted.sum())
+        kept = target[: length - 1] != IGNORED
+        assert torch.equal(row[1:length][kept], target[: length - 1][kept])
+        assert (target[length:] == IGNORED).all()
+    assert load(model_directory, tmp_path / "data", batch_size=2).sha256 == found.sha256
+    assert load(model_directory, tmp_path / "data", batch_size=2, seed=1).sha256 != found.sha256
+
+
+def test_without_a_text_the_model_says_what_it_heard(model_directory: Path, tmp_path: Path) -> None:
+    found = load(model_directory, recordings(tmp_path / "data", [None] * 4), batch_size=2)
+    (description,) = found.description.values()
+    assert description["transcribed by the model"] == 4
+    assert found.targets is not None
+    assert ((found.targets != IGNORED).sum(1) >= 1).all()
+
+
+def test_rows_of_tokens_by_hand() -> None:
+    class Model:
+        class config:  # noqa: N801
+            pad_token_id = 9
+
+    tokens, targets = decoder_rows([[1, 2, 5, 6, 3], [1, 2, 3]], Model, prompt=2)
+    assert tokens.tolist() == [[1, 2, 5, 6], [1, 2, 9, 9]]
+    assert targets.tolist() == [[IGNORED, 5, 6, 3], [IGNORED, 3, IGNORED, IGNORED]]
+
+
+def test_a_disturbed_recording_still_holds_the_voice() -> None:
+    t = np.arange(16000) / 16000
+    sound = (0.1 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+    found = [disturbed(sound, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(f.shape == sound.shape and f.dtype == np.float32 and np.abs(f).max() <= 1 for f in found)
+    correlations = [abs(np.corrcoef(f, sound)[0, 1]) for f in found]
+    # At 5 dB the voice has 0.87 of the amplitude.
+    assert min(correlations) > 0.8
+    assert len({round(float(c), 6) for c in correlations}) == 20
+    np.testing.assert_array_equal(found[3], disturbed(sound, np.random.default_rng(3)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [((), "need recordings"), (("two",), "2 recordings; at least two batches of 4"), (("two@2",), "two@2")],
+)
+def test_what_cannot_be_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: tuple[str, ...], message: str
+) -> None:
+    recordings(tmp_path / "two", ["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        Speech().check(Recipe(calibration=data), False)
