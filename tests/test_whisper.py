@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,12 @@ def write(folder: Path, found: Variables, **header: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to copy and damage."""
+    return write(tmp_path_factory.mktemp("bare") / "tiny", variables(tiny()))
+
+
+@pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("ctranslate2") / "tiny", variables(tiny()))
 
@@ -238,6 +245,7 @@ def _changed(**changes: Any) -> Variables:
     return found
 
 
+TOKENIZER = '{"model": {"vocab": %s, "merges": %s}, "added_tokens": %s}'
 WEIGHT = "decoder/layer_0/ffn/linear_0/weight"
 
 
@@ -258,6 +266,9 @@ WEIGHT = "decoder/layer_0/ffn/linear_0/weight"
         ({"decoder/alibi": np.array(1, np.int8)}, "decoder/alibi is 1"),
         ({"decoder/more": np.ones(3, np.float32)}, "holds 1 tensors .* no place for, such as decoder/more"),
         ({"decoder/embeddings/weight": np.ones((0, WIDTH), np.float32)}, "decoder/embeddings/weight"),
+        ({"encoder/num_heads": np.array(np.nan, np.float32)}, "encoder/num_heads is nan, not a whole number"),
+        ({"decoder/pre_norm": np.array(np.inf, np.float16)}, "decoder/pre_norm is inf, not a whole number"),
+        ({"decoder/scale_embeddings": np.array(0.5, np.float32)}, "decoder/scale_embeddings is 0.5"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, changes: Variables, message: str) -> None:
@@ -284,15 +295,69 @@ def test_another_kind_of_model_or_version_is_refused(tmp_path: Path) -> None:
         ("vocabulary.txt", "a\nb\n", "vocabulary beside it differ"),
         ("config.json", None, r"config\.json is missing"),
         ("config.json", "{}", r"config\.json .* not of a Whisper model"),
+        ("config.json", "[]", r"config\.json .* not of a Whisper model"),
+        (
+            "config.json",
+            '{"suppress_ids": [1e999], "suppress_ids_begin": []}',
+            r"config\.json .* not of a Whisper model",
+        ),
+        (
+            "config.json",
+            '{"suppress_ids": [1e30], "suppress_ids_begin": []}',
+            r"number in suppress_ids is missing or wr",
+        ),
+        ("tokenizer.json", TOKENIZER % ('{"h": 0}', "[]", "[]"), r"tokenizer\.json is not|differ"),
+        ("tokenizer.json", TOKENIZER % ('{"h": 0}', '["h e"]', "[]"), r"tokenizer\.json is not the tokenizer"),
+        ("tokenizer.json", TOKENIZER % ('{"h": -7}', "[]", "[]"), r"tokenizer\.json is not the tokenizer"),
+        ("vocabulary.txt", b"a\n\xff\n", r"vocabulary\.txt cannot be read"),
+        ("vocabulary.json", "[1, 2]", r"vocabulary\.json is damaged: it is not a list of tokens"),
+        ("vocabulary.json", '{"a": 0}', r"vocabulary\.json is damaged: it is not a list of tokens"),
+        ("vocabulary.json", json.dumps([*VOCABULARY, "\ud800"]), "vocabulary .* is damaged"),
+        ("preprocessor_config.json", "{", r"preprocessor_config\.json cannot be read"),
+        ("preprocessor_config.json", "[]", r"preprocessor_config\.json is not that of a Whisper model"),
+        (
+            "preprocessor_config.json",
+            '{"feature_size": 9999999999}',
+            "computes 9999999999 mel bands, the model reads",
+        ),
+        ("preprocessor_config.json", '{"feature_size": "x"}', r"preprocessor_config\.json is not that of a Whisper"),
+        ("preprocessor_config.json", '{"n_fft": 1e999}', r"preprocessor_config\.json is not that of a Whisper"),
     ],
 )
-def test_missing_and_damaged_files_are_named(tmp_path: Path, name: str, contents: str | None, message: str) -> None:
-    folder = write(tmp_path / "bad", variables(tiny()))
-    (folder / name).unlink()
+def test_missing_and_damaged_files_are_named(
+    bare: Path, tmp_path: Path, name: str, contents: str | bytes | None, message: str
+) -> None:
+    folder = shutil.copytree(bare, tmp_path / "bad")
+    (folder / name).unlink(missing_ok=True)
     if contents is not None:
-        (folder / name).write_text(contents)
-    with pytest.raises(UserError, match=message):
+        (folder / name).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    with pytest.raises(UserError, match=message) as caught:
         ctranslate2.convert(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("added", "languages", "message"),
+    [
+        ([], [], r"<\|transcribe\|>.* is missing or wrong"),
+        (["<|transcribe|>"], [], r"<\|translate\|>.* is missing or wrong"),
+        (["<|transcribe|>", "<|translate|>"], [[1]], r"unhashable.* is missing or wrong"),
+        (["<|transcribe|>", "<|translate|>"], None, "is missing or wrong"),
+    ],
+)
+def test_what_several_languages_need_is_named(
+    bare: Path, tmp_path: Path, added: list[str], languages: Any, message: str
+) -> None:
+    folder = shutil.copytree(bare, tmp_path / "bad")
+    (folder / "vocabulary.txt").write_text("".join(f"{t}\n" for t in [*VOCABULARY, *added]), encoding="utf-8")
+    settings = json.loads((folder / "config.json").read_text()) | {"lang_ids": languages}
+    (folder / "config.json").write_text(json.dumps(settings))
+    # As many tokens as a model of several languages has; no other weight is looked at.
+    config = WhisperConfig(vocab_size=51865, num_mel_bins=MELS, max_target_positions=60)
+    processor = ctranslate2._processor(folder, config)
+    with pytest.raises(UserError, match=message) as caught:
+        ctranslate2._generation_config(folder, config, processor)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_size_is_believed_only_as_far_as_the_file_goes(tmp_path: Path) -> None:
@@ -304,6 +369,9 @@ def test_a_size_is_believed_only_as_far_as_the_file_goes(tmp_path: Path) -> None
         read_model_file(path)
     path.write_bytes(header + struct.pack("<B255IBI", 255, *[2**32 - 1] * 255, 0, 16) + bytes(16))
     with pytest.raises(UserError, match=r"x of shape .* needs"):
+        read_model_file(path)
+    path.write_bytes(header + struct.pack("<B4IBI", 4, 0, *[2**32 - 1] * 3, 0, 0))
+    with pytest.raises(UserError, match="x has the impossible shape"):
         read_model_file(path)
 
 

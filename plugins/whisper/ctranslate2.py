@@ -179,7 +179,14 @@ class _Variables:
     def __init__(self, path: Path, found: ModelFile) -> None:
         self._path = path
         self._tensors = {name: tensor for name, tensor in found.variables.items() if tensor.dim()}
-        self._scalars = {name: int(tensor) for name, tensor in found.variables.items() if not tensor.dim()}
+        self._scalars: dict[str, int] = {}
+        for name, tensor in found.variables.items():
+            if tensor.dim():
+                continue
+            # Also false of what is not a number or infinite.
+            if not float(tensor.item()).is_integer():
+                raise UserError(f"{path} is damaged: {name} is {tensor.item()}, not a whole number")
+            self._scalars[name] = int(tensor)
         for name, tensor in self._tensors.items():
             if not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
@@ -275,18 +282,32 @@ def _read_json(path: Path, what: str) -> Any:
 
 def _vocabulary(directory: Path) -> list[str] | None:
     """The model's tokens by id; None when the directory has no list of them."""
-    if (directory / "vocabulary.json").is_file():
-        found = _read_json(directory / "vocabulary.json", "it lists the model's tokens")
-        return found if isinstance(found, list) else None
-    if (directory / "vocabulary.txt").is_file():
-        # Not splitlines: some tokens are line ends of Unicode's.
-        return (directory / "vocabulary.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    path = directory / "vocabulary.json"
+    if path.is_file():
+        found = _read_json(path, "it lists the model's tokens")
+        if not isinstance(found, list) or not all(isinstance(token, str) for token in found):
+            raise UserError(f"{path} is damaged: it is not a list of tokens")
+        return found
+    path = directory / "vocabulary.txt"
+    if path.is_file():
+        try:
+            # Not splitlines: some tokens are line ends of Unicode's.
+            return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {one_line(error)}; it lists the model's tokens") from error
     return None
 
 
 def _processor(directory: Path, config: WhisperConfig) -> WhisperProcessor:
     """Tokenizer and feature extractor with all that transformers keeps beside a model."""
-    from transformers import AddedToken, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+    from transformers import WhisperProcessor
+
+    return WhisperProcessor(_feature_extractor(directory, config), _tokenizer(directory, config))
+
+
+def _tokenizer(directory: Path, config: WhisperConfig) -> Any:
+    """The tokenizer with all tokens of the model; UserError when they are more than it has, or others."""
+    from transformers import AddedToken, WhisperTokenizer
 
     path = directory / "tokenizer.json"
     found = _read_json(path, "a CTranslate2 Whisper directory needs its tokenizer to be converted")
@@ -298,29 +319,44 @@ def _processor(directory: Path, config: WhisperConfig) -> WhisperProcessor:
         special = [token for token in added if token.special]
         tokenizer.add_special_tokens({"extra_special_tokens": special})
         tokenizer.add_tokens([token for token in added if not token.special])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # the tokenizers library has no class of its own for what it refuses
         raise UserError(f"{path} is not the tokenizer of a Whisper model: {one_line(error)}") from error
     tokens = _vocabulary(directory)
     if tokens is not None:
-        # faster-whisper's tokenizer.json leaves out the time stamps at the end.
-        tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tokens[len(tokenizer) :]])
+        try:
+            # faster-whisper's tokenizer.json leaves out the time stamps at the end.
+            tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in tokens[len(tokenizer) :]])
+        except ValueError as error:  # half of a character
+            raise UserError(f"the vocabulary beside {path} is damaged: {one_line(error)}") from error
+        known = tokenizer.get_vocab()
         for index, token in enumerate(tokens):
-            if tokenizer.convert_tokens_to_ids(token) != index:
+            if known.get(token) != index:
                 raise UserError(f"{path} and the vocabulary beside it differ: token {index} is {token!r} only in one")
-    if len(tokenizer) > config.vocab_size:
+    # Ids may have gaps.
+    count = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+    if count > config.vocab_size:
+        raise UserError(f"{path} has {count} tokens, the model {config.vocab_size}; they do not belong together")
+    return tokenizer
+
+
+def _feature_extractor(directory: Path, config: WhisperConfig) -> Any:
+    """What computes the mel bands, as the directory says or as all Whispers have it."""
+    from transformers import WhisperFeatureExtractor
+
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    found = _read_json(path, "it says how sound becomes mel bands")
+    bands = found.get("feature_size") if isinstance(found, dict) else None
+    # Before a table of so many bands is made.
+    if isinstance(bands, int) and bands != config.num_mel_bins:
         raise UserError(
-            f"{path} has {len(tokenizer)} tokens, the model {config.vocab_size}; they do not belong together"
+            f"{path} computes {bands} mel bands, the model reads {config.num_mel_bins}; they do not belong together"
         )
-    if (directory / "preprocessor_config.json").is_file():
-        extractor = WhisperFeatureExtractor.from_pretrained(str(directory))
-    else:
-        extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
-    if extractor.feature_size != config.num_mel_bins:
-        raise UserError(
-            f"{directory / 'preprocessor_config.json'} computes {extractor.feature_size} mel bands, the model reads "
-            f"{config.num_mel_bins}; they do not belong together"
-        )
-    return WhisperProcessor(extractor, tokenizer)
+    try:
+        return WhisperFeatureExtractor.from_dict({"feature_size": config.num_mel_bins, **found})
+    except Exception as error:  # whatever its computation of the filters meets
+        raise UserError(f"{path} is not that of a Whisper model: {one_line(error)}") from error
 
 
 def _generation_config(directory: Path, config: WhisperConfig, processor: WhisperProcessor) -> GenerationConfig:
@@ -330,22 +366,24 @@ def _generation_config(directory: Path, config: WhisperConfig, processor: Whispe
     found = _read_json(directory / "config.json", "it says which tokens the decoder never writes")
     tokenizer = processor.tokenizer
     known = tokenizer.get_vocab()
+    # One language and its task more than English alone has (openai/whisper, tokenizer.py).
+    multilingual = config.vocab_size >= 51865
+    settings: dict[str, Any] = {}
     try:
         end, start, silent = (known[t] for t in ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"))
-        suppressed, at_start = [int(i) for i in found["suppress_ids"]], [int(i) for i in found["suppress_ids_begin"]]
+        suppressed, at_start = ([int(i) for i in found[key]] for key in ("suppress_ids", "suppress_ids_begin"))
         heads = [[int(layer), int(head)] for layer, head in found.get("alignment_heads", [])]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if any(abs(i) >= 2**31 for i in (*suppressed, *at_start)):
+            raise ValueError("a token's number in suppress_ids")
+        if multilingual:
+            tokens = {index: token for token, index in known.items()}
+            settings["lang_to_id"] = {tokens[i]: i for i in found.get("lang_ids", []) if i in tokens}
+            settings["task_to_id"] = {task: known[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{directory}: config.json or tokenizer.json is not of a Whisper model "
             f"({one_line(error)} is missing or wrong)"
         ) from error
-    # One language and its task more than English alone has (openai/whisper, tokenizer.py).
-    multilingual = config.vocab_size >= 51865
-    settings: dict[str, Any] = {}
-    if multilingual:
-        tokens = {index: token for token, index in known.items()}
-        settings["lang_to_id"] = {tokens[i]: i for i in found.get("lang_ids", []) if i in tokens}
-        settings["task_to_id"] = {task: known[f"<|{task}|>"] for task in ("transcribe", "translate")}
     config.bos_token_id = config.eos_token_id = config.pad_token_id = end
     config.decoder_start_token_id = start
     return GenerationConfig(

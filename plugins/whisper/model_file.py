@@ -125,7 +125,11 @@ class _Reader:
         if size != needed:
             raise self._corrupt(f"{name} of shape {shape} needs {needed} bytes and states {size}")
         # The copy starts at an address that suits every type; the file aligns nothing.
-        return self._bytes(size, name).clone().view(TYPES[code]).reshape(shape)
+        data = self._bytes(size, name).clone().view(TYPES[code])
+        try:
+            return data.reshape(shape)
+        except RuntimeError as error:  # nothing, in a shape that beside its 0 is too large to count
+            raise self._corrupt(f"{name} has the impossible shape {shape}") from error
 
     def _corrupt(self, what: str) -> UserError:
         return UserError(f"{self._path} is damaged: {what}; copy or download it again")
