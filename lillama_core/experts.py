@@ -20,7 +20,7 @@ from torch.nn import functional
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.expert_modules import LowRankExperts, SharedExperts, dense_linear, gated, run_experts
 from lillama_core.formats.base import Format
-from lillama_core.maps import LinearMap, MapChoice, matches_any
+from lillama_core.maps import LinearMap, MapChoice, lies_within, matches_any
 from lillama_core.sites import KINDS, OnRows, Site, linear_sites
 
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -55,6 +55,11 @@ def has_known_layout(module: nn.Module) -> bool:
         and (gate is None or gate.__name__ == "_default_apply_gate")
         and hasattr(module, "act_fn")
     )
+
+
+def fused_experts(block: nn.Module) -> dict[str, bool]:
+    """Paths of the block's fused experts, and whether their layout is known."""
+    return {name: has_known_layout(module) for name, module in block.named_modules() if is_fused(module)}
 
 
 def fused_parameter(module: nn.Module, part: str) -> torch.Tensor:
@@ -272,7 +277,12 @@ class SharedExpertsSite(_FusedSite):
         else:
             experts, twice, width = fused_parameter(module, "gate_up").shape
             shapes = [(experts * twice, width), (width, experts * twice // 2)]
-        return [LinearMap(f"{self.name}.{part}", *shape) for part, shape in zip(FUSED, shapes, strict=True)]
+        # The experts stand along one side: the outputs of the first, the inputs of the second.
+        cuts = (shapes[0][0], shapes[1][1])
+        return [
+            LinearMap(f"{self.name}.{part}", *shape, cut=cut)
+            for part, shape, cut in zip(FUSED, shapes, cuts, strict=True)
+        ]
 
     def check(self, format_: Format) -> None:
         for map_, stage in zip(self.every.values(), ("up", "down"), strict=True):
@@ -320,25 +330,32 @@ def find_sites(
     """The sites of a block: its linear modules and its fused experts.
 
     ``only``, ``exclude`` and ``choice`` as in `linear_sites`; for experts they name maps (``mlp.experts.down.*``), or
-    in ``only`` and ``exclude`` the experts' module. Raises UserError for fused experts of a layout that is not known.
+    the experts' module for all of its maps. Raises UserError for fused experts of a layout that is not known, unless
+    they are left out.
     """
     choice = choice or MapChoice()
     sites = linear_sites(block, only, exclude, choice)
     site_class = SharedExpertsSite if choice.share_experts else ExpertsSite
     for name, module in block.named_modules():
-        if not is_fused(module) or matches_any(name, exclude):
+        if not is_fused(module):
             continue
         if not has_known_layout(module):
-            raise UserError(
-                f"the experts {name!r} are a {type(module).__name__}, whose layout is not known: only experts with"
-                " a concatenated gate and no biases can be compressed"
-            )
+            # What its maps are called is not known: whoever names something within it asks for it.
+            own = (not only or any(lies_within(p, name) for p in only)) and not matches_any(name, exclude)
+            asked = own or any(lies_within(p, name) for p in choice.include)
+            if asked and not matches_any(name, choice.exclude):
+                raise UserError(
+                    f"the experts {name!r} are a {type(module).__name__}, whose layout is not known: only experts with"
+                    f" a concatenated gate and no biases can be compressed; leave them dense with --exclude {name}"
+                )
+            continue
 
         def wanted(map_name: str, name: str = name) -> bool:
-            own = (not only or matches_any(map_name, only) or matches_any(name, only)) and not matches_any(
-                map_name, exclude
-            )
-            return (own or matches_any(map_name, choice.include)) and not matches_any(map_name, choice.exclude)
+            def named(patterns: tuple[str, ...]) -> bool:
+                return matches_any(map_name, patterns) or matches_any(name, patterns)
+
+            own = (not only or named(only)) and not named(exclude)
+            return (own or named(choice.include)) and not named(choice.exclude)
 
         site = site_class(name, module, wanted, _share_used(block, name))
         sites += [site] if site.maps else []

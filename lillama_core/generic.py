@@ -15,6 +15,7 @@ from torch import nn
 from lillama_core.architecture import Architecture
 from lillama_core.errors import UserError
 from lillama_core.evaluation import Evaluation, Metric
+from lillama_core.experts import fused_experts
 from lillama_core.maps import MapChoice
 from lillama_core.metrics import Footprint, Perplexity
 from lillama_core.metrics.output_error import OutputError, run_once
@@ -53,7 +54,9 @@ class GenericArchitecture(Architecture):
         for name, path in self.stacks.items():
             modules = model.get_submodule(path)
             assert isinstance(modules, nn.ModuleList)
-            sites = [site for block in modules for site in self.sites(block, MapChoice())]
+            # Whether experts of an unknown layout may stay is the user's choice, which is not known here.
+            unknown = tuple(n for block in modules for n, known in fused_experts(block).items() if not known)
+            sites = [site for block in modules for site in self.sites(block, MapChoice(exclude=unknown))]
             counts = Counter(m.name for site in sites for m in site.maps)
             shapes = {m.name: f"{m.out_features}x{m.in_features}" for site in sites for m in site.maps}
             maps = ", ".join(

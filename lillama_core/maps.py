@@ -18,6 +18,9 @@ class LinearMap:
     statistics of the group help out."""
     share: float = 1.0
     """Part of the rows that the map multiplies: that of an expert is used by some tokens only."""
+    cut: int = 0
+    """Features of the side, out or in, that is cut up by expert, if experts share the map: ``share`` is then the part
+    of them that a row meets, and of two low-rank stages the one without that side multiplies every row."""
 
     @property
     def parameters(self) -> int:
@@ -51,3 +54,8 @@ def path_matches(path: str, pattern: str) -> bool:
 def matches_any(path: str, patterns: tuple[str, ...]) -> bool:
     """Whether a dotted path equals one of ``patterns``."""
     return any(path_matches(path, pattern) for pattern in patterns)
+
+
+def lies_within(pattern: str, path: str) -> bool:
+    """Whether ``pattern`` names the module at ``path`` or something in it."""
+    return path_matches(path, ".".join(pattern.split(".")[: path.count(".") + 1]))

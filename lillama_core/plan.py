@@ -73,6 +73,14 @@ def parameters_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> int:
     return format_.parameters(map_.map.out_features, map_.map.in_features, rank)
 
 
+def multiply_adds_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> float:
+    """Multiply-adds a token of one map under ``plan``: one a parameter and row, in the dense map and in all formats."""
+    parameters = parameters_of(map_, plan, format_)
+    rank = plan.ranks.get(map_.name)
+    for_all = 0 if rank is None or not map_.map.cut else parameters - rank * map_.map.cut
+    return for_all + map_.map.share * (parameters - for_all)
+
+
 def kept_parameters(maps: list[PlannedMap], plan: RankPlan, format_: Format) -> int:
     """Parameters of ``maps`` under ``plan``, biases left out."""
     return sum(parameters_of(m, plan, format_) for m in maps)
@@ -134,9 +142,8 @@ def describe_plan(
         "parameters_before": total,
         "parameters_after": after,
         "reduction": 1 - after / total,
-        # One multiply-add a parameter and token that the map is used for, in the dense map and in both formats.
         "multiply_adds_per_token_before": round(sum(m.map.share * m.dense_parameters for m in maps)),
-        "multiply_adds_per_token_after": round(sum(m.map.share * parameters_of(m, plan, format_) for m in maps)),
+        "multiply_adds_per_token_after": round(sum(multiply_adds_of(m, plan, format_) for m in maps)),
         "bytes_before": total * bytes_per_parameter,
         "bytes_after": after * bytes_per_parameter,
     }

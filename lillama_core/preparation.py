@@ -12,9 +12,9 @@ from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block
 from lillama_core.embedding import embedding_block
 from lillama_core.errors import UserError, nearest
-from lillama_core.experts import SharedExpertsSite
+from lillama_core.experts import SharedExpertsSite, fused_experts
 from lillama_core.formats import Format
-from lillama_core.maps import MapChoice, path_matches
+from lillama_core.maps import MapChoice, lies_within, path_matches
 from lillama_core.models import (
     ModelSource,
     blocks_of,
@@ -103,10 +103,13 @@ def prepare(
 
 
 def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:
-    """Raise UserError for a pattern that no linear map of any block matches."""
+    """Raise UserError for a pattern that no linear map of any block matches, and no module of experts."""
     modules = [block for path in architecture.stacks.values() for block in model.get_submodule(path).children()]
-    everything = MapChoice(include=choice.include, share_experts=choice.share_experts)
-    names = {m.name for block in modules for site in architecture.sites(block, everything) for m in site.maps}
+    experts = {name: known for block in modules for name, known in fused_experts(block).items()}
+    unknown = tuple(name for name, known in experts.items() if not known)
+    everything = MapChoice(choice.include, unknown, choice.share_experts)
+    names = set(experts)
+    names |= {m.name for block in modules for site in architecture.sites(block, everything) for m in site.maps}
     names |= {name for block in modules for name, module in block.named_modules() if LinearSite.accepts(module)}
     for option, patterns in (("--include", choice.include), ("--exclude", choice.exclude)):
         for pattern in patterns:
@@ -115,7 +118,7 @@ def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice
                     f"{option} {pattern!r} matches no linear map of a block{nearest(pattern, sorted(names))};"
                     f" there are: {', '.join(sorted(names)[:12])}"
                 )
-            forbidden = [name for name in architecture.exclude if path_matches(name, pattern)]
+            forbidden = [n for n in architecture.exclude if path_matches(n, pattern) or lies_within(pattern, n)]
             if option == "--include" and forbidden:
                 raise UserError(f"architecture {architecture.name!r} cannot compress {forbidden[0]!r}")
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-from lillama_core.architecture import Block
+from lillama_core.architecture import Architecture, Block, find_blocks
 from lillama_core.distillation import trained_parameters
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.expert_modules import LowRankExperts, SharedExperts
 from lillama_core.experts import ExpertsSite, SharedExpertsSite, find_sites
 from lillama_core.formats import BUILT_IN
 from lillama_core.maps import LinearMap, MapChoice
+from lillama_core.plan import PlannedMap, RankPlan, describe_plan
+from lillama_core.preparation import check_choice
 from lillama_core.sites import KINDS, Site
 from lillama_core.statistics import GradientObserver, InputObserver, map_statistics
 
@@ -320,6 +323,102 @@ def test_other_layouts_are_refused(layer: Layer, change: str) -> None:
     assert find_sites(layer, exclude=("experts",)) == []
     with pytest.raises(LillamaError, match="concatenated gate"):
         ExpertsSite.at("experts", layer.experts)
+
+
+class Both(Layer):
+    """A block with a linear map beside its experts, whose biases make their layout an unknown one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(WIDTH, WIDTH)
+        self.experts.gate_up_proj_bias = nn.Parameter(torch.zeros(EXPERTS, 2 * UNITS))
+
+
+@pytest.mark.parametrize(
+    ("only", "exclude", "choice"),
+    [
+        (("attention",), (), MapChoice()),
+        ((), ("experts",), MapChoice()),
+        ((), (), MapChoice(exclude=("experts",))),
+        ((), (), MapChoice(exclude=("*",), include=("attention",))),
+        (("experts", "attention"), (), MapChoice(exclude=("experts",))),
+    ],
+)
+def test_experts_of_an_unknown_layout_may_stay_dense(only: Any, exclude: Any, choice: MapChoice) -> None:
+    names = [m.name for site in find_sites(Both(), only, exclude, choice) for m in site.maps]
+    assert names == ([] if "*" in choice.exclude else ["attention"])
+
+
+@pytest.mark.parametrize(
+    ("only", "exclude", "choice"),
+    [
+        (("attention", "experts.down.*"), (), MapChoice()),
+        (("attention",), (), MapChoice(include=("experts.gate_up.0",))),
+        (("attention",), ("experts",), MapChoice(include=("experts",))),
+        ((), (), MapChoice(exclude=("attention", "experts.down.*"))),
+    ],
+)
+def test_experts_of_an_unknown_layout_that_are_asked_for_are_refused(
+    only: Any, exclude: Any, choice: MapChoice
+) -> None:
+    with pytest.raises(UserError, match=r"layout is not known.*leave them dense with --exclude experts"):
+        find_sites(Both(), only, exclude, choice)
+
+
+def test_the_experts_of_a_model_can_be_left_out_by_their_module() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Both()])
+
+    model, architecture = Model(), Architecture(stacks={"decoder": "layers"})
+    check_choice(architecture, model, MapChoice(exclude=("experts",)))
+    (block,) = find_blocks(architecture, model, choice=MapChoice(exclude=("experts",)))["decoder"]
+    assert [m.name for m in block.maps] == ["attention"]
+    with pytest.raises(UserError, match=r"'expert' matches no linear map.*did you mean 'experts'"):
+        check_choice(architecture, model, MapChoice(exclude=("expert",)))
+    architecture.exclude = ("experts",)
+    for asked in ("experts", "experts.down.*"):
+        with pytest.raises(UserError, match=r"cannot compress 'experts'|matches no linear map"):
+            check_choice(architecture, model, MapChoice(include=(asked,)))
+    # The same where the maps have names.
+    del model.layers[0].experts.gate_up_proj_bias
+    with pytest.raises(UserError, match="cannot compress 'experts'"):
+        check_choice(architecture, model, MapChoice(include=("experts.down.*",)))
+    assert find_sites(Layer(), choice=MapChoice(exclude=("experts",))) == []
+    assert len(find_sites(Layer(), ("else",), choice=MapChoice(include=("experts",)))[0].maps) == 2 * EXPERTS
+
+
+@pytest.mark.parametrize(("share", "format_name"), [(False, "factored"), (True, "factored"), (True, "pivoted")])
+@pytest.mark.parametrize("left_dense", [(), ("experts.gate_up",), ("experts.down",)])
+def test_multiply_adds_are_those_that_a_forward_pass_does(
+    layer: Layer, call: Any, share: bool, format_name: str, left_dense: tuple[str, ...]
+) -> None:
+    layer.top_k = CHOSEN  # what a router beside the experts says
+    site = site_of(layer, share)
+    maps = [PlannedMap(m.name, "decoder", 0, m) for m in site.maps]
+    ranks = {m.name: 3 for m in site.maps if m.group not in left_dense and m.name not in left_dense}
+    plan, format_ = RankPlan(format_name, ranks), BUILT_IN[format_name]
+    found = describe_plan(maps, plan, format_, sum(p.numel() for p in layer.parameters()), 4)
+
+    def counted() -> float:
+        with FlopCounterMode(display=False) as counter:
+            layer(*call)
+        return counter.get_total_flops() / 2 / TOKENS
+
+    # The loop over tokens multiplies by vectors, which the counter does not know.
+    dense = CHOSEN * (2 * UNITS * WIDTH + WIDTH * UNITS)
+    assert found["multiply_adds_per_token_before"] == dense
+    B, A = torch.randn(1000, 3), torch.randn(3, 1000)
+    site.put(
+        layer,
+        {
+            m.name: format_.from_factors(B[: m.out_features], A[:, : m.in_features], None)
+            for m in site.maps
+            if m.name in ranks
+        },
+    )
+    assert found["multiply_adds_per_token_after"] == counted()
 
 
 def test_maps_of_experts_can_be_left_out(layer: Layer) -> None:
