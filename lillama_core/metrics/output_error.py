@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lillama_core.blocks import main_output
+from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.evaluation import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.modalities.base import Described
 from lillama_core.modality import Inputs, Modality, as_dtype
@@ -50,7 +51,7 @@ class OutputError:
         shape: tuple[int, ...] = ()
         for i, inputs in enumerate(rows.batches):
             wanted = read_tensors(Path(folder.name) / f"{i}.safetensors")["output"].double()
-            found = _output(subject, inputs).double()
+            found = _comparable(subject, subject.baseline, inputs, wanted).double()
             wrong += (found - wanted).square().sum().item()
             size += wanted.square().sum().item()
             shape = tuple(wanted.shape[1:])
@@ -71,6 +72,25 @@ def run_once(subject: Subject, modality: Modality) -> None:
     """A forward pass on made-up input: what the model does while its memory is watched."""
     with torch.inference_mode():
         _output(subject, modality.probe(subject.model.config))
+
+
+def _comparable(subject: Subject, baseline: Subject, inputs: Inputs, wanted: torch.Tensor) -> torch.Tensor:
+    """The output of ``subject`` where ``baseline`` gave ``wanted``; UserError when they are models of other kinds."""
+    advice = "name the dense model that it was made from with --baseline"
+    try:
+        found = _output(subject, inputs)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{subject.name} cannot take the inputs of {baseline.name} ({one_line(error)}); {advice}"
+        ) from error
+    if found.shape != wanted.shape:
+        raise UserError(
+            f"{subject.name} gives outputs of shape {list(found.shape)}, {baseline.name} {list(wanted.shape)} for the"
+            f" same inputs: they cannot be compared; {advice}"
+        )
+    return found
 
 
 def _output(subject: Subject, inputs: Inputs) -> torch.Tensor:
