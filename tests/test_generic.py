@@ -20,9 +20,12 @@ from transformers import CONFIG_MAPPING
 from lillama_core.architecture import find_blocks
 from lillama_core.blocks import BlockRunner, Parent, main_output
 from lillama_core.errors import UserError
+from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.generic import discover, find_stacks
+from lillama_core.metrics import Perplexity
+from lillama_core.metrics.output_error import OutputError
 from lillama_core.modalities import Images
-from lillama_core.modalities.text import EncoderDecoderText, with_special_ends
+from lillama_core.modalities.text import EncoderDecoderText, EncoderText, with_special_ends
 from lillama_core.modality import SampleRequest, Samples
 from lillama_core.models import count_parameters
 from lillama_core.progress import Progress
@@ -67,7 +70,7 @@ STACKS = {
 
 
 def tiny(model_type: str, **changes: Any) -> Any:
-    name, settings = CLASSES[model_type]
+    name, settings = {**CLASSES, "roberta": ("RobertaForMaskedLM", CLASSES["bert"][1])}[model_type]
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**settings, **changes})
     config.architectures = [name]
@@ -316,6 +319,85 @@ def test_another_processor_makes_other_data_of_the_same_images(images: Path) -> 
     assert first.sha256 == again.sha256 != other.sha256
     (described,) = first.description.values()
     assert described["rows"] == 4
+
+
+def text_request(model: Any, tokenizer: Any, text: Path, length: int) -> SampleRequest:
+    recipe = Recipe(calibration=(str(text),), tokens=4 * length, sequence_length=length, batch_size=2)
+    return SampleRequest(recipe, model, tokenizer, "", torch.device("cpu"), None, Progress("quiet"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "modality", "longest"),
+    # RoBERTa's 64 positions begin with one that nothing has and that of the padding token, 1.
+    [("bert", EncoderText(), 64), ("roberta", EncoderText(), 62), ("bart", EncoderDecoderText(), 64)],
+)
+def test_rows_longer_than_the_model_knows(
+    model_type: str, modality: EncoderText, longest: int, calibration_text: Path, tiny_tokenizer: Any
+) -> None:
+    model = tiny(model_type)
+    samples = modality.load(text_request(model, tiny_tokenizer, calibration_text, longest))
+    with torch.no_grad():
+        assert torch.isfinite(main_output(model(**samples.inputs))).all()
+    message = f"--sequence-length {longest + 1} is more than the {longest} positions"
+    with pytest.raises(UserError, match=message):
+        modality.load(text_request(model, tiny_tokenizer, calibration_text, longest + 1))
+    # An evaluation makes do with what the model knows.
+    rows = modality.evaluation(model, tiny_tokenizer, EvaluationOptions(sequence_length=longest + 1, windows=2))
+    assert f"2 rows of {longest} tokens" in rows.what
+
+
+def test_other_special_tokens_make_other_data_of_the_same_text(calibration_text: Path, tiny_tokenizer: Any) -> None:
+    class Ends:
+        """The tokenizer with another token in front of a text, or behind it."""
+
+        def __init__(self, before: list[int], after: list[int]) -> None:
+            self.before, self.after = before, after
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **more: Any) -> dict[str, list[int]]:
+            ids = tiny_tokenizer(text, add_special_tokens=False, **more)["input_ids"]
+            return {"input_ids": [*self.before, *ids, *self.after] if add_special_tokens else ids}
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiny_tokenizer, name)
+
+    def sha256(modality: EncoderText, *ends: list[int]) -> str:
+        return modality.load(text_request(model, Ends(*ends), calibration_text, 16)).sha256
+
+    model = tiny("bert")
+    first, again = (sha256(EncoderText(), [2], []) for _ in range(2))
+    assert first == again
+    assert len({first, sha256(EncoderText(), [3], []), sha256(EncoderText(), [2], [3])}) == 3
+    model = tiny("bart")
+    both = sha256(EncoderDecoderText(), [2], [])
+    model.config.decoder_start_token_id = 5
+    assert sha256(EncoderDecoderText(), [2], []) != both
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("bert", {"hidden_size": 16, "vocab_size": 400}), r"other gives outputs of shape .*400\], dense .*384\]"),
+        (("bert", {"vocab_size": 10}), "other cannot take the inputs of dense"),
+        (("vit", {}), "other cannot take the inputs of dense"),
+    ],
+)
+def test_models_whose_outputs_cannot_be_compared(
+    other: tuple[str, dict[str, int]], message: str, calibration_text: Path, tiny_tokenizer: Any
+) -> None:
+    metric = OutputError(EncoderText())
+    options = EvaluationOptions(data=str(calibration_text), sequence_length=16, windows=2)
+    dense = Subject("dense", tiny("bert"), tiny_tokenizer)
+    assert metric.measure(dense, options, print) == []
+    with pytest.raises(UserError, match=message) as caught:
+        metric.measure(Subject("other", tiny(other[0], **other[1]), tiny_tokenizer, baseline=dense), options, print)
+    assert "--baseline" in str(caught.value)
+
+
+@pytest.mark.parametrize("data", ["self", "absent.txt"])
+def test_an_evaluation_needs_a_text_that_is_there(data: str) -> None:
+    for check in (EncoderText().check_evaluation, Perplexity().check):
+        with pytest.raises(UserError, match=r"--data must be a text|absent\.txt"):
+            check(EvaluationOptions(data=data))
 
 
 @pytest.mark.parametrize("dense", ["bert"], indirect=True)

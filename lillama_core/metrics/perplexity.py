@@ -58,6 +58,16 @@ def perplexity(model: Any, rows: Tensor, device: torch.device, batch: int | None
     return value, error
 
 
+def check_text(options: EvaluationOptions) -> None:
+    """Raise UserError when ``options.data`` is no text that can be read."""
+    if options.data is None:
+        return
+    source = Source.parse(options.data)
+    check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
+    if source.name == SELF:
+        raise UserError("--data must be a text that no model is to write")
+
+
 class Perplexity:
     """Perplexity on the first ``options.windows`` windows of ``options.data``, or of the text shipped.
 
@@ -68,13 +78,7 @@ class Perplexity:
     name = "perplexity"
 
     def check(self, options: EvaluationOptions) -> None:
-        """Raise UserError when ``options.data`` is no text that can be read."""
-        if options.data is None:
-            return
-        source = Source.parse(options.data)
-        check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
-        if source.name == SELF:
-            raise UserError("--data must be a text that the model did not write itself")
+        check_text(options)
 
     def check_with(self, processor: Any, options: EvaluationOptions) -> None:
         """Raise UserError when the text does not fill one window."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lillama_core.calibration import SELF, CalibrationOptions, Source, check_sources, load_text_windows
+from lillama_core.calibration import SELF, Source, load_text_windows
+from lillama_core.calibration.hashing import rows_sha256
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions
-from lillama_core.metrics.perplexity import OFFLINE_TEXT
+from lillama_core.metrics.perplexity import OFFLINE_TEXT, check_text
 from lillama_core.modalities.base import Described, EvaluationRows
 from lillama_core.modality import Inputs, SampleRequest, Samples, Text, random_tokens
 from lillama_core.recipe import Recipe
@@ -38,27 +40,31 @@ class EncoderText(Text, Described):
         super().check(replace(recipe, self_share=0.0), trust_remote_code)
 
     def load(self, request: SampleRequest) -> Samples:
+        length, longest = request.recipe.sequence_length, longest_row(request.model)
+        if longest is not None and length > longest:
+            raise UserError(
+                f"--sequence-length {length} is more than the {longest} positions that the model knows;"
+                f" ask for at most {longest}"
+            )
         named = replace(request, recipe=replace(request.recipe, self_share=0.0))
         found = super().load(named)
         made = self.rows(found.inputs["input_ids"], request.model, request.processor)
-        return replace(made, description=found.description, sha256=found.sha256, tokens=found.tokens)
+        # Not of the running text: with other special tokens it is other data.
+        hashes = "".join(f"{name} {rows_sha256(rows)}\n" for name, rows in sorted(made.inputs.items()))
+        sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        return replace(made, description=found.description, sha256=sha256, tokens=found.tokens)
 
     def rows(self, rows: torch.Tensor, model: Any, tokenizer: Any) -> Samples:
         """Samples made of windows of running text [rows, length]."""
         return Samples({"input_ids": with_special_ends(rows, tokenizer)})
 
     def check_evaluation(self, options: EvaluationOptions) -> None:
-        if options.data is None:
-            return
-        source = Source.parse(options.data)
-        check_sources(CalibrationOptions(sources=(source,), self_share=0.0, sequence_length=2))
-        if source.name == SELF:
-            raise UserError("--data must be a text; a model of this kind cannot write one")
+        check_text(options)
 
     def evaluation(self, model: Any, processor: Any, options: EvaluationOptions) -> EvaluationRows:
         source = Source.parse(options.data) if options.data else Source(str(OFFLINE_TEXT))
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = options.sequence_length if not isinstance(longest, int) else min(options.sequence_length, longest)
+        longest = longest_row(model)
+        length = options.sequence_length if longest is None else min(options.sequence_length, longest)
         windows = load_text_windows(source, processor, length, options.windows)
         inputs = self.rows(windows, model, processor).inputs
         batches = [
@@ -90,6 +96,17 @@ class EncoderDecoderText(EncoderText):
         start = torch.full_like(written[:, :1], decoder_start(model))
         shifted = torch.cat((start, written[:, :-1]), dim=1)
         return Samples({"input_ids": read, "decoder_input_ids": shifted.contiguous()}, targets=written.contiguous())
+
+
+def longest_row(model: Any) -> int | None:
+    """How many tokens a row for ``model`` may have; None where its config states no limit."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    # RoBERTa and its relatives number positions from behind that of the padding token.
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    skipped = max((i + 1 for i in (getattr(m, "padding_idx", None) for m in tables) if isinstance(i, int)), default=0)
+    return longest - skipped
 
 
 def decoder_start(model: Any) -> int:
