@@ -13,13 +13,22 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core.calibration import Source, load_text_windows
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
-from lillama_core.metrics import DecodeSpeed, Footprint, Perplexity, ZeroShotAccuracy, zero_shot
-from lillama_core.metrics.perplexity import OFFLINE_TEXT, perplexity, window_losses
+from lillama_core.metrics import (
+    OFFLINE_TEXT,
+    DecodeSpeed,
+    Footprint,
+    Perplexity,
+    ZeroShotAccuracy,
+    language_model_evaluation,
+    zero_shot,
+)
+from lillama_core.metrics.perplexity import perplexity, window_losses
+from lillama_core.models import find_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("continuation", "cloze")
@@ -235,3 +244,12 @@ def test_speed_of_a_model_with_little_room(subject: Subject, monkeypatch: pytest
     decoding, prompt = DecodeSpeed().measure(subject, EvaluationOptions(), print)
     assert "prompt of 20" in decoding.meaning
     assert "prompt of 39" in prompt.meaning
+
+
+def test_language_models_are_all_measured_alike() -> None:
+    four = ["perplexity", "accuracy", "speed", "footprint"]
+    assert [metric.name for metric in language_model_evaluation.metrics] == four
+    for model_type in ("llama", "mamba", "falcon_mamba"):
+        assert find_architecture(CONFIG_MAPPING[model_type]()).evaluation is language_model_evaluation
+    routed = find_architecture(CONFIG_MAPPING["mixtral"]()).evaluation
+    assert [metric.name for metric in routed.metrics] == [*four, "routing"]

@@ -1,6 +1,5 @@
 """What says how good a language model is: perplexity, zero-shot accuracy, speed of decoding and size."""
 
-from lillama_core import Evaluation
-from lillama_core.metrics import DecodeSpeed, Footprint, Perplexity, ZeroShotAccuracy
+from lillama_core.metrics import language_model_evaluation as evaluation
 
-evaluation = Evaluation(Perplexity(), ZeroShotAccuracy(), DecodeSpeed(), Footprint())
+__all__ = ["evaluation"]

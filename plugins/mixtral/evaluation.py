@@ -10,8 +10,7 @@ from torch.nn import functional
 from lillama_core import Evaluation, EvaluationOptions, Measurement, Subject
 from lillama_core.calibration import Source, load_text_windows
 from lillama_core.evaluation import Report
-from lillama_core.metrics import DecodeSpeed, Footprint, Perplexity, ZeroShotAccuracy
-from lillama_core.metrics.perplexity import OFFLINE_TEXT
+from lillama_core.metrics import OFFLINE_TEXT, language_model_evaluation
 
 ROUTER = "mlp.gate"
 """Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
@@ -97,4 +96,4 @@ class Routing:
         return found
 
 
-evaluation = Evaluation(Perplexity(), ZeroShotAccuracy(), DecodeSpeed(), Footprint(), Routing())
+evaluation = Evaluation(*language_model_evaluation.metrics, Routing())
