@@ -17,7 +17,7 @@ from lillama_core.modality import IGNORED, random_tokens
 from .ctranslate2 import save_processor
 
 PADDING_WEIGHT = 0.0
-"""What a frame beyond the end of the sound counts for; the README says how it was chosen."""
+"""What a frame beyond the end of the sound counts for in statistics and loss."""
 HOP = 320
 """Samples between two positions of the encoder: 160 between two frames, and a convolution of stride 2."""
 BATCH = 8
