@@ -143,5 +143,6 @@ def show_comparison(found: list[Evaluated]) -> str:
 
 def _number(m: Measurement) -> str:
     digits = 2 if abs(m.value) < 1000 else 0
-    text = f"{m.value:,.{digits}f}"
+    # What is small is still not nothing.
+    text = f"{m.value:.1e}" if 0 < abs(m.value) < 0.005 else f"{m.value:,.{digits}f}"
     return text if m.standard_error is None else f"{text} ± {m.standard_error:.{digits}f}"

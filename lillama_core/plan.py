@@ -114,6 +114,8 @@ def make_budget(
     dense = sum(m.dense_parameters for m in maps)
     smallest = sum(format_.parameters(m.map.out_features, m.map.in_features, 1) for m in maps)
     removed = round(reduction * reference)
+    if removed < 1:
+        raise UserError(f"a reduction of {reduction:g} removes none of the {reference:,} parameters of {of_what}")
     # Files shall be as much smaller as was asked: indices, at two bytes a parameter, are made up for by parameters.
     indices = sum(format_.index_bytes(m.map.out_features, m.map.in_features) for m in maps) // 2
     removed += min(indices, int(INDEX_ALLOWANCE * (reference - removed)), max(0, dense - removed - smallest))
@@ -126,8 +128,6 @@ def make_budget(
             f"a reduction of {reduction:g} is more than the linear maps of {of_what} can give;"
             f" the maximum is {most:.3f}"
         )
-    if removed < 1:
-        raise UserError(f"a reduction of {reduction:g} removes none of the {reference:,} parameters of {of_what}")
     return Budget(dense, reference, removed)
 
 
