@@ -490,10 +490,19 @@ class Harmful:
         (lambda p: p.write_bytes(pickle.dumps({"x": Harmful()})), "hold more than tensors"),
         (lambda p: torch.save({"x": Harmful()}, p), "hold more than tensors"),
         (lambda p: torch.save([torch.ones(2)], p), "not a table"),
-        (lambda p: torch.save({**torch.load(p), "lm_head.weight": torch.ones(160, 32)}, p), "differs from the emb"),
-        (lambda p: torch.save({k: v.int() for k, v in torch.load(p).items()}, p), "int32"),
-        (lambda p: torch.save({k: v.to("meta") for k, v in torch.load(p).items()}, p), "no plain tensor"),
-        (lambda p: torch.save({k: v.to_sparse() for k, v in torch.load(p).items()}, p), "no plain tensor"),
+        (
+            lambda p: torch.save({**torch.load(p, weights_only=True), "lm_head.weight": torch.ones(160, 32)}, p),
+            "differs from the emb",
+        ),
+        (lambda p: torch.save({k: v.int() for k, v in torch.load(p, weights_only=True).items()}, p), "int32"),
+        (
+            lambda p: torch.save({k: v.to("meta") for k, v in torch.load(p, weights_only=True).items()}, p),
+            "no plain tensor",
+        ),
+        (
+            lambda p: torch.save({k: v.to_sparse() for k, v in torch.load(p, weights_only=True).items()}, p),
+            "no plain tensor",
+        ),
     ],
 )
 def test_bad_native_weights(
