@@ -35,7 +35,7 @@ from lillama_core.formats.pivoted import InputPivotedLinear
 from lillama_core.initialization import MapStatistics
 from lillama_core.maps import LinearMap
 from lillama_core.modality import Samples
-from lillama_core.sites import KINDS, OnRows, Site
+from lillama_core.sites import KINDS, OnRows, Site, showing
 from lillama_core.statistics import SecondMoment, flat_rows
 
 
@@ -168,12 +168,7 @@ class EmbeddingSite(Site):
         # A lookup multiplies nothing: what is shown are the rows of the heads.
         (map_,) = self.maps
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            if on_input is not None:
-                on_input(map_, inputs[0])
-            if on_output is not None:
-                on_output(map_, output)
-
+        hook = showing(map_, on_input, on_output)
         heads = [m for m in self.modules(block).values() if isinstance(m, nn.Linear)]
         handles = [head.register_forward_hook(hook) for head in heads]
         try:

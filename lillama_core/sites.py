@@ -84,6 +84,18 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
+def showing(map_: LinearMap, on_input: OnRows | None, on_output: OnRows | None) -> Callable[..., None]:
+    """A forward hook for a module that multiplies its first input by ``map_``."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        if on_input is not None:
+            on_input(map_, inputs[0])
+        if on_output is not None:
+            on_output(map_, output)
+
+    return hook
+
+
 class LinearSite(Site):
     """A module that is one linear map: ``nn.Linear``, or transformers' ``Conv1D`` with its transposed weight."""
 
@@ -126,13 +138,7 @@ class LinearSite(Site):
     ) -> Iterator[None]:
         (map_,) = self.maps
 
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            if on_input is not None:
-                on_input(map_, inputs[0])
-            if on_output is not None:
-                on_output(map_, output)
-
-        handle = block.get_submodule(self.name).register_forward_hook(hook)
+        handle = block.get_submodule(self.name).register_forward_hook(showing(map_, on_input, on_output))
         try:
             yield
         finally:
