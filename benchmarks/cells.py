@@ -1,4 +1,4 @@
-"""One cell of a suite: a model compressed by a method and measured beside the dense one, by the command line.
+"""One cell of a suite: a model compressed by a method and measured, by the command line.
 
 Each command runs in a process of its own, so that its failure ends that cell alone, and its memory is its own.
 """
@@ -96,7 +96,8 @@ def run_cell(
 ) -> list[Result]:
     """Compress and measure; the cell's result, and that of the dense model where it is not yet known.
 
-    What fails is in the result's ``error``.
+    The dense model is measured once, or beside every cell where the comparison is in pairs. What fails is in the
+    result's ``error``.
     """
     options = planned_options(model, method, reduction)
     folder = workshop.cell(model.name, cell_name(method.name, reduction))
@@ -123,7 +124,8 @@ def run_cell(
         for name in KEPT:
             if (compressed / name).is_file():
                 shutil.copy2(compressed / name, folder / name)
-        dense, metrics = _evaluate(workshop, folder, source, compressed, options["evaluate"])
+        baseline = None if dense_known and not model.paired else source
+        dense, metrics = _evaluate(workshop, folder, baseline, compressed, options["evaluate"])
         values["metrics"] = metrics
         found = [Result(**values)]
         if not dense_known:

@@ -22,7 +22,7 @@ def lillama_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "benchmark",
         help="compress and measure the models of a suite by several methods",
-        description="Compress every model of a suite by every method and measure each beside the dense model.",
+        description="Compress every model of a suite by every method and measure what comes out, and the dense model.",
     )
     parser.add_argument(
         "--suite", default="cross-architecture", metavar="NAME", help="cross-architecture (default) or smoke"
