@@ -312,21 +312,24 @@ def _add_evaluate(commands: Any) -> None:
 def run_evaluate(options: argparse.Namespace) -> int:
     """``lillama evaluate``: a table on stdout, and JSON in a file when asked."""
     from lillama_core.comparison import EvaluationRequest, compare, show_comparison
+    from lillama_core.evaluation import EvaluationOptions
 
     request = EvaluationRequest(
         models=tuple(m for m in (options.baseline, options.model) if m is not None),
-        data=options.data,
-        tasks=tuple(t for t in options.tasks.split(",") if t),
-        sequence_length=options.sequence_length,
-        windows=options.windows,
-        limit=options.limit,
-        seed=options.seed,
+        options=EvaluationOptions(
+            data=options.data,
+            tasks=tuple(t for t in options.tasks.split(",") if t),
+            sequence_length=options.sequence_length,
+            windows=options.windows,
+            limit=options.limit,
+            seed=options.seed,
+            details=None if options.details is None else Path(options.details),
+        ),
         architecture=options.architecture,
         tokenizer=options.tokenizer,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         json_file=None if options.json is None else Path(options.json),
-        details=None if options.details is None else Path(options.details),
         quiet=options.quiet,
     )
     print(show_comparison(compare(request)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,13 @@ class EvaluationRequest:
     """What to measure; the first model is the one that the others are compared with."""
 
     models: tuple[str, ...]
-    data: str | None = None
-    tasks: tuple[str, ...] = ()
-    sequence_length: int = 512
-    windows: int = 40
-    limit: int | None = None
-    seed: int = 0
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    """Its ``details`` get a folder for each model."""
     architecture: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
     json_file: Path | None = None
-    details: Path | None = None
-    """Folder for what the metrics have to show besides numbers, one within it for each model."""
     quiet: bool = False
 
 
@@ -50,19 +44,20 @@ class Evaluated:
 
 def _check(request: EvaluationRequest) -> None:
     """Raise UserError for what is wrong with the request whatever the models are."""
-    if request.sequence_length < 2:
-        raise UserError(f"--sequence-length must be at least 2, not {request.sequence_length}")
+    options = request.options
+    if options.sequence_length < 2:
+        raise UserError(f"--sequence-length must be at least 2, not {options.sequence_length}")
     for name, value, least in (
-        ("--windows", request.windows, 0),
-        ("--limit", request.limit, 1),
-        ("--seed", request.seed, 0),
+        ("--windows", options.windows, 0),
+        ("--limit", options.limit, 1),
+        ("--seed", options.seed, 0),
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
     path = request.json_file
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise UserError(f"{str(path)!r} cannot be written")
-    folder = request.details
+    folder = options.details
     if folder is not None:
         # It is made when there is something to write.
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
@@ -74,9 +69,7 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
     """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
     _check(request)
     device = choose_device(request.device)
-    options = EvaluationOptions(
-        request.data, request.tasks, request.sequence_length, request.windows, request.limit, request.seed
-    )
+    options = request.options
     prepared = []
     for spec in request.models:
         source = locate(spec, request.trust_remote_code)
@@ -98,20 +91,26 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
             model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
             model.to(device)
             subject = Subject(source.short_name, model, processor, device, baseline=baseline)
-            if request.details is not None:
-                own = f"{number}-{safe_file_stem(source.short_name)}"
-                options = replace(options, details=request.details / own)
-            found.append(Evaluated(spec, architecture.evaluation.run(subject, options, progress.line)))
+            own = options
+            if options.details is not None:
+                own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
+            found.append(Evaluated(spec, architecture.evaluation.run(subject, own, progress.line)))
             subject.model = None
             baseline = baseline or subject
             del model, subject
             release_memory()
     if request.json_file is not None:
-        write_json(
-            request.json_file,
-            {e.model: [vars(m) for m in e.measurements] for e in found},
-        )
+        write_json(request.json_file, by_model(found))
     return found
+
+
+def by_model(found: list[Evaluated]) -> dict[str, list[dict[str, Any]]]:
+    """The measurements as JSON, by model; one that is measured again gets a number behind its name."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for number, evaluated in enumerate(found, start=1):
+        name = evaluated.model if evaluated.model not in named else f"{evaluated.model} ({number})"
+        named[name] = [vars(m) for m in evaluated.measurements]
+    return named
 
 
 def show_comparison(found: list[Evaluated]) -> str:

@@ -137,6 +137,7 @@ class _Run:
             architecture=self.architecture.name,
             recipe=recipe.to_dict(),
             data={},
+            tokenizer=self.request.tokenizer,
             device=str(self.device),
             compute="float32" if self.autocast is None else str(self.autocast).removeprefix("torch."),
             remarks=list(self.architecture.remarks),
@@ -226,7 +227,7 @@ class _Run:
     def _compress(self, model: nn.Module, data: Samples) -> RunRecord:
         prepared, recipe = self.prepared, self.recipe
         whole = len(data) // recipe.batch_size * recipe.batch_size
-        batches = [data.select(rows) for rows in torch.arange(whole).split(recipe.batch_size)]
+        batches = [data.part(start, start + recipe.batch_size) for start in range(0, whole, recipe.batch_size)]
         count = max(1, round(recipe.held_out * len(batches)))
         held_out = list(range(len(batches) - count, len(batches)))
         source = ResidentSource(model, self.device)
@@ -390,10 +391,10 @@ class _Run:
         # All inputs of all blocks are held for one batch: two rows keep that small.
         small: list[Samples] = []
         for batch in batches:
-            for rows in torch.arange(len(batch)).split(2):
+            for start in range(0, len(batch), 2):
                 if wanted > 0:
-                    small.append(batch.select(rows[:wanted]).to(self.device))
-                    wanted -= len(rows)
+                    small.append(batch.part(start, start + min(2, wanted)).to(self.device))
+                    wanted -= 2
         model, entry = parent.model, None
         with contextlib.ExitStack() as watching:
             if self.embedding is None:

@@ -46,13 +46,14 @@ class Samples:
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
-    def select(self, rows: torch.Tensor) -> Samples:
-        """Some rows, by index [n]; ``description`` and ``sha256`` stay those of the whole."""
+    def part(self, start: int, stop: int) -> Samples:
+        """Rows ``start`` to ``stop`` in the same memory; ``description`` and ``sha256`` stay those of the whole."""
+        rows = slice(start, min(stop, len(self)))
         return Samples(
             {k: v[rows] for k, v in self.inputs.items()},
             self.description,
             self.sha256,
-            self.tokens * len(rows) // max(1, len(self)),
+            self.tokens * (rows.stop - start) // max(1, len(self)),
             {k: v[rows] for k, v in self.masks.items()},
             None if self.targets is None else self.targets[rows],
             None if self.output_mask is None else self.output_mask[rows],

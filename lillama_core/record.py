@@ -66,6 +66,8 @@ class RunRecord:
     architecture: str
     recipe: dict[str, Any]
     data: dict[str, Any]
+    tokenizer: str | None = None
+    """What ``--tokenizer`` named, if anything."""
     versions: dict[str, str] = field(default_factory=versions)
     machine: dict[str, Any] = field(
         default_factory=lambda: {

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core.calibration import Source, load_text_windows
+from lillama_core.comparison import Evaluated, by_model
 from lillama_core.errors import UserError
-from lillama_core.evaluation import EvaluationOptions, Subject
+from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
 from lillama_core.metrics import (
     OFFLINE_TEXT,
     DecodeSpeed,
@@ -253,3 +254,9 @@ def test_language_models_are_all_measured_alike() -> None:
         assert find_architecture(CONFIG_MAPPING[model_type]()).evaluation is language_model_evaluation
     routed = find_architecture(CONFIG_MAPPING["mixtral"]()).evaluation
     assert [metric.name for metric in routed.metrics] == [*four, "routing"]
+
+
+def test_a_model_beside_itself_is_in_the_file_twice() -> None:
+    measured = [[Measurement("perplexity", value, "", "lower", "What it is.")] for value in (20.0, 20.5, 30.0)]
+    found = by_model([Evaluated(name, m) for name, m in zip(("m", "m", "n"), measured, strict=True)])
+    assert {name: m[0]["value"] for name, m in found.items()} == {"m": 20.0, "m (2)": 20.5, "n": 30.0}

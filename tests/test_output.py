@@ -284,9 +284,9 @@ def test_card_escapes_names(result: Path, hub: Preparation) -> None:
 def test_command_repeats_the_choices_outside_the_recipe(local: Preparation) -> None:
     source = replace(local.source, gguf_file="my model.gguf", trust_remote_code=True)
     other = replace(local, source=source, config=SimpleNamespace(model_type="other"))
-    assert card.reproduce_command(make_record(), other) == (
+    assert card.reproduce_command(make_record(tokenizer="/home/someone/words"), other) == (
         "lillama compress 'my model.gguf' --recipe lillama_recipe.yaml --output OUTPUT"
-        " --architecture transformer --trust-remote-code"
+        " --architecture transformer --tokenizer words --trust-remote-code"
     )
 
 

@@ -132,6 +132,8 @@ def reproduce_command(record: RunRecord, prepared: Preparation) -> str:
     parts = ["lillama", "compress", one_line(model), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
     if getattr(prepared.config, "model_type", None) not in prepared.architecture.model_types:
         parts += ["--architecture", record.architecture]
+    if record.tokenizer is not None:
+        parts += ["--tokenizer", one_line(public_name(record.tokenizer))]
     if source.trust_remote_code:
         parts.append("--trust-remote-code")
     return shlex.join(parts)

@@ -71,6 +71,7 @@ def published(record: RunRecord) -> dict[str, Any]:
     return {
         **record.to_dict(),
         "model": public_name(record.model),
+        "tokenizer": None if record.tokenizer is None else public_name(record.tokenizer),
         "recipe": public_recipe(record),
         "data": data,
     }
