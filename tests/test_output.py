@@ -397,6 +397,12 @@ def test_report_without_measurements(result: Path) -> None:
     report_of(result, record)
 
 
+def test_report_says_how_many_rows_experts_saw(result: Path) -> None:
+    _, page = report_of(result, make_record(rows_seen={"a": 1234.4, "b": 7.0, "c": 900.0}))
+    assert "between 7 and 1,234 of its rows" in " ".join(page.text.split())
+    assert "900 in the middle" in " ".join(page.text.split())
+
+
 def test_report_of_a_stack_that_stayed_dense(result: Path) -> None:
     record = make_record(paths=("encoder.layers", "decoder.layers"))
     record.plan["ranks"] = {k: v for k, v in record.plan["ranks"].items() if k.startswith("decoder")}

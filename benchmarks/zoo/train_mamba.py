@@ -51,7 +51,7 @@ class Settings:
 
 def finishing(first: Settings) -> Settings:
     """The course of the second phase, which spreads what the maps hold over all their singular directions."""
-    return replace(first, steps=200, minutes=7.0, map_rate=0.01, other_rate=1e-3, flatten=0.25, seed=first.seed + 1)
+    return replace(first, steps=700, minutes=18.0, map_rate=0.01, other_rate=1e-3, flatten=0.3, seed=first.seed + 1)
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Any:
