@@ -111,7 +111,9 @@ def decode_audio(stream: Any, name: str) -> Sound:
                 )
             samples = opened.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{name} is damaged or not a sound file ({one_line(error)}); give WAV, FLAC or OGG") from error
+        # libsndfile's own words come after a colon; before it stands how it was called.
+        why = one_line(error).rpartition(": ")[2].rstrip(".")
+        raise UserError(f"{name} is damaged or not a sound file ({why}); give WAV, FLAC or OGG") from error
     if len(samples) < frames:
         raise UserError(f"{name} is truncated: {len(samples)} of {frames} samples are there; copy or download it again")
     if len(samples) < SHORTEST * rate:
