@@ -18,7 +18,7 @@ from lillama_core.embedding import EmbeddingObserver, embedding_site
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.formats import BUILT_IN, FactoredLinear
-from lillama_core.initialization import Initializer, root
+from lillama_core.initialization import Decomposition, Initializer, root
 from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
 from lillama_core.memory import release_memory
@@ -37,6 +37,7 @@ from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
+from lillama_core.rescaling import PARTS, measure_parts, parts_of, scales_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
 from lillama_core.strategies import all_losses, allocators, choose, initializers
@@ -247,7 +248,8 @@ class _Run:
                 self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
             self._profile_embedding(model, data, profile)
         self._tell_rare(profile)
-        plan = make_plan(prepared, recipe.allocation, profile)
+        with self.record.timed("ranks"):
+            plan = self._plan(parents, batches[:training], source, profile)
         self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
         self.record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in prepared.maps}
         self.record.parameters = describe_plan(
@@ -387,14 +389,7 @@ class _Run:
 
     def _sensitivity(self, parent: Parent, batches: list[Samples], source: ResidentSource, profile: Profile) -> None:
         """The sensitivity pass of one stack, into ``profile``."""
-        wanted = max(1, round(self.record.data["rows"] * self.recipe.sensitivity_tokens / self.recipe.tokens))
-        # All inputs of all blocks are held for one batch: two rows keep that small.
-        small: list[Samples] = []
-        for batch in batches:
-            for start in range(0, len(batch), 2):
-                if wanted > 0:
-                    small.append(batch.part(start, start + min(2, wanted)).to(self.device))
-                    wanted -= 2
+        small = self._first_rows(batches, self.recipe.sensitivity_tokens)
         model, entry = parent.model, None
         with contextlib.ExitStack() as watching:
             if self.embedding is None:
@@ -410,6 +405,62 @@ class _Run:
                 parent, source, runner, small, self.recipe.seed, self.progress, entry
             ):
                 profile.save_gradients(block, found)
+
+    def _first_rows(self, batches: list[Samples], tokens: int) -> list[Samples]:
+        """About ``tokens`` tokens of the data, in batches of two rows: all inputs of all blocks are held for one."""
+        wanted = max(1, round(self.record.data["rows"] * tokens / self.recipe.tokens))
+        small: list[Samples] = []
+        for batch in batches:
+            for start in range(0, len(batch), 2):
+                if wanted > 0:
+                    small.append(batch.part(start, start + min(2, wanted)).to(self.device))
+                    wanted -= 2
+        return small
+
+    def _plan(
+        self, parents: dict[str, Parent], batches: list[Samples], source: ResidentSource, profile: Profile
+    ) -> RankPlan:
+        """The ranks of all maps; where energies decide, after they have been set against what they stand for."""
+        prepared, recipe = self.prepared, self.recipe
+        plan = make_plan(prepared, recipe.allocation, profile)
+        allocator = choose(allocators(), recipe.allocation, "--allocation")
+        if not (allocator.needs_spectra and self.initializer.needs_gradients and recipe.rescaling_tokens):
+            return plan
+        path = self.directory.profile / "scales.json"
+        if not path.is_file():
+            small = self._first_rows(batches, recipe.rescaling_tokens)
+            count = sum(len(parts_of(parent.blocks, PARTS)) for parent in parents.values())
+            self.progress.phase("Measuring what each part costs", count)
+            parts = []
+            for parent in parents.values():
+                calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
+
+                def low_rank(block: Block) -> nn.Module:
+                    module = source.block(block)
+                    self._factor(block, module, self._ranks(block, plan), profile.load(block)[0])
+                    return module.to(self.device).eval()
+
+                for part in measure_parts(parent, source, self._runner(calls), small, stream, profile, plan, low_rank):
+                    parts.append(part)
+                    self.progress.step(part.blocks[-1].name)
+            write_json(path, scales_of(parts))
+            release_memory()
+        # Read back: a resumed run has to come to the same ranks.
+        self.record.scales = read_json(path)
+        return make_plan(prepared, recipe.allocation, profile, self.record.scales)
+
+    def _factor(self, block: Block, module: nn.Module, ranks: dict[str, int], found: dict[str, Decomposition]) -> None:
+        """Put the untrained factors of the maps that have ``ranks`` into a dense block."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
+        for site in block.sites:
+            layers: dict[str, nn.Module] = {}
+            for map_ in site.maps:
+                if map_.name in ranks:
+                    weight = site.weight(module, map_)
+                    B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+                    bias = found[map_.name].bias(site.bias(module, map_), weight, B, A)
+                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, bias)
+            site.put(module, layers)
 
     def _profile_embedding(self, model: nn.Module, data: Samples, profile: Profile) -> None:
         """Take the token embedding apart, if it is to be compressed."""
@@ -532,17 +583,8 @@ class _Run:
     ) -> None:
         """Factor, train, convert and write one block. ``dense`` becomes the student."""
         found, gradient_moment = profile.load(block)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
         student = dense
-        for site in block.sites:
-            layers: dict[str, nn.Module] = {}
-            for map_ in site.maps:
-                if map_.name in ranks:
-                    weight = site.weight(student, map_)
-                    B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                    bias = found[map_.name].bias(site.bias(student, map_), weight, B, A)
-                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, bias)
-            site.put(student, layers)
+        self._factor(block, student, ranks, found)
         student.to(self.device)
         metric = None
         if not ranks:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -27,6 +29,7 @@ from lillama_core.models import (
 from lillama_core.plan import Budget, PlannedMap, RankPlan, make_budget
 from lillama_core.profile import Profile
 from lillama_core.recipe import Recipe
+from lillama_core.rescaling import rescaled
 from lillama_core.sites import LinearSite
 from lillama_core.strategies import all_losses, allocators, choose, formats, initializers
 
@@ -132,14 +135,22 @@ def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
     ]
 
 
-def make_plan(prepared: Preparation, allocation: str, profile: Profile | None) -> RankPlan:
-    """The plan of an allocator; ``profile`` gives the spectra to those that want them."""
+def make_plan(
+    prepared: Preparation, allocation: str, profile: Profile | None, scales: Mapping[str, float] = MappingProxyType({})
+) -> RankPlan:
+    """The plan of an allocator; ``profile`` gives the spectra to those that want them.
+
+    ``scales`` says by the names of blocks what their energies count for, where it is not 1.
+    """
     allocator = choose(allocators(), allocation, "--allocation")
     spectra = {}
+    typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
     if allocator.needs_spectra and profile is not None:
         for block in prepared.all_blocks:
             found, _ = profile.load(block)
-            spectra.update({block.full_name(m): found[m.name].spectrum for m in block.maps})
+            # The token embedding is in no part: it counts as the blocks do on average.
+            scale = scales.get(block.name, typical)
+            spectra.update({block.full_name(m): rescaled(found[m.name].spectrum, scale) for m in block.maps})
     return allocator.allocate(
         AllocationRequest(
             prepared.maps,

@@ -52,6 +52,10 @@ class Recipe:
     init: str = option("sensitivity", "where the factors start: sensitivity, activation, svd or random")
     sensitivity_tokens: int = option(8192, "calibration tokens of the backward pass that 'sensitivity' needs")
     allocation: str = option("spectrum", "how ranks are shared out: spectrum, uniform, bottom-first or top-first")
+    rescaling_tokens: int = option(
+        2048,
+        "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
+    )
     minimum_rank: int | None = option(None, "smallest rank of bottom-first and top-first; default: width / 4")
     rank_step: int | None = option(None, "their distance between ranks; default: width / 16")
     format: str = option("pivoted", "how a low-rank map is stored: pivoted or factored")
@@ -99,6 +103,7 @@ class Recipe:
             ("samples", 2),
             ("sequence_length", 2),
             ("sensitivity_tokens", 1),
+            ("rescaling_tokens", 0),
             ("batch_size", 1),
             ("steps", 0),
             ("seed", 0),

@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "held_out": 0.25,
     "init": "svd",
     "sensitivity_tokens": 512,
+    "rescaling_tokens": 512,
     "allocation": "uniform",
     "minimum_rank": 3,
     "rank_step": 2,
