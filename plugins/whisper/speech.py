@@ -16,8 +16,10 @@ from lillama_core.modality import IGNORED, random_tokens
 
 from .ctranslate2 import save_processor
 
-PADDING_WEIGHT = 0.0
-"""What a frame beyond the end of the sound counts for in statistics and loss."""
+PADDING_WEIGHT = 0.1
+"""What a frame beyond the end of the sound counts for in statistics and loss: the decoder reads those frames, too.
+
+Whisper tiny.en, 10 % removed without training: divergence 0.067 nats a token at 0, 0.023 at 0.1, 0.033 at 1."""
 HOP = 320
 """Samples between two positions of the encoder: 160 between two frames, and a convolution of stride 2."""
 BATCH = 8
