@@ -1,10 +1,10 @@
 """Predicted against measured: how much more, or less, an error in one part of the model costs than its energies say.
 
-Energies add up the errors of maps and of positions as if they were independent (K-FAC), and to second order. In some
-parts of a model that is further from the truth than in others: the first block of a speech encoder, whose frames are
-all read by every position of the decoder, costs a hundred times what it should. So each part is made low rank by
-itself once, untrained, and the divergence of the predictions is set against the energies that were left out. Their
-quotient scales the part's energies before the ranks are shared out for good.
+Energies add up the errors of maps and of positions as if they were independent (K-FAC), and to second order. Some parts
+of a model are further from that than others: the first block of Whisper's decoder costs ten times what its energies
+say, the others four times. So each part is made low rank by itself once, untrained, and the divergence of the
+predictions is set against the energies that were left out. Their quotient scales the part's energies before the ranks
+are shared out for good.
 """
 
 from __future__ import annotations
