@@ -37,7 +37,7 @@ from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
-from lillama_core.rescaling import PARTS, measure_parts, parts_of, scales_of
+from lillama_core.rescaling import PARTS, Ranks, Trial, energies_left_out, kinds_of, measure_scales, parts_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
 from lillama_core.strategies import all_losses, allocators, choose, initializers
@@ -429,27 +429,34 @@ class _Run:
         path = self.directory.profile / "scales.json"
         if not path.is_file():
             small = self._first_rows(batches, recipe.rescaling_tokens)
-            count = sum(len(parts_of(parent.blocks, PARTS)) for parent in parents.values())
-            self.progress.phase("Measuring what each part costs", count)
-            parts = []
-            for parent in parents.values():
+            ranks = {
+                name: {b.name: r for b in parent.blocks if (r := self._ranks(b, plan))}
+                for name, parent in parents.items()
+            }
+            steps = sum(len(parts_of(parents[n].blocks, PARTS)) + len(kinds_of(r)) for n, r in ranks.items())
+            self.progress.phase("Measuring what each part costs", steps)
+            scales: dict[str, float] = {}
+            for name, parent in parents.items():
                 calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
 
-                def low_rank(block: Block) -> nn.Module:
+                def low_rank(block: Block, ranks: Ranks) -> nn.Module:
                     module = source.block(block)
-                    self._factor(block, module, self._ranks(block, plan), profile.load(block)[0])
+                    self._factor(block, module, ranks, profile.load(block)[0])
                     return module.to(self.device).eval()
 
-                for part in measure_parts(parent, source, self._runner(calls), small, stream, profile, plan, low_rank):
-                    parts.append(part)
-                    self.progress.step(part.blocks[-1].name)
-            write_json(path, scales_of(parts))
+                trial = Trial(parent, source, self._runner(calls), small, stream, low_rank)
+                left_out = {
+                    block.name: energies_left_out(profile.load(block)[0], ranks[name].get(block.name, {}))
+                    for block in parent.blocks
+                }
+                scales |= measure_scales(trial, ranks[name], left_out, self.progress.step)
+            write_json(path, scales)
             release_memory()
         # Read back: a resumed run has to come to the same ranks.
         self.record.scales = read_json(path)
         return make_plan(prepared, recipe.allocation, profile, self.record.scales)
 
-    def _factor(self, block: Block, module: nn.Module, ranks: dict[str, int], found: dict[str, Decomposition]) -> None:
+    def _factor(self, block: Block, module: nn.Module, ranks: Ranks, found: dict[str, Decomposition]) -> None:
         """Put the untrained factors of the maps that have ``ranks`` into a dense block."""
         generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
         for site in block.sites:

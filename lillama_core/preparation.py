@@ -140,7 +140,8 @@ def make_plan(
 ) -> RankPlan:
     """The plan of an allocator; ``profile`` gives the spectra to those that want them.
 
-    ``scales`` says by the names of blocks what their energies count for, where it is not 1.
+    ``scales`` says by the names of maps what their energies count for; one that is not named counts as they do on
+    average.
     """
     allocator = choose(allocators(), allocation, "--allocation")
     spectra = {}
@@ -148,9 +149,9 @@ def make_plan(
     if allocator.needs_spectra and profile is not None:
         for block in prepared.all_blocks:
             found, _ = profile.load(block)
-            # The token embedding is in no part: it counts as the blocks do on average.
-            scale = scales.get(block.name, typical)
-            spectra.update({block.full_name(m): rescaled(found[m.name].spectrum, scale) for m in block.maps})
+            for map_ in block.maps:
+                name = block.full_name(map_)
+                spectra[name] = rescaled(found[map_.name].spectrum, scales.get(name, typical))
     return allocator.allocate(
         AllocationRequest(
             prepared.maps,

@@ -81,7 +81,7 @@ class RunRecord:
     dtype: str = "float32"
     plan: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
-    """What the energies of each block counted for when ranks were shared out, by its name."""
+    """What the energies of each map counted for when ranks were shared out, by its path."""
     rows_seen: dict[str, float] = field(default_factory=dict)
     """How many rows of the calibration data reached each expert's map."""
     shapes: dict[str, list[int]] = field(default_factory=dict)

@@ -1,16 +1,18 @@
-"""Predicted against measured: how much more, or less, an error in one part of the model costs than its energies say.
+"""Predicted against measured: how much more, or less, the errors of a map cost than its energies say.
 
-Energies add up the errors of maps and of positions as if they were independent (K-FAC), and to second order. Some parts
-of a model are further from that than others: the first block of Whisper's decoder costs ten times what its energies
-say, the others four times. So each part is made low rank by itself once, untrained, and the divergence of the
-predictions is set against the energies that were left out. Their quotient scales the part's energies before the ranks
-are shared out for good.
+Energies add up the errors of maps and of positions as if they were independent (K-FAC), and to second order. Some
+blocks and some kinds of map are further from that than others: in SmolLM2 a value projection costs three times what its
+energies say, the query projection beside it two thirds. So one part of the model at a time is made low rank, untrained,
+and the divergence of the predictions is set against the energies that were left out: first up to ten runs of
+consecutive blocks of a stack, then each kind of map in all of its blocks. The product of both quotients scales a map's
+energies before the ranks are shared out for good.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,86 +22,117 @@ from lillama_core.allocation import Spectrum
 from lillama_core.architecture import Block
 from lillama_core.blocks import BlockRunner, Parent
 from lillama_core.fidelity import measure_fidelity
+from lillama_core.initialization import Decomposition
 from lillama_core.modality import Samples
-from lillama_core.plan import RankPlan
-from lillama_core.profile import Profile
 from lillama_core.weights import WeightSource
 
 PARTS = 10
-"""Parts of a stack that are measured apart, each with as many blocks as the others or one more."""
+"""Runs of blocks of a stack that are measured apart, each with as many blocks as the others or one more."""
+
+ByMap = Mapping[str, float]
+"""A number for maps of a block, by the names that they have there."""
+Ranks = Mapping[str, int]
+"""Likewise."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Consecutive blocks of a stack, and what their low rank alone costs."""
+class Trial:
+    """A stack of the dense model in which maps are made low rank for a while, and a few rows to see what it does."""
 
-    blocks: list[Block]
-    predicted: float
-    """Sum of the energies that the plan leaves out: twice the divergence, in nats a row."""
-    measured: float
-    """The same as it was measured."""
+    parent: Parent
+    source: WeightSource
+    runner: BlockRunner
+    """Holds the calls of ``batches``."""
+    batches: Sequence[Samples]
+    stream: Sequence[torch.Tensor]
+    """What enters the first block for each batch."""
+    low_rank: Callable[[Block, Ranks], nn.Module]
+    """A dense block with untrained factors of these ranks."""
+
+    def advance(
+        self, stream: Sequence[torch.Tensor], blocks: Sequence[Block], ranks: Mapping[str, Ranks]
+    ) -> list[torch.Tensor]:
+        """What comes out of consecutive ``blocks`` of which some have ``ranks``, by their names."""
+        stream = list(stream)
+        for block in blocks:
+            mine = ranks.get(block.name)
+            self.runner.advance(self.low_rank(block, mine) if mine else self.source.block(block), block, stream)
+        return stream
+
+    def cost(self, dense: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> float:
+        """Twice the divergence of the predictions, in nats a row, from what the last block gives in either case.
+
+        Of outputs that are no predictions the relative error, which is as good for comparing parts of one model.
+        """
+        held = list(zip(self.batches, dense, changed, strict=True))
+        found = measure_fidelity(self.parent, held, self.runner.autocast_dtype, {})
+        if found["divergence"] is None:
+            return float(found["relative_error"])
+        return float(2 * found["divergence"] * found["tokens"] / sum(len(batch) for batch in self.batches))
 
 
-def parts_of(blocks: list[Block], parts: int) -> list[list[Block]]:
+def measure_scales(
+    trial: Trial, ranks: Mapping[str, Ranks], left_out: Mapping[str, ByMap], report: Callable[[str], None]
+) -> dict[str, float]:
+    """What the energies of each map of a stack count for, by its path.
+
+    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. ``report`` hears what has been
+    measured.
+    """
+    blocks = trial.parent.blocks
+    dense = trial.advance(trial.stream, blocks, {})
+    entering, rest = trial.stream, blocks
+    costs: dict[str, float] = {}
+    predicted: dict[str, float] = {}
+    for part in parts_of(blocks, PARTS):
+        names = {block.name for block in part}
+        low = {name: ranks[name] for name in names if name in ranks}
+        cost = trial.cost(dense, trial.advance(entering, rest, low)) if low else 0.0
+        costs |= dict.fromkeys(names, cost)
+        predicted |= dict.fromkeys(names, sum(sum(left_out[name].values()) for name in low))
+        rest = rest[len(part) :]
+        entering = trial.advance(entering, part, {}) if rest else entering
+        report(part[-1].name)
+    typical = quotient(sum(costs.values()), sum(predicted.values()), 1.0)
+    of_block = {name: quotient(costs[name], predicted[name], typical) for name in costs}
+
+    of_kind: dict[str, float] = {}
+    for kind in kinds_of(ranks):
+        low = {name: {n: r for n, r in mine.items() if kind_of(n) == kind} for name, mine in ranks.items()}
+        expected = sum(of_block[name] * left_out[name][n] for name, mine in low.items() for n in mine)
+        of_kind[kind] = quotient(trial.cost(dense, trial.advance(trial.stream, blocks, low)), expected, 1.0)
+        report(kind)
+    return {
+        block.full_name(map_): of_block[block.name] * of_kind.get(kind_of(map_.name), 1.0)
+        for block in blocks
+        for map_ in block.maps
+    }
+
+
+def energies_left_out(found: Mapping[str, Decomposition], ranks: Ranks) -> dict[str, float]:
+    """The energies of a block's maps beyond their ranks."""
+    return {name: found[name].spectrum.energies[rank:].sum().item() for name, rank in ranks.items()}
+
+
+def quotient(cost: float, predicted: float, otherwise: float) -> float:
+    """Measured over predicted, or ``otherwise`` where there is nothing to divide."""
+    return cost / predicted if cost > 0 and predicted > 0 else otherwise
+
+
+def parts_of(blocks: Sequence[Block], parts: int) -> list[Sequence[Block]]:
     """``blocks`` in at most ``parts`` runs of about equal length."""
     bounds = [round(i * len(blocks) / parts) for i in range(parts + 1)]
     return [blocks[a:b] for a, b in itertools.pairwise(bounds) if b > a]
 
 
-def measure_parts(
-    parent: Parent,
-    source: WeightSource,
-    runner: BlockRunner,
-    batches: list[Samples],
-    stream: list[torch.Tensor],
-    profile: Profile,
-    plan: RankPlan,
-    low_rank: Callable[[Block], nn.Module],
-) -> Iterator[Part]:
-    """Every part of a stack in turn; ``low_rank`` gives a block as ``plan`` has it, untrained.
-
-    ``stream`` is what enters the first block for each of ``batches``, whose calls ``runner`` holds.
-    """
-    stream = list(stream)
-    ends = list(stream)
-    for block in parent.blocks:
-        runner.advance(source.block(block), block, ends)
-    rest = list(parent.blocks)
-    for part in parts_of(parent.blocks, PARTS):
-        rest = rest[len(part) :]
-        changed = list(stream)
-        for block in part:
-            runner.advance(low_rank(block), block, changed)
-            if rest:
-                runner.advance(source.block(block), block, stream)
-        for block in rest:
-            runner.advance(source.block(block), block, changed)
-        found = measure_fidelity(parent, list(zip(batches, ends, changed, strict=True)), runner.autocast_dtype, {})
-        rows = sum(len(batch) for batch in batches)
-        divergence, tokens = found["divergence"], found["tokens"]
-        # Of outputs that are no predictions the error is in a unit of its own: all parts of a model share it.
-        measured = found["relative_error"] if divergence is None else 2 * divergence * tokens / rows
-        yield Part(part, sum(left_out(block, profile, plan) for block in part), measured)
+def kind_of(name: str) -> str:
+    """What maps of one kind share: the name within the block, without the numbers of experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def left_out(block: Block, profile: Profile, plan: RankPlan) -> float:
-    """The energies of a block's maps beyond their ranks in ``plan``."""
-    found, _ = profile.load(block)
-    ranks = {m.name: plan.ranks.get(block.full_name(m)) for m in block.maps}
-    return sum(found[name].spectrum.energies[rank:].sum().item() for name, rank in ranks.items() if rank is not None)
-
-
-def scales_of(parts: list[Part]) -> dict[str, float]:
-    """What the energies of each block count for, by its name; a part of which nothing is left out is as the others."""
-    predicted, measured = sum(p.predicted for p in parts), sum(p.measured for p in parts)
-    if not (predicted > 0 and measured > 0):
-        return {}
-    typical = measured / predicted
-    return {
-        block.name: part.measured / part.predicted if part.predicted > 0 and part.measured > 0 else typical
-        for part in parts
-        for block in part.blocks
-    }
+def kinds_of(ranks: Mapping[str, Ranks]) -> list[str]:
+    """The kinds of the maps that have ranks, in the order in which they come."""
+    return list(dict.fromkeys(kind_of(n) for mine in ranks.values() for n in mine))
 
 
 def rescaled(spectrum: Spectrum, scale: float) -> Spectrum:

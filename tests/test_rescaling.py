@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +21,10 @@ from lillama_core.blocks import BlockRunner, Parent
 from lillama_core.initialization import Decomposition
 from lillama_core.modality import Samples
 from lillama_core.models import find_architecture
-from lillama_core.plan import RankPlan
 from lillama_core.preparation import make_plan, prepare
 from lillama_core.profile import Profile
 from lillama_core.record import RunRecord
-from lillama_core.rescaling import PARTS, Part, measure_parts, parts_of, scales_of
+from lillama_core.rescaling import PARTS, Trial, kinds_of, measure_scales, parts_of, quotient
 from lillama_core.weights import ResidentSource
 
 CPU = torch.device("cpu")
@@ -42,15 +40,9 @@ def test_parts_are_about_equal_runs(blocks: int, parts: int) -> None:
     assert max(lengths) - min(lengths) <= 1
 
 
-def part(names: str, predicted: float, measured: float) -> Part:
-    blocks: list[Any] = [SimpleNamespace(name=name) for name in names]
-    return Part(blocks, predicted, measured)
-
-
-def test_a_part_of_which_nothing_is_left_out_counts_as_the_others() -> None:
-    found = scales_of([part("ab", 2.0, 6.0), part("c", 0.0, 0.0), part("d", 8.0, 4.0)])
-    assert found == {"a": 3.0, "b": 3.0, "c": 1.0, "d": 0.5}
-    assert scales_of([part("ab", 0.0, 0.0)]) == {}
+def test_kinds_do_not_count_experts() -> None:
+    ranks = {"a": {"mlp.experts.0.up": 1, "q": 2}, "b": {"mlp.experts.11.up": 3, "q2.1x": 4}}
+    assert kinds_of(ranks) == ["mlp.experts.*.up", "q", "q2.1x"]
 
 
 def tiny_llama() -> nn.Module:
@@ -64,46 +56,66 @@ def tiny_llama() -> nn.Module:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def test_measured_is_the_divergence_of_the_whole_model_with_that_part_changed(tmp_path: Path) -> None:
+def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     model = tiny_llama()
     architecture = find_architecture(model.config)
     blocks = find_blocks(architecture, model)["decoder"]
     parent, source = Parent(model, architecture, blocks), ResidentSource(model, CPU)
-    profile = Profile(tmp_path)
-    energies = torch.arange(10.0, 0.0, -1.0)
-    kept = {}
-    for block in blocks:
-        empty = torch.zeros(1, 1)
-        found = Decomposition(Spectrum(energies * (1 + block.index), True), empty, empty, True)
-        profile.save(block, {m.name: found for m in block.maps}, None, {})
-        # One map of a block is left whole.
-        kept |= {block.full_name(m): 7 for m in block.maps if m.name != "mlp.up_proj"}
-    plan = RankPlan("pivoted", kept)
+    # One map of each block is left whole, and one block altogether; the energies say what they like.
+    whole, spared = "mlp.up_proj", blocks[3].name
+    ranks = {b.name: {m.name: 7 for m in b.maps if m.name != whole} for b in blocks if b.name != spared}
+    left_out = {
+        b.name: {name: 0.1 * (1 + b.index) * (1 + i) for i, name in enumerate(ranks.get(b.name, {}))} for b in blocks
+    }
 
-    def changed(block: Block) -> nn.Module:
+    def low_rank(block: Block, mine: Mapping[str, int]) -> nn.Module:
         module = source.block(block)
-        for parameter in module.parameters():
-            parameter.mul_(1 - 0.02 * (1 + block.index))
+        for name in mine:
+            module.get_submodule(name).weight.mul_(1 - 0.02 * (1 + block.index))
         return module
 
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     batches = [Samples({"input_ids": rows}) for rows in tokens.split(2)]
     recorded = [parent.record(batch.inputs) for batch in batches]
     runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, None)
-    stream = [hidden for hidden, _ in recorded]
-    found = list(measure_parts(parent, source, runner, batches, stream, profile, plan, changed))
+    heard: list[str] = []
+    trial = Trial(parent, source, runner, batches, [hidden for hidden, _ in recorded], low_rank)
+    scales = measure_scales(trial, ranks, left_out, heard.append)
 
-    assert [b.name for p in found for b in p.blocks] == [b.name for b in blocks]
     dense = model(tokens).logits.double().log_softmax(-1)
-    for one in found:
+
+    def cost(changes: dict[str, dict[str, int]]) -> float:
         other = copy.deepcopy(model)
-        for block in one.blocks:
-            other.model.layers[block.index] = changed(block)
+        for block in blocks:
+            if block.name in changes:
+                other.model.layers[block.index] = low_rank(block, changes[block.name])
         logs = other(tokens).logits.double().log_softmax(-1)
-        divergence = (dense.exp() * (dense - logs)).sum().item() / 4  # nats a row
-        assert one.measured == pytest.approx(2 * divergence, rel=1e-3)
-        maps = len(blocks[0].maps) - 1
-        assert one.predicted == pytest.approx(sum((3 + 2 + 1) * (1 + b.index) * maps for b in one.blocks))
+        return 2 * (dense.exp() * (dense - logs)).sum().item() / 4  # nats a row
+
+    # Twelve blocks in ten runs: two of them are of two blocks.
+    runs = [[b.name for b in run] for run in parts_of(blocks, PARTS)]
+    costs = [cost({name: ranks[name] for name in run if name in ranks}) for run in runs]
+    sums = [sum(sum(left_out[name].values()) for name in run) for run in runs]
+    of_block = {
+        name: c / s if s else sum(costs) / sum(sums)
+        for run, c, s in zip(runs, costs, sums, strict=True)
+        for name in run
+    }
+    assert [len(run) for run in runs].count(2) == 2
+    for kind in ranks[blocks[0].name]:
+        expected = sum(of_block[name] * left_out[name][kind] for name in ranks)
+        of_kind = cost({name: {kind: 7} for name in ranks}) / expected
+        for block in blocks:
+            path = f"model.layers.{block.index}.{kind}"
+            assert scales[path] == pytest.approx(of_block[block.name] * of_kind, rel=2e-3)
+    # Of a kind that was never low rank only the block is known.
+    assert scales[f"model.layers.5.{whole}"] == pytest.approx(of_block[blocks[5].name], rel=2e-3)
+    assert heard == [run[-1] for run in runs] + list(ranks[blocks[0].name])
+
+
+def test_where_nothing_is_left_out_nothing_is_scaled() -> None:
+    assert quotient(0.0, 2.0, 5.0) == quotient(2.0, 0.0, 5.0) == quotient(math.nan, 2.0, 5.0) == 5.0
+    assert quotient(3.0, 2.0, 5.0) == 1.5
 
 
 def test_a_block_that_counts_more_gets_higher_ranks(tmp_path: Path, make_model: Callable[..., Path]) -> None:
@@ -118,7 +130,8 @@ def test_a_block_that_counts_more_gets_higher_ranks(tmp_path: Path, make_model: 
             energies = torch.linspace(2.0, 0.1, side)
             found[map_.name] = Decomposition(Spectrum(energies, True), torch.zeros(1, 1), torch.zeros(1, 1), True)
         profile.save(block, found, None, {})
-    first, *others = prepared.all_blocks
+    paths = {b.name: [b.full_name(m) for m in b.maps] for b in prepared.all_blocks}
+    first, *others = paths
 
     def kept(scales: dict[str, float]) -> list[int]:
         plan = make_plan(prepared, "spectrum", profile, scales)
@@ -132,11 +145,12 @@ def test_a_block_that_counts_more_gets_higher_ranks(tmp_path: Path, make_model: 
             for block in prepared.all_blocks
         ]
 
-    even, more = kept({}), kept({first.name: 4.0, **{b.name: 1.0 for b in others}})
+    ones = dict.fromkeys((p for name in others for p in paths[name]), 1.0)
+    even, more = kept({}), kept({**dict.fromkeys(paths[first], 4.0), **ones})
     assert more[0] > even[0]
     assert sum(more) == pytest.approx(sum(even), rel=0.01)
     # Only quotients matter.
-    assert kept(dict.fromkeys((b.name for b in prepared.all_blocks), 50.0)) == even
+    assert kept(dict.fromkeys((p for of_block in paths.values() for p in of_block), 50.0)) == even
 
 
 def test_a_run_measures_every_part_and_says_so(
@@ -157,10 +171,14 @@ def test_a_run_measures_every_part_and_says_so(
     without, with_ = run("without", replace(recipe, rescaling_tokens=0)), run("with", recipe)
     assert without.scales == {}
     written = json.loads((tmp_path / "with" / "lillama.json").read_text())
-    assert list(written["scales"]) == [f"decoder.{i}" for i in range(3)]
+    assert list(written["scales"]) == list(written["shapes"])
     assert all(math.isfinite(s) and s > 0 for s in written["scales"].values())
     # Blocks of random weights are much alike: were one not, its maps would be spared.
-    monkeypatch.setattr("lillama_core.engine.scales_of", lambda parts: {**scales_of(parts), "decoder.1": 1e3})
+
+    def spare(*measured: Any) -> dict[str, float]:
+        return {name: 1e3 * scale if ".1." in name else scale for name, scale in measure_scales(*measured).items()}
+
+    monkeypatch.setattr("lillama_core.engine.measure_scales", spare)
     spared = run("spared", recipe).plan["ranks"]
 
     def removed(ranks: dict[str, int]) -> int:
