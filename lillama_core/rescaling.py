@@ -82,19 +82,16 @@ def measure_scales(
     blocks = trial.parent.blocks
     dense = trial.advance(trial.stream, blocks, {})
     entering, rest = trial.stream, blocks
-    costs: dict[str, float] = {}
-    predicted: dict[str, float] = {}
+    measured: list[tuple[Sequence[Block], float, float]] = []
     for part in parts_of(blocks, PARTS):
-        names = {block.name for block in part}
-        low = {name: ranks[name] for name in names if name in ranks}
+        low = {block.name: ranks[block.name] for block in part if block.name in ranks}
         cost = trial.cost(dense, trial.advance(entering, rest, low)) if low else 0.0
-        costs |= dict.fromkeys(names, cost)
-        predicted |= dict.fromkeys(names, sum(sum(left_out[name].values()) for name in low))
+        measured.append((part, cost, sum(sum(left_out[name].values()) for name in low)))
         rest = rest[len(part) :]
         entering = trial.advance(entering, part, {}) if rest else entering
         report(part[-1].name)
-    typical = quotient(sum(costs.values()), sum(predicted.values()), 1.0)
-    of_block = {name: quotient(costs[name], predicted[name], typical) for name in costs}
+    typical = quotient(sum(cost for _, cost, _ in measured), sum(predicted for _, _, predicted in measured), 1.0)
+    of_block = {block.name: quotient(cost, predicted, typical) for part, cost, predicted in measured for block in part}
 
     of_kind: dict[str, float] = {}
     for kind in kinds_of(ranks):
