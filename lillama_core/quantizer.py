@@ -120,6 +120,12 @@ class LillamaHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         for architecture in registry().architectures_for(model.config.model_type):
             architecture.adapt(model)
+        # Weights that are converted to another dtype are copies. Integers are not converted: as views of the mapped
+        # file they would keep all of it in memory beside the copies.
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_floating_point():
+                    setattr(module, name, buffer.clone())
         loaded: nn.Module = model
         return loaded
 

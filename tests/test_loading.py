@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -76,6 +77,20 @@ def test_a_process_with_lillama_loads_the_same_numbers(compressed: Path) -> None
     here = model(torch.arange(5, 15)[None]).logits.double().sum().item()
     assert found[0] == found[1]
     assert found[0] == pytest.approx(here, rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
+def test_the_file_leaves_memory_when_the_weights_are_converted(compressed: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    file = str(compressed / "model.safetensors")
+    as_it_is = AutoModelForCausalLM.from_pretrained(compressed)
+    assert any("permutation" in name for name, _ in as_it_is.named_buffers())
+    del as_it_is
+    model = AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float64)
+    gc.collect()
+    assert model.dtype == torch.float64
+    assert file not in Path("/proc/self/maps").read_text()
 
 
 def test_base_model_pipeline_dtype_and_training(compressed: Path) -> None:
