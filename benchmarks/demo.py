@@ -48,10 +48,10 @@ def main() -> None:
     result = options.output / "SmolLM2-135M-20"
     calibration = HERE / "data" / "wikitext2-valid.txt"
     # Fewer tokens and steps than the recipe has by default: the demonstration is to end within 12 minutes.
-    budget = ["--tokens", "12288", "--sensitivity-tokens", "4096", "--steps", "16"]
+    budget = ["--tokens", "12288", "--sensitivity-tokens", "4096", "--rescaling-tokens", "1024", "--steps", "16"]
     run("compress", options.model, "--output", result, "--reduction", "0.2", "--calibration", calibration,
         *budget, "--overwrite")  # fmt: skip
-    run("evaluate", result, "--baseline", options.model, "--windows", "16", "--limit", "100")
+    run("evaluate", result, "--baseline", options.model, "--windows", "16", "--limit", "60")
     print(f"\nQuestion: {QUESTION}")
     for name, spec in (("dense", options.model), ("20 % smaller", str(result))):
         print(f"\n{name}: {answer(spec)}")
