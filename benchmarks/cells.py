@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,15 @@ def planned_options(model: SuiteModel, method: Method | None, reduction: float) 
     return {"compress": compress, "evaluate": evaluations}
 
 
-def run_cell(
-    workshop: Workshop, model: SuiteModel, method: Method, reduction: float, dense_known: bool
-) -> list[Result]:
-    """Compress and measure; the cell's result, and that of the dense model where it is not yet known.
-
-    The dense model is measured once, or beside every cell where the comparison is in pairs. What fails is in the
-    result's ``error``.
-    """
+def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: float) -> Result:
+    """Compress and measure, with the dense model's details, if there are any; what fails is in ``error``."""
     options = planned_options(model, method, reduction)
     folder = workshop.cell(model.name, cell_name(method.name, reduction))
     values = dict(vars(Result(model.name, "", method.name, reduction, options)))
     try:
         source = workshop.fetch(model)
-        values |= {"architecture": _architecture(source).name}
+        architecture = _architecture(source)
+        values |= {"architecture": architecture.name}
         compressed = folder / "model"
         _command(
             workshop,
@@ -124,39 +119,20 @@ def run_cell(
         for name in KEPT:
             if (compressed / name).is_file():
                 shutil.copy2(compressed / name, folder / name)
-        baseline = None if dense_known and not model.paired else source
-        dense, metrics = _evaluate(workshop, folder, baseline, compressed, options["evaluate"])
-        values["metrics"] = metrics
-        found = [Result(**values)]
-        if not dense_known:
-            found.insert(0, _beside(found[0], planned_options(model, None, 0.0), source, dense))
+        beside = source if architecture.evaluation.side_by_side else None
+        values["metrics"] = _evaluate(workshop, model, folder, compressed, options["evaluate"], beside)
     except LillamaError as error:
-        found = [Result(**(values | {"error": str(error)}))]
+        values["error"] = str(error)
     except OSError as error:
-        found = [Result(**(values | {"error": f"{error.strerror or error}: {error.filename}"}))]
+        values["error"] = f"{error.strerror or error}: {error.filename}"
     finally:
         if not workshop.keep_models:
             shutil.rmtree(folder / "model", ignore_errors=True)
-    return found
-
-
-def _beside(result: Result, options: dict[str, Any], source: Path, metrics: list[dict[str, Any]]) -> Result:
-    """The result of the dense model that was measured beside a compressed one."""
-    return replace(
-        result,
-        method=DENSE,
-        reduction=0.0,
-        options=options,
-        parameters=_parameters(source),
-        bytes=weight_bytes(source),
-        metrics=metrics,
-        seconds=None,
-        peak_memory_bytes=None,
-    )
+    return Result(**values)
 
 
 def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
-    """The model as it is, measured alone: for when no cell was measured beside it."""
+    """The model as it is, measured once: its details are what every cell is compared with, case by case."""
     from lillama_core.record import versions
 
     options = planned_options(model, None, 0.0)
@@ -166,7 +142,7 @@ def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
         source = workshop.fetch(model)
         values |= {"architecture": _architecture(source).name}
         values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
-        values["metrics"] = _evaluate(workshop, folder, None, source, options["evaluate"])[1]
+        values["metrics"] = _evaluate(workshop, model, folder, source, options["evaluate"], None)
     except LillamaError as error:
         values["error"] = str(error)
     except OSError as error:
@@ -193,24 +169,31 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _evaluate(
-    workshop: Workshop, folder: Path, baseline: Path | None, model: Path, evaluations: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Measurements of the baseline and of ``model``, from all runs of ``evaluate`` together."""
-    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    workshop: Workshop,
+    model: SuiteModel,
+    folder: Path,
+    measured: Path,
+    evaluations: list[dict[str, Any]],
+    beside: Path | None,
+) -> list[dict[str, Any]]:
+    """Measurements of the model in ``measured``, from all runs of ``evaluate`` together."""
+    found: dict[str, Any] = {}
     for number, options in enumerate(evaluations, 1):
         file = folder / f"evaluation-{number}.json"
+        known = workshop.folder / "cells" / model.name / DENSE / f"details-{number}"
+        # A folder in it for each model of the run; the dense one was alone.
+        kept = sorted(known.iterdir()) if known.is_dir() else []
+        baseline = ("--baseline", beside) if beside else ("--baseline-details", kept[0]) if kept else ()
         _command(
             workshop,
             folder / f"evaluation-{number}.log",
-            *("evaluate", model, *(() if baseline is None else ("--baseline", baseline))),
-            *("--json", file, "--details", folder / "details", "--device", workshop.device, "--quiet"),
+            *("evaluate", measured, *baseline),
+            *("--json", file, "--details", folder / f"details-{number}", "--device", workshop.device, "--quiet"),
             *command_line(options),
         )
-        measured = json.loads(file.read_text(encoding="utf-8"))
-        for into, which in zip(found, (baseline, model), strict=True):
-            for metric in measured.get(str(which), []):
-                into.setdefault(metric["name"], metric)
-    return list(found[0].values()), list(found[1].values())
+        for metric in json.loads(file.read_text(encoding="utf-8")).get(str(measured), []):
+            found.setdefault(metric["name"], metric)
+    return list(found.values())
 
 
 def command_line(options: Mapping[str, Any]) -> list[str]:

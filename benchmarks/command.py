@@ -115,14 +115,12 @@ def _run_model(
         first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
         print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)
 
-    dense = (model.name, DENSE, 0.0)
+    if missing((model.name, DENSE, 0.0), None):
+        keep(run_dense(workshop, model))
     for reduction in reductions:
         for method in methods:
             if missing((model.name, method.name, reduction), method):
-                for result in run_cell(workshop, model, method, reduction, not missing(dense, None)):
-                    keep(result)
-    if missing(dense, None):
-        keep(run_dense(workshop, model))
+                keep(run_cell(workshop, model, method, reduction))
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:

@@ -32,8 +32,6 @@ class SuiteModel:
     """Options of ``lillama evaluate``, one run of it each; where two measure one thing, the first counts."""
     compress: Options = field(default_factory=dict)
     """Options of every compression of this model, over those of the method."""
-    paired: bool = False
-    """Whether a metric compares with the dense model case by case, so that both are measured every time."""
     on_request: bool = False
     """Whether it takes part only when it is named."""
 
@@ -99,8 +97,7 @@ def cross_architecture(folder: Path) -> list[SuiteModel]:
 
     def made(name: str) -> SuiteModel:
         calibration, evaluations = data.get(name, ((CALIBRATION_TEXT,), _text()))
-        speaks = evaluations is speech
-        return SuiteModel(name, lambda: zoo.fetch(name), calibration, evaluations, options.get(name, {}), speaks)
+        return SuiteModel(name, lambda: zoo.fetch(name), calibration, evaluations, options.get(name, {}))
 
     found = [made(model.name) for model in zoo.models()]
     whisper = made("whisper-tiny.en")

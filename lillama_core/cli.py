@@ -286,7 +286,11 @@ def _add_evaluate(commands: Any) -> None:
         description="Measure a model with the metrics of its architecture's plugin, dense or compressed.",
     )
     _add_model(parser)
-    parser.add_argument("--baseline", metavar="MODEL", help="measure this model as well, side by side")
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument("--baseline", metavar="MODEL", help="measure this model as well, side by side")
+    beside.add_argument(
+        "--baseline-details", metavar="DIR", help="compare with a model measured before: what --details kept of it"
+    )
     parser.add_argument("--data", metavar="SRC", help="text for perplexity (default: the offline set)")
     parser.add_argument(
         "--tasks",
@@ -303,7 +307,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--tokenizer", metavar="SRC", help="tokenizer, if the model does not bring one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file as well")
-    parser.add_argument("--details", metavar="DIR", help="write transcripts with alignments there (speech)")
+    parser.add_argument("--details", metavar="DIR", help="keep what is compared case by case (transcripts, routing)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but the result and errors")
     parser.set_defaults(run=run_evaluate)
@@ -325,6 +329,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             seed=options.seed,
             details=None if options.details is None else Path(options.details),
         ),
+        baseline_details=None if options.baseline_details is None else Path(options.baseline_details),
         architecture=options.architecture,
         tokenizer=options.tokenizer,
         device=options.device,

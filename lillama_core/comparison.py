@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lillama_core.architecture import safe_file_stem
+from lillama_core.architecture import Architecture, safe_file_stem
 from lillama_core.compute import choose_device
-from lillama_core.errors import UserError
+from lillama_core.errors import UserError, one_line
 from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
 from lillama_core.memory import release_memory
 from lillama_core.models import find_architecture, load_config, load_model, locate
@@ -26,6 +26,8 @@ class EvaluationRequest:
     models: tuple[str, ...]
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     """Its ``details`` get a folder for each model."""
+    baseline_details: Path | None = None
+    """Such a folder of an earlier run: its model stands before ``models``, and is not measured again."""
     architecture: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
@@ -65,6 +67,22 @@ def _check(request: EvaluationRequest) -> None:
             raise UserError(f"--details {str(folder)!r} cannot be made: {str(there)!r} is not a writable directory")
 
 
+def _recalled(folder: Path, architecture: Architecture, device: torch.device) -> Subject:
+    """The model of which an earlier evaluation left its details in ``folder``."""
+    if not folder.is_dir():
+        raise UserError(f"--baseline-details {str(folder)!r} is not a directory")
+    try:
+        notes = architecture.evaluation.recall(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--baseline-details {str(folder)!r} cannot be read: {one_line(error)}") from None
+    if not notes:
+        raise UserError(
+            f"--baseline-details {str(folder)!r} holds nothing that the metrics of architecture {architecture.name!r}"
+            " can compare with; measure the model itself with --baseline"
+        )
+    return Subject(folder.name, None, None, device, notes=notes)
+
+
 def compare(request: EvaluationRequest) -> list[Evaluated]:
     """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
     _check(request)
@@ -82,9 +100,10 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
         architecture.evaluation.check_with(processor, options)
         prepared.append((spec, source, architecture, processor))
     found = []
+    recalled = request.baseline_details
+    baseline = None if recalled is None else _recalled(recalled, prepared[0][2], device)
     with Progress("quiet" if request.quiet else "normal") as progress:
         progress.release()
-        baseline: Subject | None = None
         for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
             progress.line(f"Measuring {spec}")
             # Half precision is slow on a CPU, and rounds what is to be compared.

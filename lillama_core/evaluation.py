@@ -95,6 +95,24 @@ class Evaluation:
             if check is not None:
                 check(processor, options)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a metric needs the baseline measured in the same run: one may say so by this name."""
+        return any(getattr(metric, "side_by_side", False) for metric in self.metrics)
+
+    def recall(self, folder: Path) -> dict[str, Any]:
+        """What the metrics noted of the model whose details (`EvaluationOptions.details`) lie in ``folder``.
+
+        A metric that writes details may read them again by a method of this name, so that a model need not be measured
+        anew beside each one that is compared with it. Raises OSError or ValueError for details that cannot be read.
+        """
+        notes: dict[str, Any] = {}
+        for metric in self.metrics:
+            read = getattr(metric, "recall", None)
+            if read is not None:
+                notes |= read(folder)
+        return notes
+
     def run(
         self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None
     ) -> list[Measurement]:

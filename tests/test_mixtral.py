@@ -244,10 +244,10 @@ def test_layers_without_a_router_are_found_too(dense: Callable[[str], Path]) -> 
 
 
 def test_routing_is_counted_and_compared(
-    dense: Callable[[str], Path], tiny_tokenizer: Any, calibration_text: Path
+    dense: Callable[[str], Path], tiny_tokenizer: Any, calibration_text: Path, tmp_path: Path
 ) -> None:
     model = load(dense("mixtral"))
-    options = EvaluationOptions(data=str(calibration_text), sequence_length=32, windows=3)
+    options = EvaluationOptions(data=str(calibration_text), sequence_length=32, windows=3, details=tmp_path / "1-dense")
     first = Subject("dense", model, tiny_tokenizer)
     (share,) = Routing().measure(first, options, lambda line: None)
     assert share.name == "routing/smallest_share"
@@ -269,6 +269,13 @@ def test_routing_is_counted_and_compared(
 
     same = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=first), options, lambda line: None)
     assert [m.value for m in same if m.name == "routing/agreement"] == [100.0]
+    # What was written says the same; other text of the same length is no ground for a comparison.
+    known = Subject("1-dense", None, None, notes=Routing().recall(tmp_path / "1-dense"))
+    kept_apart = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, print)
+    assert kept_apart == same
+    known.notes["routed_tokens"] += 1
+    (alone,) = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, print)
+    assert alone == share
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.neg_()

@@ -20,6 +20,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig
 
 from lillama_benchmarks.zoo import fetch
 from lillama_core.calibration.audio import RATE, read_speech
+from lillama_core.comparison import EvaluationRequest, compare
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.metrics import speech
@@ -504,6 +505,28 @@ def test_the_evaluation_measures_both_sets_and_the_change(subject: Subject, tmp_
     table = (tmp_path / "out" / "read.txt").read_text()
     assert table.startswith(f"read: {by_hand:.2f} % word errors, 2 utterances")
     assert all(s.name in table for s in noted["read"])
+    assert evaluation.recall(tmp_path / "out") == {speech.NOTES: {"read": noted["read"]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "is not a directory"),
+        ({}, "holds nothing that the metrics of architecture 'whisper' can compare with; .* --baseline"),
+        ({"read.jsonl": "[1"}, "cannot be read: read.jsonl does not hold transcripts"),
+        ({"read.jsonl": '{"name": "a"}'}, "cannot be read: read.jsonl does not hold transcripts"),
+    ],
+)
+def test_details_of_a_baseline_that_are_none(
+    content: dict[str, str] | None, complaint: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "1-dense"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        compare(EvaluationRequest((str(checkpoint),), EvaluationOptions(limit=1), baseline_details=folder, quiet=True))
 
 
 def test_the_normaliser_needs_no_file_of_the_checkpoint(subject: Subject) -> None:

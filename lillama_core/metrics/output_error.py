@@ -24,6 +24,7 @@ class OutputError:
     """
 
     name = "output_error"
+    side_by_side = True
 
     def __init__(self, modality: Described) -> None:
         self._modality = modality

@@ -268,6 +268,11 @@ class WordErrorRate:
         subject.notes[NOTES] = noted
         return measurements
 
+    def recall(self, folder: Path) -> dict[str, Any]:
+        """The transcripts that `measure` wrote into ``folder``; none is no error."""
+        found = {file.stem: read_transcripts(file) for file in sorted(folder.glob("*.jsonl"))}
+        return {NOTES: found} if found else {}
+
     @staticmethod
     def _measurements(name: str, scored: list[Scored], baseline: Subject | None, seed: int) -> list[Measurement]:
         words = sum(s.words for s in scored)
@@ -326,8 +331,11 @@ def write_transcripts(scored: Sequence[Scored], folder: Path, name: str) -> None
 
 
 def read_transcripts(path: Path) -> list[Scored]:
-    """What `write_transcripts` wrote into a ``.jsonl``."""
-    return [Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """What `write_transcripts` wrote into a ``.jsonl``; raises ValueError when it holds anything else."""
+    try:
+        return [Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path.name} does not hold transcripts: {error}") from None
 
 
 class RealTimeFactor:

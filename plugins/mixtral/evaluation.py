@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from lillama_core import Evaluation, EvaluationOptions, Measurement, Subject
@@ -16,6 +19,8 @@ ROUTER = "mlp.gate"
 """Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
 WINDOWS = 8
 """Routing needs less text than perplexity."""
+FILE = "routing.safetensors"
+"""The choices among the details."""
 
 
 @torch.inference_mode()
@@ -55,7 +60,8 @@ def agreement(chosen: torch.Tensor, reference: torch.Tensor) -> float:
 class Routing:
     """How evenly the experts are used, and whether tokens go where the first model measured sends them.
 
-    Notes ``routing``, the choices, and ``tokens_per_expert``, for every layer the part of the tokens of each expert.
+    Notes ``routing``, the choices, ``routed_tokens``, the text that they were made on, and ``tokens_per_expert``, for
+    every layer the part of the tokens of each expert. The first two are its details.
     """
 
     name = "routing"
@@ -71,7 +77,10 @@ class Routing:
             return []
         chosen, experts = choices(subject.model, rows, subject.device)
         shares = token_shares(chosen, experts)
-        subject.notes |= {"routing": chosen, "tokens_per_expert": shares.tolist()}
+        subject.notes |= {"routing": chosen, "routed_tokens": rows, "tokens_per_expert": shares.tolist()}
+        if options.details is not None:
+            options.details.mkdir(parents=True, exist_ok=True)
+            save_file({"routing": chosen, "routed_tokens": rows}, options.details / FILE)
         found = [
             Measurement(
                 "routing/smallest_share",
@@ -82,18 +91,26 @@ class Routing:
                 f" {chosen.shape[-1]} a token.",
             )
         ]
-        reference = subject.baseline.notes.get("routing") if subject.baseline is not None else None
-        if reference is not None and reference.shape == chosen.shape:
+        before = {} if subject.baseline is None else subject.baseline.notes
+        same_text = torch.equal(before.get("routed_tokens", torch.empty(0)), rows)
+        if same_text and before["routing"].shape == chosen.shape:
             found.append(
                 Measurement(
                     "routing/agreement",
-                    100 * agreement(chosen, reference),
+                    100 * agreement(chosen, before["routing"]),
                     "%",
                     "higher",
                     "Part of the choices of an expert that the first model makes as well, all layers together.",
                 )
             )
         return found
+
+    def recall(self, folder: Path) -> dict[str, Any]:
+        """The choices that `measure` wrote into ``folder``; none is no error."""
+        try:
+            return dict(load_file(folder / FILE)) if (folder / FILE).is_file() else {}
+        except SafetensorError as error:
+            raise ValueError(f"{FILE} is damaged: {error}") from None
 
 
 evaluation = Evaluation(*language_model_evaluation.metrics, Routing())
