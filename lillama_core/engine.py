@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture import Block, safe_file_stem
+from lillama_core.architecture import Block
 from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
 from lillama_core.embedding import EmbeddingObserver, embedding_site
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.fidelity import measure_fidelity
-from lillama_core.formats import BUILT_IN, FactoredLinear
-from lillama_core.initialization import Decomposition, Initializer, root
+from lillama_core.finished import FinishedBlocks, rounded
+from lillama_core.initialization import Initializer, root
 from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
 from lillama_core.memory import release_memory
@@ -93,16 +93,6 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         return _Run(request, prepared, processor, device, directory, progress).run()
 
 
-def rounded(module: nn.Module, dtype: torch.dtype, path: str) -> dict[str, torch.Tensor]:
-    """The state of ``module`` with its real numbers in ``dtype``; LillamaError where they overflow."""
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            shown = str(dtype).removeprefix("torch.")
-            raise LillamaError(f"{path}.{name} does not fit {shown}: values overflow; try --dtype bfloat16")
-    return state
-
-
 class _Run:
     """One compression: the objects that its stages share."""
 
@@ -154,6 +144,9 @@ class _Run:
             check_finite(model)
             self.dtype = check_dtype(recipe.dtype, next(model.parameters()).dtype, from_gguf)
             self.record.dtype = str(self.dtype).removeprefix("torch.")
+            self.finished = FinishedBlocks(
+                self.directory.blocks, self.initializer, prepared.format, self.dtype, self.device, recipe.seed
+            )
             self._upcast(model)
             model.to(self.device)
             self._probe(model)
@@ -441,7 +434,7 @@ class _Run:
 
                 def low_rank(block: Block, ranks: Ranks) -> nn.Module:
                     module = source.block(block)
-                    self._factor(block, module, ranks, profile.load(block)[0])
+                    self.finished.factor(block, module, ranks, profile.load(block)[0])
                     return module.to(self.device).eval()
 
                 trial = Trial(parent, source, self._runner(calls), small, stream, low_rank)
@@ -455,19 +448,6 @@ class _Run:
         # Read back: a resumed run has to come to the same ranks.
         self.record.scales = read_json(path)
         return make_plan(prepared, recipe.allocation, profile, self.record.scales)
-
-    def _factor(self, block: Block, module: nn.Module, ranks: Ranks, found: dict[str, Decomposition]) -> None:
-        """Put the untrained factors of the maps that have ``ranks`` into a dense block."""
-        generator = torch.Generator().manual_seed(self.recipe.seed * 100_003 + block.index)
-        for site in block.sites:
-            layers: dict[str, nn.Module] = {}
-            for map_ in site.maps:
-                if map_.name in ranks:
-                    weight = site.weight(module, map_)
-                    B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                    bias = found[map_.name].bias(site.bias(module, map_), weight, B, A)
-                    layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, bias)
-            site.put(module, layers)
 
     def _profile_embedding(self, model: nn.Module, data: Samples, profile: Profile) -> None:
         """Take the token embedding apart, if it is to be compressed."""
@@ -493,8 +473,8 @@ class _Run:
             return {}
         site = embedding_site(block)
         (map_,) = block.maps
-        path = self._file(block)
-        if not path.is_file():
+        path = self.finished.path(block)
+        if not self.finished.has(block):
             found, _ = profile.load(block)
             generator = torch.Generator().manual_seed(self.recipe.seed)
             weight = site.weight(model, map_).cpu()
@@ -552,14 +532,13 @@ class _Run:
         held = [list(followed).index(i) for i in held_out]
         self.progress.phase("Compressing blocks", len(parent.blocks))
         for block in parent.blocks:
-            path = self._file(block)
             ranks = self._ranks(block, plan)
             dense = source.block(block)
             before = list(teacher) if recipe.mode != "student" and recipe.steps > 0 else []
             pinned = PinnedOutputs(self.architecture.pinned)
             with pinned.noting(dense):
                 teacher_runner.advance(dense, block, teacher)
-            if not path.is_file():
+            if not self.finished.has(block):
                 self._compress_block(
                     block,
                     dense,
@@ -569,9 +548,9 @@ class _Run:
                     profile,
                     training,
                 )
-            note = read_json(path.with_suffix(".json"))
+            note = self.finished.note(block)
             self.record.blocks.append(note)
-            student_runner.advance(self._finished_block(source.block(block), block, ranks), block, student)
+            student_runner.advance(self.finished.read(block, source.block(block), ranks), block, student)
             release_memory()
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
@@ -591,7 +570,7 @@ class _Run:
         """Factor, train, convert and write one block. ``dense`` becomes the student."""
         found, gradient_moment = profile.load(block)
         student = dense
-        self._factor(block, student, ranks, found)
+        self.finished.factor(block, student, ranks, found)
         student.to(self.device)
         metric = None
         if not ranks:
@@ -603,62 +582,27 @@ class _Run:
             moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
             metric = root(moment, METRIC_DAMPING).float().to(self.device)
         result = distill_block(student, block, runner, data, metric, training)
-        for site in block.sites:
-            converted: dict[str, nn.Module] = {}
-            for map_ in site.maps:
-                if map_.name in ranks:
-                    layer = site.layer(student, map_)
-                    assert isinstance(layer, FactoredLinear)
-                    bias = None if layer.bias is None else layer.bias.cpu()
-                    converted[map_.name] = self.prepared.format.from_factors(
-                        layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
-                    )
-            site.put(student, converted)
-        state = rounded(student, self.dtype, block.path)
-        path = self._file(block)
-        write_json(
-            path.with_suffix(".json"),
-            {
-                "name": block.path,
-                "ranks": ranks,
-                "loss_before": result.loss_before,
-                "loss_after": result.loss_after,
-                "error_before": result.error_before,
-                "error_after": result.error_after,
-                "steps": result.steps,
-                "kept_step": result.kept_step,
-            },
-        )
-        # Last: the weights say that the block is done.
-        write_tensors(path, state)
-
-    def _file(self, block: Block) -> Path:
-        return self.directory.blocks / f"{safe_file_stem(block.name)}.safetensors"
+        note = {
+            "name": block.path,
+            "ranks": ranks,
+            "loss_before": result.loss_before,
+            "loss_after": result.loss_after,
+            "error_before": result.error_before,
+            "error_after": result.error_after,
+            "steps": result.steps,
+            "kept_step": result.kept_step,
+        }
+        self.finished.write(block, student, ranks, note)
 
     @staticmethod
     def _ranks(block: Block, plan: RankPlan) -> dict[str, int]:
         """The ranks of a block's maps by the names that they have there."""
         return {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
 
-    def _finished_block(self, module: nn.Module, block: Block, ranks: dict[str, int]) -> nn.Module:
-        """The block as it was written, in fp32: what follows learns to live with its rounding, and a resumed
-        run sees the same as an uninterrupted one."""
-        for site in block.sites:
-            layers = {}
-            for map_ in site.maps:
-                if map_.name in ranks:
-                    has_bias = site.bias(module, map_) is not None
-                    layers[map_.name] = self.prepared.format.module(
-                        map_.out_features, map_.in_features, ranks[map_.name], has_bias, torch.float32, "cpu"
-                    )
-            site.put(module, layers)
-        module.load_state_dict(read_tensors(self._file(block)))
-        return module.to(self.device).eval().requires_grad_(False)
-
     def _install(self, model: nn.Module, blocks: list[Block], plan: RankPlan) -> None:
         """Put the finished blocks of a stack into the model."""
         for block in blocks:
-            finished = self._finished_block(model.get_submodule(block.path), block, self._ranks(block, plan))
+            finished = self.finished.read(block, model.get_submodule(block.path), self._ranks(block, plan))
             if len(self.architecture.stacks) == 1:
                 # Nothing runs them again before they are written.
                 for parameter in finished.parameters():
