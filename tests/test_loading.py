@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from lillama_core import LillamaError, Recipe, Request, compress
 from lillama_core.models import count_parameters
+from lillama_core.output import verify
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +182,24 @@ def test_parameters_are_counted_once_when_tied(compressed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert count_parameters(model) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_result_that_loads_otherwise_is_noticed_and_rounding_is_not(
+    dtype: torch.dtype, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense).to(dtype)
+    model.save_pretrained(tmp_path / "half")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        # The same weights in exact arithmetic.
+        exact = model.double()(ids).logits.float()
+    for factor, status in ((1.0, 0), (1.1, 1)):
+        save_file({"inputs.input_ids": ids, "expected": exact * factor}, tmp_path / "probe.safetensors")
+        assert (
+            verify.main(str(tmp_path / "half"), str(tmp_path / "probe.safetensors"), "AutoModelForCausalLM") == status
+        )
+    assert "outputs differ by 0.09" in capsys.readouterr().err
