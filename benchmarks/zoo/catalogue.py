@@ -61,6 +61,7 @@ def models() -> list[ZooModel]:
             "CC-BY-SA-3.0",
             12_200_000,
             functools.partial(_committed, "mamba-tiny"),
+            revision=2,
         ),
         ZooModel(
             "falcon-mamba-tiny",
@@ -69,6 +70,7 @@ def models() -> list[ZooModel]:
             "CC-BY-SA-3.0",
             12_200_000,
             functools.partial(_committed, "falcon-mamba-tiny"),
+            revision=2,
         ),
         ZooModel(
             "whisper-tiny.en",

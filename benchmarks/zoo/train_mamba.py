@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="end by then, with fewer steps")
-    parser.add_argument("--start", type=Path, help="begin the second phase with this model, a Mamba for either")
+    parser.add_argument("--start", type=Path, help="begin the second phase with this Mamba of the first")
     options = parser.parse_args()
     settings = Settings(steps=options.steps, minutes=options.minutes)
     text = training_text()
@@ -253,6 +253,7 @@ def main() -> None:
     started = time.monotonic()
     model: Any = new_model(MODEL_TYPES[options.name], settings)
     courses = [settings, finishing(settings)]
+    earlier: dict[str, Any] = {"phases": [], "seconds": 0}
     if options.start is not None:
         from transformers import AutoModelForCausalLM
 
@@ -262,8 +263,9 @@ def main() -> None:
         else:
             copy_into_falcon(start, model, tokens[:4096].view(8, 512))
         courses = courses[1:]
+        earlier = json.loads((options.start / "training.json").read_text())
     phases = [{**asdict(s), "steps": train(model, tokens, held_out, s)} for s in courses]
-    seconds = time.monotonic() - started
+    phases, seconds = earlier["phases"] + phases, earlier["seconds"] + time.monotonic() - started
 
     model.eval().to(torch.float16)
     model.generation_config.max_new_tokens = 64
