@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from lillama_core.architecture import Block
 from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
 from lillama_core.compute import choose_autocast, choose_device
+from lillama_core.correction import LastMap, correct, find_last_map, gradients_of
 from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
 from lillama_core.embedding import EmbeddingObserver, embedding_site
 from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
@@ -21,6 +24,7 @@ from lillama_core.finished import FinishedBlocks, rounded
 from lillama_core.initialization import Initializer, root
 from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
+from lillama_core.maps import LinearMap
 from lillama_core.memory import release_memory
 from lillama_core.modality import Inputs, SampleRequest, Samples
 from lillama_core.models import (
@@ -40,6 +44,7 @@ from lillama_core.record import RunRecord, versions
 from lillama_core.rescaling import PARTS, Ranks, Trial, energies_left_out, kinds_of, measure_scales, parts_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
+from lillama_core.sites import Site
 from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
@@ -519,8 +524,10 @@ class _Run:
             gradient_clip=recipe.gradient_clip,
             seed=recipe.seed,
         )
-        # Without training only the held-out rows are followed, for the report.
-        followed = range(len(batches)) if recipe.steps > 0 else held_out
+        last_maps = self._last_maps(parent, dense_recorded, source, plan)
+        # The first batches serve the correction, all of them training, the held-out ones the report.
+        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / recipe.tokens))
+        followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
         teacher = [dense_recorded[1][i] for i in followed]
         student = [student_recorded[1][i] for i in followed]
         teacher_runner = self._runner([dense_recorded[0][i] for i in followed])
@@ -545,6 +552,8 @@ class _Run:
                     ranks,
                     student_runner,
                     BlockData(before, student, teacher, masks, held, pinned),
+                    last_maps.get(block.name),
+                    fitted,
                     profile,
                     training,
                 )
@@ -557,6 +566,21 @@ class _Run:
             )
         return [teacher[i] for i in held], [student[i] for i in held]
 
+    def _last_maps(
+        self, parent: Parent, recorded: _Recorded, source: ResidentSource, plan: RankPlan
+    ) -> dict[str, tuple[Site, LinearMap]]:
+        """The maps through which blocks can make up for what those below them have lost, by block."""
+        if not (self.recipe.correction_tokens and self.initializer.corrects):
+            return {}
+        runner, found = self._runner(recorded[0]), {}
+        for block in parent.blocks:
+            module = source.block(block)
+            # How a block ends does not depend on what enters it.
+            last = find_last_map(block, module, functools.partial(runner, module, block, 0, recorded[1][0]))
+            if last is not None and last[1].name in self._ranks(block, plan):
+                found[block.name] = last
+        return found
+
     def _compress_block(
         self,
         block: Block,
@@ -564,11 +588,14 @@ class _Run:
         ranks: dict[str, int],
         runner: BlockRunner,
         data: BlockData,
+        last_map: tuple[Site, LinearMap] | None,
+        fitted: int,
         profile: Profile,
         training: TrainingOptions,
     ) -> None:
-        """Factor, train, convert and write one block. ``dense`` becomes the student."""
+        """Factor, correct by the first ``fitted`` batches, train, convert and write a block, made of ``dense``."""
         found, gradient_moment = profile.load(block)
+        last = None if last_map is None else LastMap.of(*last_map, dense)
         student = dense
         self.finished.factor(block, student, ranks, found)
         student.to(self.device)
@@ -581,10 +608,19 @@ class _Run:
         elif self.loss.needs_sensitivity and gradient_moment is not None:
             moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
             metric = root(moment, METRIC_DAMPING).float().to(self.device)
+        share = 0.0
+        if last is not None:
+            corrected = correct(last, block, student, runner, data, range(fitted), metric)
+            share, name = corrected.share, last.map.name
+            if share > 0:
+                seen, generator = profile.gradients(block), self.finished.generator(block)
+                layer = corrected.factored(ranks[name], self.initializer, *gradients_of(seen, name), generator)
+                last.site.put(student, {name: layer.to(self.device)})
         result = distill_block(student, block, runner, data, metric, training)
         note = {
             "name": block.path,
             "ranks": ranks,
+            "correction": share,
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
             "error_before": result.error_before,

@@ -44,11 +44,15 @@ class FinishedBlocks:
         found: dict[str, Any] = read_json(self.path(block).with_suffix(".json"))
         return found
 
+    def generator(self, block: Block) -> torch.Generator:
+        """Random numbers for the factors of a block."""
+        return torch.Generator().manual_seed(self.seed * 100_003 + block.index)
+
     def factor(
         self, block: Block, module: nn.Module, ranks: Mapping[str, int], found: Mapping[str, Decomposition]
     ) -> None:
         """Put the untrained factors of the maps that have ``ranks`` into a dense block, ready to be trained."""
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + block.index)
+        generator = self.generator(block)
         for site in block.sites:
             layers: dict[str, nn.Module] = {}
             for map_ in site.maps:

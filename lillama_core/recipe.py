@@ -56,6 +56,10 @@ class Recipe:
         2048,
         "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
     )
+    correction_tokens: int = option(
+        16384,
+        "calibration tokens on which the last map of a block learns to make up for what was lost below; 0: none",
+    )
     minimum_rank: int | None = option(None, "smallest rank of bottom-first and top-first; default: width / 4")
     rank_step: int | None = option(None, "their distance between ranks; default: width / 16")
     format: str = option("pivoted", "how a low-rank map is stored: pivoted or factored")
@@ -104,6 +108,7 @@ class Recipe:
             ("sequence_length", 2),
             ("sensitivity_tokens", 1),
             ("rescaling_tokens", 0),
+            ("correction_tokens", 0),
             ("batch_size", 1),
             ("steps", 0),
             ("seed", 0),

@@ -47,6 +47,7 @@ def make_record(
                 {
                     "name": f"{path}.{i}",
                     "ranks": dict.fromkeys(names[1:], 3 + i % 4),
+                    "correction": 0.25 * (i % 3),
                     "loss_before": 2e-5 * (i + 1),
                     "loss_after": 1e-5 * (i + 1),
                     "error_before": 0.02 * (i + 1),
@@ -348,6 +349,10 @@ def test_report_states_the_numbers_of_the_record(result: Path) -> None:
     for name, version in record.versions.items():
         assert name in page.text
         assert version in page.text
+    corrected = (
+        "The last map of 2 of these blocks makes up for what was lost before it, by 25 to 50 % of what a regression"
+    )
+    assert corrected in " ".join(page.text.split())
     assert "/home" not in page.text
 
 

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "init": "svd",
     "sensitivity_tokens": 512,
     "rescaling_tokens": 512,
+    "correction_tokens": 256,
     "allocation": "uniform",
     "minimum_rank": 3,
     "rank_step": 2,

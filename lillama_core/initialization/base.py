@@ -83,6 +83,8 @@ class Initializer(ABC):
     name: str
     needs_inputs: bool = False
     needs_gradients: bool = False
+    corrects: bool = False
+    """Whether a map that makes up for losses elsewhere may stand in W's place, see `lillama_core.correction`."""
 
     @abstractmethod
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:

@@ -52,6 +52,7 @@ class ActivationAware(Initializer):
 
     name = "activation"
     needs_inputs = True
+    corrects = True
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         W = weight.double()

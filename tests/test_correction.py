@@ -1,0 +1,204 @@
+"""What the last map of a block makes up for: which map that is, and how much, against least squares of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
+
+from lillama_core import Recipe, Request, compress, correction
+from lillama_core.architecture import Architecture, Block, find_blocks
+from lillama_core.blocks import BlockCall, BlockRunner, Parent
+from lillama_core.correction import Corrected, LastMap, correct, find_last_map
+from lillama_core.distillation import BlockData
+from lillama_core.formats import BUILT_IN as FORMATS
+from lillama_core.initialization import BUILT_IN as INITIALIZERS
+from lillama_core.initialization import MapStatistics
+from lillama_core.models import find_architecture
+from lillama_core.sites import linear_sites
+from lillama_core.weights import ResidentSource
+
+CPU = torch.device("cpu")
+WIDTH = 6
+SMALL = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "expected"),
+    [
+        ("llama", SMALL, "mlp.down_proj"),
+        ("opt", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 24, "pad_token_id": 1}, "fc2"),
+        ("gpt2", {"vocab_size": 40, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 32}, "mlp.c_proj"),
+        ("mamba", {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 4}, "mixer.out_proj"),
+        # Its blocks end in a norm, and experts add up.
+        ("gemma2", {**SMALL, "head_dim": 8, "query_pre_attn_scalar": 8}, None),
+        ("mixtral", {**SMALL, "num_local_experts": 2}, None),
+    ],
+)
+def test_the_last_map_is_found_where_its_output_is_added(
+    model_type: str, settings: dict[str, Any], expected: str | None
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    model.requires_grad_(False)
+    architecture = find_architecture(model.config)
+    (blocks,) = find_blocks(architecture, model).values()
+    parent, source = Parent(model, architecture, blocks), ResidentSource(model, CPU)
+    hidden, calls = parent.record({"input_ids": torch.arange(20).view(2, 10)})
+    runner = BlockRunner(architecture, [calls], CPU, None)
+    for block in blocks:
+        module = source.block(block)
+        before = runner(module, block, 0, hidden)
+        found = find_last_map(block, module, lambda m=module, b=block: runner(m, b, 0, hidden))  # type: ignore[misc]
+        assert (found and found[1].name) == expected
+        # Looking leaves nothing behind.
+        assert torch.equal(runner(module, block, 0, hidden), before)
+
+
+class Layer(nn.Module):
+    """A residual block whose last map has a bias or none."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.down = nn.Linear(3 * WIDTH, WIDTH, bias=bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(torch.tanh(self.up(hidden)))
+
+
+def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRunner, BlockData]:
+    torch.manual_seed(3)
+    dense = Layer(bias).requires_grad_(False)
+    block = Block("decoder", 0, "layers.0", tuple(linear_sites(dense)))
+    runner = BlockRunner(Architecture(), [[BlockCall((), {})] for _ in range(7)], CPU, None)
+    teacher = [torch.randn(4, 8, WIDTH) for _ in range(7)]
+    # What is lost below can be told in part from what is left.
+    change = torch.eye(WIDTH) - 0.3 * torch.rand(WIDTH, WIDTH)
+    stream = [h @ change + 1.2 * torch.randn_like(h) + 0.1 for h in teacher]
+    masks = [torch.rand(4, 8).round(decimals=1).clamp(min=0.2) - 0.2 if masked else None for _ in range(7)]
+    targets = runner.over(dense, block, teacher)
+    student = copy.deepcopy(dense)
+    for site in block.sites:
+        map_ = site.maps[0]
+        W = site.weight(student, map_)
+        B, A = INITIALIZERS["svd"].decompose(W, MapStatistics()).factors(W, 3)
+        site.put(student, {map_.name: FORMATS["factored"].from_factors(B, A, site.bias(student, map_))})
+    return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
+    bias: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A small ridge, so that few rows are followed too closely.
+    monkeypatch.setattr(correction, "RIDGE", 1e-3)
+    dense, student, block, runner, data = setting(bias, masked)
+    site = block.sites[1]
+    last = LastMap.of(site, site.maps[0], dense)
+    metric = torch.randn(WIDTH, WIDTH)
+    fitted = [1]
+    found = correct(last, block, student, runner, data, fitted, metric)
+
+    def rows(batches: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, what the map lacks, and weights."""
+        h = torch.cat([data.student[i].flatten(0, 1) for i in batches])
+        x = torch.tanh(student.get_submodule("up")(h))
+        lacking = torch.cat([data.targets[i].flatten(0, 1) for i in batches]) - h - dense.down(x)
+        kept = [data.masks[i] for i in batches]
+        w = torch.cat([torch.ones(32) if m is None else m.flatten() for m in kept])
+        return x.double(), lacking.double(), w.double()
+
+    x, lacking, w = rows(fitted)
+    center = (w[:, None] * x).sum(0) / w.sum()
+    torch.testing.assert_close(found.center.double(), center, rtol=1e-4, atol=1e-5)
+    spread = x - center if bias else x
+    ridge = 1e-3 * (w[:, None] * spread.square()).sum(0).mean()
+    # A ridge is so many more rows; one more column, of ones, is the shift, which has no ridge.
+    design = torch.cat([x, torch.ones(len(x), 1)], 1) if bias else x
+    extra = ridge.sqrt() * torch.eye(x.shape[1], design.shape[1], dtype=torch.float64)
+    left = torch.cat([design * w.sqrt()[:, None], extra])
+    right = torch.cat([lacking * w.sqrt()[:, None], torch.zeros(x.shape[1], WIDTH, dtype=torch.float64)])
+    solution = torch.linalg.lstsq(left, right).solution
+
+    x, lacking, w = rows(data.held_out)
+    offered = torch.cat([x, torch.ones(len(x), 1)], 1) @ solution if bias else x @ solution
+
+    def error(share: float) -> float:
+        return (((lacking - share * offered) @ metric.double()).square().sum(1) * w).sum().item()
+
+    best = min((i / 1000 for i in range(1001)), key=error)
+    assert found.share == pytest.approx(best, abs=6e-4)
+    assert 0.05 < found.share < 1
+    K = solution[: x.shape[1]].T
+    expected = dense.down.weight.double() + found.share * K
+    # Moments are summed in fp32.
+    assert (found.weight - expected).norm() < 2e-3 * K.norm()
+    if bias:
+        assert found.bias is not None
+        shifted = dense.down.bias.double() + found.share * solution[-1]
+        torch.testing.assert_close(found.bias.double(), shifted, rtol=1e-2, atol=1e-4)
+
+
+def test_nothing_lost_nothing_corrected() -> None:
+    dense, _, block, runner, data = setting(True, False)
+    data.student[:] = [h.clone() for h in data.student]
+    data.targets[:] = runner.over(dense, block, data.student)
+    site = block.sites[1]
+    found = correct(LastMap.of(site, site.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
+    assert found.bias is not None
+    torch.testing.assert_close(found.weight, dense.down.weight, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.bias, dense.down.bias, rtol=0, atol=1e-4)
+
+
+def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
+    torch.manual_seed(0)
+    W, b = torch.randn(4, 6), torch.randn(4)
+    x = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.5, 0.1, 0.1])) + 2
+    corrected = Corrected(W, b, x.T @ x / 500, x.mean(0), 0.5)
+    layer = corrected.factored(2, INITIALIZERS["activation"], None, 0.0, torch.Generator())
+    y = x @ W.T + b
+    # No affine map of rank 2 does better: that is the principal components of the outputs.
+    S = torch.linalg.svdvals(y - y.mean(0))
+    assert (layer(x) - y).square().sum().item() == pytest.approx(S[2:].square().sum().item(), rel=1e-2)
+
+
+def test_a_run_corrects_and_says_by_how_much(
+    tmp_path: Path, make_model: Callable[..., Path], calibration_text: Path
+) -> None:
+    dense = make_model(tmp_path / "dense", num_hidden_layers=3)
+    options: dict[str, Any] = {
+        **{"reduction": 0.4, "tokens": 2048, "sequence_length": 32, "sensitivity_tokens": 512, "rescaling_tokens": 0},
+        **{"calibration": (str(calibration_text),), "self_share": 0.0, "held_out": 0.25, "compute": "float32"},
+        "steps": 0,
+    }
+
+    def run(name: str, **changes: Any) -> list[dict[str, Any]]:
+        return compress(Request(str(dense), tmp_path / name, Recipe(**options | changes)), "quiet").blocks
+
+    without, with_ = run("without", correction_tokens=0), run("with", correction_tokens=2048)
+    assert [b["correction"] for b in without] == [0.0, 0.0, 0.0]
+    assert all(0 < b["correction"] <= 1 for b in with_)
+    # Rows that nothing was fitted to; later blocks also gain from what those before have mended.
+    assert with_[0]["loss_before"] < without[0]["loss_before"]
+    assert with_[2]["loss_before"] < 0.98 * without[2]["loss_before"]
+    # Plain SVD takes nothing but the weights.
+    assert [b["correction"] for b in run("svd", init="svd", allocation="uniform")] == [0.0, 0.0, 0.0]
+
+
+def test_a_block_that_ends_in_a_norm_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
+                                 intermediate_size=48)).eval()  # fmt: skip
+    layer = model.encoder.layer[0]
+    block = Block("encoder", 0, "encoder.layer.0", tuple(linear_sites(layer)))
+    hidden = torch.randn(2, 5, 24)
+    assert find_last_map(block, layer, lambda: layer(hidden)[0]) is None
