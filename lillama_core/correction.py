@@ -24,7 +24,7 @@ from lillama_core.architecture import Block
 from lillama_core.blocks import BlockRunner
 from lillama_core.distillation import BlockData
 from lillama_core.formats import BUILT_IN
-from lillama_core.initialization import Initializer, MapStatistics
+from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.maps import LinearMap
 from lillama_core.sites import Site
 from lillama_core.statistics import SecondMoment, flat_rows
@@ -218,8 +218,8 @@ def _regression(
     mean = P.diagonal().mean()
     if not mean > 0:
         return torch.zeros_like(W), torch.zeros_like(wanted)
-    ridged = P + RIDGE * mean * torch.eye(len(P), dtype=P.dtype, device=P.device)
-    K = torch.linalg.solve(ridged, (cross - W @ P).T).T
+    C = root(P, RIDGE)
+    K = torch.cholesky_solve((cross - W @ P).T, C).T
     shift = torch.zeros_like(wanted) if bias is None else wanted - bias - (W + K) @ center
     return K, shift
 

@@ -439,7 +439,7 @@ class _Run:
 
                 def low_rank(block: Block, ranks: Ranks) -> nn.Module:
                     module = source.block(block)
-                    self.finished.factor(block, module, ranks, profile.load(block)[0])
+                    self.finished.factor(block, module, ranks, profile.load(block, ranks)[0])
                     return module.to(self.device).eval()
 
                 trial = Trial(parent, source, self._runner(calls), small, stream, low_rank)
@@ -524,7 +524,7 @@ class _Run:
             gradient_clip=recipe.gradient_clip,
             seed=recipe.seed,
         )
-        last_maps = self._last_maps(parent, dense_recorded, source, plan)
+        last_maps = self._last_maps(parent, batches[0].inputs, source, plan)
         # The first batches serve the correction, all of them training, the held-out ones the report.
         fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / recipe.tokens))
         followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
@@ -567,16 +567,17 @@ class _Run:
         return [teacher[i] for i in held], [student[i] for i in held]
 
     def _last_maps(
-        self, parent: Parent, recorded: _Recorded, source: ResidentSource, plan: RankPlan
+        self, parent: Parent, inputs: Inputs, source: ResidentSource, plan: RankPlan
     ) -> dict[str, tuple[Site, LinearMap]]:
         """The maps through which blocks can make up for what those below them have lost, by block."""
         if not (self.recipe.correction_tokens and self.initializer.corrects):
             return {}
-        runner, found = self._runner(recorded[0]), {}
+        # How a block ends does not depend on what enters it.
+        calls, stream = self._record_calls(parent, [{k: v[:2] for k, v in inputs.items()}])
+        runner, found = self._runner(calls), {}
         for block in parent.blocks:
             module = source.block(block)
-            # How a block ends does not depend on what enters it.
-            last = find_last_map(block, module, functools.partial(runner, module, block, 0, recorded[1][0]))
+            last = find_last_map(block, module, functools.partial(runner, module, block, 0, stream[0]))
             if last is not None and last[1].name in self._ranks(block, plan):
                 found[block.name] = last
         return found

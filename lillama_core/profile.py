@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -63,11 +64,14 @@ class Profile:
         """What the sensitivity pass found for a block; empty if it did not run."""
         return read_tensors(self._gradients_file(block)) if self.has_gradients(block) else {}
 
-    def load(self, block: Block) -> tuple[dict[str, Decomposition], torch.Tensor | None]:
-        """The decompositions of a block's maps by name, and its metric."""
-        tensors = read_tensors(self._file(block))
+    def load(
+        self, block: Block, names: Collection[str] | None = None
+    ) -> tuple[dict[str, Decomposition], torch.Tensor | None]:
+        """The decompositions of a block's maps by name, or of those in ``names`` alone, and its metric."""
+        wanted = {m.name for m in block.maps} if names is None else set(names)
+        tensors = read_tensors(self._file(block), lambda key: key == "metric" or key.partition(".")[2] in wanted)
         found = {}
-        for map_ in block.maps:
+        for map_ in (m for m in block.maps if m.name in wanted):
             comparable, on_outputs = tensors[f"flags.{map_.name}"].tolist()
             spectrum = Spectrum(tensors[f"energies.{map_.name}"], comparable)
             left, right = tensors[f"left.{map_.name}"], tensors[f"right.{map_.name}"]

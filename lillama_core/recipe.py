@@ -57,7 +57,7 @@ class Recipe:
         "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
     )
     correction_tokens: int = option(
-        16384,
+        0,
         "calibration tokens on which the last map of a block learns to make up for what was lost below; 0: none",
     )
     minimum_rank: int | None = option(None, "smallest rank of bottom-first and top-first; default: width / 4")

@@ -10,14 +10,14 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from lillama_core.errors import LillamaError, UserError
 
@@ -224,9 +224,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary.replace(path)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file of the run; raises LillamaError when it is damaged."""
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """The ``wanted`` tensors of a safetensors file of the run; raises LillamaError when it is damaged."""
     try:
-        return load_file(str(path))
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
         raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None

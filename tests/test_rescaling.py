@@ -108,9 +108,9 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
         of_kind = cost({name: {kind: 7} for name in ranks}) / expected
         for block in blocks:
             path = f"model.layers.{block.index}.{kind}"
-            assert scales[path] == pytest.approx(of_block[block.name] * of_kind, rel=2e-3)
+            assert scales[path] == pytest.approx(of_block[block.name] * of_kind, rel=1e-2)
     # Of a kind that was never low rank only the block is known.
-    assert scales[f"model.layers.5.{whole}"] == pytest.approx(of_block[blocks[5].name], rel=2e-3)
+    assert scales[f"model.layers.5.{whole}"] == pytest.approx(of_block[blocks[5].name], rel=1e-2)
     assert heard == [run[-1] for run in runs] + list(ranks[blocks[0].name])
 
 
