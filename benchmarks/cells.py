@@ -21,7 +21,7 @@ from lillama_benchmarks.methods import Method
 from lillama_benchmarks.results import DENSE, Result
 from lillama_benchmarks.suites import Options, SuiteModel
 from lillama_core.architecture import Architecture
-from lillama_core.errors import LillamaError
+from lillama_core.errors import LillamaError, one_line
 
 KEPT = ("lillama.json", "report.html", "README.md")
 """Files of a compressed model that stay in the folder of its cell."""
@@ -88,7 +88,7 @@ def planned_options(model: SuiteModel, method: Method | None, reduction: float) 
     """Everything that the commands of a cell are told, as it is written in its result."""
     evaluations = [{k: str(v) if isinstance(v, Path) else v for k, v in e.items()} for e in model.evaluations]
     compress = {} if method is None else compress_options(model, method, reduction)
-    return {"compress": compress, "evaluate": evaluations}
+    return {"compress": compress, "evaluate": evaluations, **({"model": known} if (known := model.identity()) else {})}
 
 
 def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: float) -> Result:
@@ -121,10 +121,10 @@ def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: f
                 shutil.copy2(compressed / name, folder / name)
         beside = source if architecture.evaluation.side_by_side else None
         values["metrics"] = _evaluate(workshop, model, folder, compressed, options["evaluate"], beside)
-    except LillamaError as error:
-        values["error"] = str(error)
-    except OSError as error:
-        values["error"] = f"{error.strerror or error}: {error.filename}"
+    except Stopped:
+        raise
+    except Exception as error:  # whatever it is, it ends this cell alone
+        values["error"] = one_line(error)
     finally:
         if not workshop.keep_models:
             shutil.rmtree(folder / "model", ignore_errors=True)
@@ -143,10 +143,10 @@ def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
         values |= {"architecture": _architecture(source).name}
         values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
         values["metrics"] = _evaluate(workshop, model, folder, source, options["evaluate"], None)
-    except LillamaError as error:
-        values["error"] = str(error)
-    except OSError as error:
-        values["error"] = f"{error.strerror or error}: {error.filename}"
+    except Stopped:
+        raise
+    except Exception as error:  # whatever it is, it ends this cell alone
+        values["error"] = one_line(error)
     return Result(**values)
 
 

@@ -48,7 +48,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     from lillama_benchmarks.cells import Workshop
     from lillama_benchmarks.methods import find_methods
     from lillama_benchmarks.pages import write_pages
-    from lillama_benchmarks.results import read
+    from lillama_benchmarks.results import DENSE, read
     from lillama_benchmarks.suites import SUITES, choose_models
     from lillama_core.calibration.cache import default_cache_dir
     from lillama_core.errors import UserError, nearest
@@ -89,8 +89,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
             workshop.stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
-    wanted = {m.name for m in models}
-    results = [r for r in read(folder).values() if r.model in wanted]
+    asked = {(m.name, method.name, reduction) for m in models for method in methods for reduction in reductions}
+    asked |= {(m.name, DENSE, 0.0) for m in models}
+    results = [r for r in read(folder).values() if r.key in asked]
     failed = sum(r.error is not None for r in results)
     print(f"{len(results) - failed} of {len(results)} cells succeeded: {folder / 'results.html'}")
     return 1 if failed else 0

@@ -173,9 +173,12 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         forward_seconds = median_seconds(forward, 1)
         started = time.perf_counter()
         small = [Samples({"input_ids": r}) for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
-        small_runner = BlockRunner(architecture, [parent.record(b.inputs)[1] for b in small], CPU, autocast)
+        entering, small_calls = zip(*(parent.record(b.inputs) for b in small), strict=True)
+        small_runner = BlockRunner(architecture, list(small_calls), CPU, autocast)
         profile = Profile(Path(folder))
-        for block, found in measure_sensitivity(parent, source, small_runner, small, 0, Progress("quiet")):
+        for block, found in measure_sensitivity(
+            parent, source, small_runner, small, list(entering), 0, Progress("quiet")
+        ):
             profile.save_gradients(block, found)
         backward_seconds = time.perf_counter() - started
 

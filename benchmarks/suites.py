@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ class SuiteModel:
     """Options of every compression of this model, over those of the method."""
     on_request: bool = False
     """Whether it takes part only when it is named."""
+    identity: Callable[[], str] = str
+    """What tells the model from others that had its name: results of another one are not reused."""
 
     def check(self) -> None:
         """Raise UserError when data of this model is missing."""
@@ -97,9 +100,17 @@ def cross_architecture(folder: Path) -> list[SuiteModel]:
 
     def made(name: str) -> SuiteModel:
         calibration, evaluations = data.get(name, ((CALIBRATION_TEXT,), _text()))
-        return SuiteModel(name, lambda: zoo.fetch(name), calibration, evaluations, options.get(name, {}))
+        return SuiteModel(
+            name,
+            lambda: zoo.fetch(name),
+            calibration,
+            evaluations,
+            options.get(name, {}),
+            identity=lambda: f"revision {revisions[name]}",
+        )
 
-    found = [made(model.name) for model in zoo.models()]
+    revisions = {model.name: model.revision for model in zoo.models()}
+    found = [made(name) for name in revisions]
     whisper = made("whisper-tiny.en")
     encoder = dataclasses.replace(
         whisper, name="whisper-tiny.en-encoder", compress={**whisper.compress, "stacks": ("encoder",)}, on_request=True
@@ -107,7 +118,7 @@ def cross_architecture(folder: Path) -> list[SuiteModel]:
     return [*found, encoder]
 
 
-def smoke(folder: Path) -> list[SuiteModel]:
+def smoke(_: Path) -> list[SuiteModel]:
     """A tiny random model of the first type of every registered architecture."""
     from lillama_registry import registry
     from lillama_testing.tiny import MATERIALS, QUICK, make_specimen
@@ -119,10 +130,13 @@ def smoke(folder: Path) -> list[SuiteModel]:
         model_type = architecture.model_types[0]
 
         def fetch() -> Path:
-            path = folder / f"tiny-{model_type}"
-            if not (path / "config.json").is_file():
-                make_specimen(architecture, model_type, path)
-            return path
+            # Anew in each process: what makes it may have changed.
+            if not made_at:
+                made_at.append(tempfile.TemporaryDirectory())
+                make_specimen(architecture, model_type, Path(made_at[0].name))
+            return Path(made_at[0].name)
+
+        made_at: list[tempfile.TemporaryDirectory[str]] = []
 
         materials = MATERIALS.get(architecture.modality.name)
         calibration = () if materials is None else materials.calibration
@@ -152,7 +166,19 @@ def choose_models(suite: Suite, names: tuple[str, ...], folder: Path) -> list[Su
     chosen = list(_named(suite, names, known)) if names else [m for m in known.values() if not m.on_request]
     for model in chosen:
         model.check()
+        if sum(m.name == model.name for m in chosen) > 1:
+            raise UserError(f"two models are called {model.name!r}, and so would their results be; rename a directory")
     return chosen
+
+
+def _fingerprint(path: Path) -> str:
+    from lillama_core.models import locate, model_fingerprint
+
+    try:
+        return model_fingerprint(locate(str(path)))
+    except (OSError, UserError):
+        # What is wrong with it, its cells will say.
+        return "unreadable"
 
 
 def _named(suite: Suite, names: tuple[str, ...], known: dict[str, SuiteModel]) -> Iterator[SuiteModel]:
@@ -161,7 +187,13 @@ def _named(suite: Suite, names: tuple[str, ...], known: dict[str, SuiteModel]) -
             yield known[name]
         elif Path(name).is_dir():
             path = Path(name).resolve()
-            yield SuiteModel(path.name, functools.partial(Path, path), (), ({"windows": 40, "limit": 120},))
+            yield SuiteModel(
+                path.name,
+                functools.partial(Path, path),
+                (),
+                ({"windows": 40, "limit": 120},),
+                identity=functools.partial(_fingerprint, path),
+            )
         else:
             raise UserError(
                 f"no model named {name!r} in suite {suite.name!r} (there are: {', '.join(known)}),"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture import Architecture, Block
-from lillama_core.errors import LillamaError
+from lillama_core.errors import LillamaError, UserError
 from lillama_core.modality import Inputs
 
 RunBlock = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
@@ -68,18 +68,24 @@ class Parent:
         """What the last block returns in a forward pass of the model in which ``run`` stands for every block.
 
         ``run`` gets a block's index, the hidden states and the other arguments that the model passes at that moment.
+        Raises UserError when the pass does not run each block once, in their order: nothing here could compress that.
         """
+        order: list[int] = []
         last: list[torch.Tensor] = []
 
         def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            out = run(index, hidden, args, kwargs)
-            if index == len(self.blocks) - 1:
-                last.append(out)
-                raise _Enough
-            return out
+            order.append(index)
+            last[:] = [run(index, hidden, args, kwargs)]
+            return last[0]
 
-        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(_Enough):
+        with torch.no_grad(), self._bypassed(bypass):
             self._forward(inputs)
+        if order != list(range(len(self.blocks))):
+            raise UserError(
+                f"the model runs the {len(self.blocks)} blocks of {self.blocks[0].stack!r} in the order"
+                f" {', '.join(map(str, order[:12]))}{', …' if len(order) > 12 else ''}; only models that run each block"
+                " once, one after the other, can be compressed"
+            )
         return last[0].float()
 
     def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
@@ -133,6 +139,19 @@ def _takes_use_cache(model: nn.Module) -> bool:
         getattr(model.config, "use_cache", None) is not None
         and "use_cache" in inspect.signature(model.forward).parameters
     )
+
+
+def class_logits(model: nn.Module, outputs: Any) -> torch.Tensor | None:
+    """The scores of tokens or labels of which one is right; None where the model puts out other numbers.
+
+    A single score (of a reward model) is such a number, and so are those of labels of which several may hold.
+    """
+    logits = getattr(outputs, "logits", None)
+    problem = getattr(model.config, "problem_type", None)
+    if logits is None or logits.shape[-1] < 2 or problem in ("regression", "multi_label_classification"):
+        return None
+    assert isinstance(logits, torch.Tensor)
+    return logits
 
 
 def main_output(outputs: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture import Block
+from lillama_core.architecture import Architecture, Block
 from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
 from lillama_core.compute import choose_autocast, choose_device
 from lillama_core.correction import LastMap, correct, find_last_map, gradients_of
@@ -64,7 +64,8 @@ class Request:
     model: str
     output: Path
     recipe: Recipe
-    architecture: str | None = None
+    architecture: str | Architecture | None = None
+    """By name, or one that no plugin brings; None: the one that claims the model's type."""
     tokenizer: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
@@ -391,16 +392,16 @@ class _Run:
         model, entry = parent.model, None
         with contextlib.ExitStack() as watching:
             if self.embedding is None:
-                calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
+                calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
             else:
                 with self.embedding.lookups(model) as seen:
-                    calls, _ = self._record_calls(parent, [batch.inputs for batch in small])
+                    calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
                 # Only where its rows enter do gradients say what they matter.
                 entry = self.embedding.entry if seen else None
                 watching.enter_context(self.embedding.watching(model))
             runner = self._runner(calls)
             for block, found in measure_sensitivity(
-                parent, source, runner, small, self.recipe.seed, self.progress, entry
+                parent, source, runner, small, stream, self.recipe.seed, self.progress, entry
             ):
                 profile.save_gradients(block, found)
 
@@ -412,7 +413,7 @@ class _Run:
             for start in range(0, len(batch), 2):
                 if wanted > 0:
                     small.append(batch.part(start, start + min(2, wanted)).to(self.device))
-                    wanted -= 2
+                    wanted -= len(small[-1])
         return small
 
     def _plan(
@@ -639,7 +640,8 @@ class _Run:
     def _install(self, model: nn.Module, blocks: list[Block], plan: RankPlan) -> None:
         """Put the finished blocks of a stack into the model."""
         for block in blocks:
-            finished = self.finished.read(block, model.get_submodule(block.path), self._ranks(block, plan))
+            # In fp32: what was trained is rounded once, to the dtype of the result.
+            finished = self.finished.read(block, model.get_submodule(block.path).float(), self._ranks(block, plan))
             if len(self.architecture.stacks) == 1:
                 # Nothing runs them again before they are written.
                 for parameter in finished.parameters():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import nll_loss
 
-from lillama_core.blocks import Parent, main_output
+from lillama_core.blocks import Parent, class_logits, main_output
 from lillama_core.embedding import exchanged
 from lillama_core.modality import IGNORED, Samples
 from lillama_core.record import Fidelity
@@ -26,8 +26,8 @@ def measure_fidelity(
     """Compare predictions from the last hidden states (dense, compressed) of each held-out batch.
 
     Both streams are there already, so this costs what comes after the last stack alone. Perplexities need targets;
-    divergence and agreement, a model that returns logits. ``dense_tables`` are the modules outside of the blocks, by
-    path, that the model had before it was compressed.
+    divergence and agreement, a model that puts out scores of classes. ``dense_tables`` are the modules outside of the
+    blocks, by path, that the model had before it was compressed.
     """
     device = next(parent.model.parameters()).device
     tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
@@ -42,7 +42,7 @@ def measure_fidelity(
                 outputs.append(parent.outputs(one, compressed[row : row + 1].to(device)))
                 mains = [main_output(found)[0] for found in outputs]
                 mains = [m.reshape(-1, m.shape[-1]) for m in mains]
-                predicts = getattr(outputs[0], "logits", None) is not None
+                predicts = class_logits(parent.model, outputs[0]) is not None
                 kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
                 labels = None if samples.targets is None else samples.targets[row].to(device)
                 # Some tokens at a time: these tables are as wide as the vocabulary.

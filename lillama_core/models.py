@@ -257,13 +257,18 @@ def _no_plugin(model_type: str, remark: str = "") -> UserError:
     )
 
 
-def find_architecture(config: Any, name: str | None = None, trust_remote_code: bool = False) -> Architecture:
+def find_architecture(
+    config: Any, name: str | Architecture | None = None, trust_remote_code: bool = False
+) -> Architecture:
     """The architecture named ``name`` (``auto``: found in the model itself), or the one that claims its model type.
 
-    Raises UserError that lists the nearest when there is none, and that names both when two plugins claim one.
+    An architecture instead of a name is taken as it is: one under test need not be installed. Raises UserError that
+    lists the nearest when there is none, and that names both when two plugins claim one.
     """
     from lillama_registry import registry
 
+    if isinstance(name, Architecture):
+        return name
     if name == "auto":
         from lillama_core.generic import discover
 
@@ -375,8 +380,17 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         logger.setLevel(level)
     # transformers would fill them with random numbers.
     absent = sorted(set(notes["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+    other = ""
+    if named != type(model).__name__ and hasattr(transformers, named):
+        other = f"; it is a {named}, which architecture {architecture.name!r} does not load: try --architecture auto"
     if absent:
-        raise UserError(f"model {source.spec!r} lacks {len(absent)} of its weights, such as {absent[0]}")
+        raise UserError(f"model {source.spec!r} lacks {len(absent)} of its weights, such as {absent[0]}{other}")
+    dropped = sorted(notes["unexpected_keys"])
+    if dropped and other:
+        raise UserError(
+            f"model {source.spec!r} has {len(dropped)} weights that would be dropped, such as {dropped[0]}{other}"
+        )
     if source.gguf_file is not None:
         # The weights are plain numbers now; transformers would otherwise refuse to save them.
         model.hf_quantizer = None

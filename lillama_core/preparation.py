@@ -13,7 +13,7 @@ from torch import nn
 from lillama_core.allocation import AllocationRequest
 from lillama_core.architecture import Architecture, Block
 from lillama_core.embedding import embedding_block
-from lillama_core.errors import UserError, nearest
+from lillama_core.errors import LillamaError, UserError, nearest
 from lillama_core.experts import SharedExpertsSite, fused_experts
 from lillama_core.formats import Format
 from lillama_core.maps import MapChoice, lies_within, path_matches
@@ -26,7 +26,7 @@ from lillama_core.models import (
     locate,
     meta_model,
 )
-from lillama_core.plan import Budget, PlannedMap, RankPlan, make_budget
+from lillama_core.plan import Budget, PlannedMap, RankPlan, kept_parameters, make_budget
 from lillama_core.profile import Profile
 from lillama_core.recipe import Recipe
 from lillama_core.rescaling import rescaled
@@ -59,7 +59,7 @@ class Preparation:
 
 
 def prepare(
-    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
+    model: str, recipe: Recipe, architecture: str | Architecture | None = None, trust_remote_code: bool = False
 ) -> Preparation:
     """Find the maps of a model and the budget from its config alone, on the meta device."""
     format_ = choose(formats(), recipe.format, "--format")
@@ -152,13 +152,28 @@ def make_plan(
             for map_ in block.maps:
                 name = block.full_name(map_)
                 spectra[name] = rescaled(found[map_.name].spectrum, scales.get(name, typical))
-    return allocator.allocate(
-        AllocationRequest(
-            prepared.maps,
-            prepared.budget,
-            prepared.format,
-            prepared.minimum_rank,
-            prepared.rank_step,
-            spectra,
-        )
+    request = AllocationRequest(
+        prepared.maps, prepared.budget, prepared.format, prepared.minimum_rank, prepared.rank_step, spectra
     )
+    plan = allocator.allocate(request)
+    _check_plan(plan, request, allocation)
+    return plan
+
+
+def _check_plan(plan: RankPlan, request: AllocationRequest, allocation: str) -> None:
+    """Raise LillamaError for a plan that an allocator, perhaps a plugin's, should not have made."""
+    maps = {m.name: m for m in request.maps}
+    for name, rank in plan.ranks.items():
+        if name not in maps:
+            raise LillamaError(f"allocator {allocation!r} gives a rank to {name!r}, which is no map of this model")
+        largest = request.largest_rank(maps[name], maps[name].dense_parameters - 1)
+        if not 1 <= rank <= largest:
+            raise LillamaError(
+                f"allocator {allocation!r} gives {name} the rank {rank}; between 1 and {largest} it would be smaller"
+                " than dense"
+            )
+    kept = kept_parameters(request.maps, plan, request.format)
+    if kept > request.budget.maps_kept:
+        raise LillamaError(
+            f"allocator {allocation!r} keeps {kept:,} parameters of the maps, {request.budget.maps_kept:,} are allowed"
+        )

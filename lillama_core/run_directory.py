@@ -164,7 +164,10 @@ class RunDirectory:
 
         What an earlier run left is removed only here, after all checks.
         """
-        if overwrite and self.path.exists():
+        # Without the note of its start nobody knows what the rest belongs to. So it goes last.
+        if self.path.exists() and (overwrite or not (self.path / "run.json").is_file()):
+            for part in (self.blocks, self.profile, self.result):
+                shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(self.path)
         self.check_fingerprint(fingerprint)
         overwrite = overwrite or self._started().get("overwrite") is True
@@ -178,8 +181,16 @@ class RunDirectory:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Make the result appear as the output directory, replacing an old one, and remove the rest."""
-        if self.output.exists():
+        """Make the result appear as the output directory, replacing an old one, and remove the rest.
+
+        Raises LillamaError when something is there that the user did not ask to replace.
+        """
+        if os.path.lexists(self.output):
+            ours = (self.output / "lillama.json").is_file() or (self.output.is_dir() and not any(self.output.iterdir()))
+            if not (ours and self._started().get("overwrite") is True):
+                raise LillamaError(
+                    f"{str(self.output)!r} has appeared since this run began; move it away, and --resume finishes"
+                )
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.output.rename(self.replaced)
         self.result.rename(self.output)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lillama_core.architecture import Block
-from lillama_core.blocks import BlockRunner, Parent, main_output
+from lillama_core.blocks import BlockRunner, Parent, class_logits, main_output
 from lillama_core.memory import release_memory
 from lillama_core.modality import Inputs, Samples
 from lillama_core.progress import Progress
@@ -26,11 +26,12 @@ def output_gradient(
 
     Labels from the model's own predictions make the second moment of the gradients the Fisher information, and need
     no ground truth (Martens, arXiv 1412.1193, section 9.2). The sum runs over all tokens that ``output_mask``
-    [rows, length] keeps. Hidden states as outputs count as the mean of a normal distribution of unit variance.
+    [rows, length] keeps. Outputs that are no scores of classes count as the mean of a normal distribution of unit
+    variance.
     """
     last_hidden = last_hidden.detach().requires_grad_(True)
     outputs = parent.outputs(inputs, last_hidden)
-    logits = getattr(outputs, "logits", None)
+    logits = class_logits(parent.model, outputs)
     if logits is None:
         states = main_output(outputs)
         noise = torch.randn(states.shape, generator=generator).to(states)
@@ -56,6 +57,7 @@ def measure_sensitivity(
     source: WeightSource,
     runner: BlockRunner,
     batches: list[Samples],
+    stream: list[torch.Tensor],
     seed: int,
     progress: Progress,
     entry: SecondMoment | None = None,
@@ -63,8 +65,9 @@ def measure_sensitivity(
     """Second moments of the gradients for every block of the parent's stack, as named tensors.
 
     They are given out block by block and forgotten, since together they are as large as the model. ``runner`` holds
-    the calls of ``batches``. Each block is run once more with gradients, one at a time, so that memory is the blocks'
-    inputs of one batch and the graph of one block. ``entry`` gets the gradients at the entry of the first block.
+    the calls of ``batches``, and ``stream`` what enters the first block for each of them. Each block is run once more
+    with gradients, one at a time, so that memory is the blocks' inputs of one batch and the graph of one block.
+    ``entry`` gets the gradients at the entry of the first block.
     """
     blocks = parent.blocks
     observers = {block.name: GradientObserver(block) for block in blocks}
@@ -72,7 +75,7 @@ def measure_sensitivity(
     progress.phase("Sensitivity of the predictions", len(batches) * len(blocks))
     for index, batch in enumerate(batches):
         inputs, masks = batch.inputs, tuple(batch.masks.values())
-        hidden, _ = parent.record(inputs)
+        hidden = stream[index]
         entering: list[torch.Tensor] = []
         with torch.no_grad():
             for block in blocks:
@@ -96,7 +99,7 @@ def measure_sensitivity(
             observer = observers[block.name]
             observer.output.add(*flat_rows(gradient, masks))
             module = source.block(block)
-            hidden = entering.pop().to(runner.device).requires_grad_(True)
+            hidden = entering.pop().to(runner.device).detach().requires_grad_(True)
             with observer.watching(module, masks):
                 runner(module, block, index, hidden).backward(gradient)
             assert hidden.grad is not None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lillama_core.allocation import BUILT_IN, AllocationRequest, Spectrum
+from lillama_core import preparation
+from lillama_core.allocation import BUILT_IN, AllocationRequest, Allocator, Spectrum
 from lillama_core.allocation.spectrum import tail_errors
-from lillama_core.errors import UserError
+from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats import BUILT_IN as FORMATS
 from lillama_core.maps import LinearMap
 from lillama_core.plan import PlannedMap, RankPlan, kept_parameters, make_budget
@@ -168,3 +172,46 @@ def test_the_maximum_that_an_error_names_can_be_asked_for() -> None:
         make_budget(maps, 2000, 0.9, FORMATS["factored"])
     maximum = float(str(caught.value).rsplit(" ", 1)[1])
     make_budget(maps, 2000, maximum, FORMATS["factored"])
+
+
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_a_map_that_no_rank_makes_smaller_stays_dense(name: str, format_name: str) -> None:
+    maps = maps_of([(16, 16), (1, 16), (16, 16), (16, 1)])
+    plan = BUILT_IN[name].allocate(request(maps, 0.3, format_name))
+    assert plan.ranks
+    assert not {"layers.0.m1", "layers.1.m1"} & set(plan.ranks)
+
+
+class Wrong(Allocator):
+    """Gives the ranks that it is made with, whatever is asked."""
+
+    name = "wrong"
+
+    def __init__(self, ranks: dict[str, int]) -> None:
+        self.ranks = ranks
+
+    def allocate(self, request: AllocationRequest) -> RankPlan:
+        return RankPlan(request.format.name, self.ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "complaint"),
+    [
+        ({"layers.9.m0": 3}, "gives a rank to 'layers.9.m0', which is no map of this model"),
+        ({"layers.0.m0": 0}, "gives layers.0.m0 the rank 0; between 1 and 7 it would be smaller than dense"),
+        ({"layers.0.m0": 8}, "gives layers.0.m0 the rank 8; between 1 and 7"),
+        ({"layers.0.m0": 7}, "keeps 480 parameters of the maps, 358 are allowed"),
+    ],
+)
+def test_a_plan_that_should_not_have_been_made_is_refused(
+    ranks: dict[str, int], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = maps_of([(16, 16), (16, 16)])
+    asked = request(maps, 0.3, "factored")
+    monkeypatch.setattr(preparation, "allocators", lambda: {"wrong": Wrong(ranks)})
+    prepared: Any = SimpleNamespace(
+        maps=maps, budget=asked.budget, format=asked.format, minimum_rank=1, rank_step=1, all_blocks=[]
+    )
+    with pytest.raises(LillamaError, match=re.escape(complaint)):
+        preparation.make_plan(prepared, "wrong", None)

@@ -88,9 +88,9 @@ def test_bad_sound_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     assert "bad.wav" in str(caught.value)
 
 
-def _wav() -> bytes:
+def _wav(sound: Any = None) -> bytes:
     stream = io.BytesIO()
-    soundfile.write(stream, tone(RATE, 0.2), RATE, format="FLAC")
+    soundfile.write(stream, tone(RATE, 0.2) if sound is None else sound, RATE, format="FLAC")
     return stream.getvalue()
 
 
@@ -134,6 +134,7 @@ def test_a_manifest_is_relative_to_itself_and_text_is_optional(tmp_path: Path) -
         ('{"audio": "gone.wav", "text": "words"}', r"line 2: gone\.wav does not exist"),
         ('{"audio": "%s"}' % ("n" * 5000), r"line 2: n+ does not exist"),
         ('{"audio": "one.wav", "text": 3}', r"line 2: 'text' is a int"),
+        ('{"audio": "one.wav", "language": ["fr"]}', r"line 2: 'language' is a list"),
     ],
 )
 def test_a_bad_line_of_a_manifest_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -210,7 +211,35 @@ def test_the_rows_of_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [u.text for u in found] == ["one", "two words"]
     assert len(found[0].sound()) == round(0.2 * RATE)
     assert read_speech("fleurs")[2].text is None
-    assert asked == [("google/fleurs", "en_us", "validation"), ("google/fleurs", "en_us", "test")]
+    # What is measured is never calibrated on, unless it is named.
+    assert [u.language for u in read_speech("fleurs:fr_fr", purpose="calibration")] == ["fr"] * 3
+    assert [u.language for u in read_speech("fleurs:cmn_hans_cn", limit=1)] == ["zh"]
+    chosen = [("en_us", "validation"), ("en_us", "test"), ("fr_fr", "train"), ("cmn_hans_cn", "test")]
+    assert asked == [("google/fleurs", *one) for one in chosen]
+
+
+def test_rows_of_a_dataset_that_are_too_long_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {
+        "audio": [{"bytes": one, "path": None} for one in (_wav(), _wav(np.zeros(31 * RATE)), b"damaged")],
+        "text": ["a"] * 3,
+    }
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows).to_iterable_dataset()
+    )
+    assert [u.too_long for u in read_speech("librispeech")] == [False, True, False]
+
+
+def test_a_transcript_may_end_in_a_word_in_parentheses(tmp_path: Path) -> None:
+    for name in ("utt1", "laughs"):
+        (tmp_path / f"{name}.wav").write_bytes(_wav())
+    lines = "utt1 and then he left (smiles)\nsome words (laughs)\nabsent all gone (too)\n"
+    (tmp_path / "transcripts.txt").write_text(lines)
+    assert {u.name: u.text for u in read_speech(tmp_path)} == {
+        "laughs": "some words",
+        "utt1": "and then he left (smiles)",
+    }
 
 
 def test_a_missing_library_is_named_with_the_extra() -> None:

@@ -634,3 +634,29 @@ def test_out_of_memory(make_model: Callable[..., Path], calibration_text: Path, 
     said = failed(Ended(done.returncode, done.stdout, done.stderr))
     assert "out of memory; lower --batch-size, --sequence-length or --tokens" in said
     assert not (tmp_path / "o").exists()
+
+
+def test_a_head_that_would_be_dropped(
+    refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    folder = make_model(tmp_path / "classifier")
+    config = AutoConfig.from_pretrained(folder, num_labels=3, architectures=["LlamaForSequenceClassification"])
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    message = refused(model=folder)
+    assert "1 weights that would be dropped, such as score.weight; it is a LlamaForSequenceClassification" in message
+    assert "--architecture auto" in message
+
+
+def test_evaluating_with_more_positions_or_tokens_than_the_model_knows(
+    run_cli: Cli, make_model: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    gpt2 = make_model(tmp_path / "gpt2", "gpt2")
+    ended = run_cli("evaluate", gpt2, "--sequence-length", "128", "--windows", "1", "--limit", "1")
+    assert "sequence length 128 is more than the 64 positions that the model knows" in ended.stderr
+    assert ended.status == 2
+    small = make_model(tmp_path / "small", vocab_size=100)
+    ended = run_cli("evaluate", small, "--tokenizer", tiny_model, "--sequence-length", "32", "--windows", "1")
+    assert "but the model knows only 100; use the tokenizer that belongs to the model" in ended.stderr
+    assert ended.status == 2

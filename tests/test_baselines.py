@@ -49,3 +49,14 @@ def test_one_threshold_for_all_maps() -> None:
     # Ranks are whole: the threshold lies between what each map drops and what it would with one less.
     assert max(attention) < 2.5 * min(attention)
     assert all(d < 0.25 * max(attention) for n, d in dropped.items() if "fc1" in n)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.8])
+def test_a_threshold_is_found_where_mlps_have_to_lose_nearly_all(fraction: float) -> None:
+    """Ten times as strict, they drop a tenth of their variance when attention has dropped all of its own."""
+    maps = [PlannedMap(name, "encoder", 0, LinearMap(name, 40, 40)) for name in ("self_attn.q", "fc1", "fc2")]
+    spectra = {m.name: Spectrum(torch.ones(40), False) for m in maps}
+    format_ = FORMATS["factored"]
+    budget = make_budget(maps, 3 * 1600, fraction, format_)
+    plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, 1, 1, spectra))
+    assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 160

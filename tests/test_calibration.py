@@ -19,8 +19,10 @@ from lillama_core.calibration import (
     CalibrationOptions,
     Source,
     check_sources,
+    files,
     load_calibration,
     load_text_windows,
+    sampling,
 )
 from lillama_core.calibration import named as named_module
 from lillama_core.calibration.cache import default_cache_dir
@@ -695,3 +697,28 @@ def test_named_data_fails_before_the_model_is_asked(model: Any, tokenizer: Any, 
     with pytest.raises(UserError, match="30 tokens"):
         load(options(text_file(tmp_path, 30), self_share=0.5, tokens=160), model, tokenizer, cache)
     assert model.calls == 0
+
+
+def test_a_json_list_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join('{"text": "words"}' for _ in range(50)) + "]")
+    assert len(list(files.json_rows(path, None, 10))) == 50
+    monkeypatch.setattr(files, "LIST_BYTES", 400)
+    with pytest.raises(UserError, match=r"is a JSON list of more than 0 MiB, .* write one object a line"):
+        list(files.json_rows(path, None, 10))
+
+
+def test_the_copy_that_writes_keeps_its_tables_exact() -> None:
+    model = make_model(LlamaForCausalLM).to(torch.bfloat16)
+    # As a run has it: what is not in a block is in fp32.
+    model.lm_head.weight.data = model.lm_head.weight.data.float()
+    writer = sampling.converted(model, torch.bfloat16)
+    assert {p.dtype for p in writer.parameters()} == {torch.bfloat16}
+    assert model.lm_head.weight.dtype == torch.float32
+    # One copy of what has the dtype already.
+    assert writer.model.layers[0].mlp.up_proj.weight is model.model.layers[0].mlp.up_proj.weight
+    rotary = make_model(LlamaForCausalLM).model.rotary_emb.inv_freq
+    assert rotary.dtype == torch.float32
+    model = make_model(LlamaForCausalLM)
+    assert torch.equal(sampling.converted(model, torch.bfloat16).model.rotary_emb.inv_freq, rotary)
+    assert model.lm_head.weight.dtype == torch.float32

@@ -16,7 +16,7 @@ from lillama_core import Architecture
 from lillama_core.maps import LinearMap, MapChoice
 from lillama_core.sites import LinearSite, OnRows, Site
 from lillama_registry import registry
-from lillama_testing import CHECKS, Case, cases, check_architecture, make_specimen, run_check
+from lillama_testing import CHECKS, Case, CheckFailed, cases, check_architecture, make_specimen, run_check
 
 STRANGER = """
 import lillama_core
@@ -213,10 +213,20 @@ def test_what_is_wrong_is_found(architecture: Architecture, check: str, complain
 
 
 def test_a_type_that_no_tiny_model_can_be_made_of() -> None:
-    (outcome,) = check_architecture(Architecture(name="none", model_types=("no_such_type",), stacks={"a": "b"}))
-    assert outcome.check == "tiny model"
-    assert "no tiny 'no_such_type' can be made" in (outcome.error or "")
-    assert "tiny_config of architecture 'none'" in (outcome.error or "")
+    architecture = Architecture(name="none", model_types=("no_such_type",), stacks={"a": "b"})
+    complaint = "no_such_type, tiny model: no tiny 'no_such_type' can be made .* tiny_config of architecture 'none'"
+    with pytest.raises(CheckFailed, match=complaint):
+        check_architecture(architecture)
+
+
+def test_an_architecture_under_test_is_the_one_that_is_tried() -> None:
+    """The built-in one claims the same model type and is right; nothing may be asked of it."""
+    check_architecture(Architecture(**LLAMA))
+    mistaken = Architecture(**{**LLAMA, "stacks": {"decoder": "model.no_such_list"}})
+    with pytest.raises(CheckFailed, match=r"llama, maps: .*; llama, compression: "):
+        check_architecture(mistaken)
+    with pytest.raises(CheckFailed, match="claims no model type"):
+        check_architecture(Architecture(name="none", stacks={"a": "b"}))
 
 
 def test_tiny_models_are_the_same_each_time(tmp_path: Path) -> None:

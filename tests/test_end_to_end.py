@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from lillama_core import Request, compress, load_recipe
+from lillama_core import Request, Samples, compress, load_recipe
+from lillama_core.engine import _Run
 from lillama_core.models import count_parameters
 
 SMALL = {
@@ -58,3 +62,34 @@ def test_a_run_with_these_strategies(
     assert record.fidelity is not None
     assert record.fidelity["divergence"] > 0
     assert str(tmp_path) not in (out / "lillama.json").read_text()
+
+
+def test_what_was_trained_is_rounded_once(
+    tmp_path: Path, make_model: Callable[..., Path], calibration_text: Path
+) -> None:
+    """A model of half precision, written in fp32: norms that were trained keep all of their digits."""
+    dense = make_model(tmp_path / "dense", dtype=torch.bfloat16)
+    options = {**SMALL, "calibration": [str(calibration_text)], "train": "block", "dtype": "float32"}
+    # From there every step is a gain.
+    options |= {"init": "random", "allocation": "uniform", "steps": 8}
+    record = compress(Request(str(dense), tmp_path / "out", load_recipe("default").with_options(options)), "quiet")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    trained = [block["name"] for block in record.blocks if block["kept_step"] > 0]
+    assert trained
+    for block in trained:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weight = found[f"{block}.{norm}.weight"]
+            assert weight.dtype == torch.float32
+            assert not torch.equal(weight, weight.bfloat16().float()), block
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_as_many_rows_as_were_asked_for(batch_size: int) -> None:
+    rows = torch.arange(24)[:, None].expand(24, 32)
+    batches = [Samples({"input_ids": part}) for part in rows.split(batch_size)]
+    run: Any = SimpleNamespace(
+        record=SimpleNamespace(data={"rows": 24}), recipe=SimpleNamespace(tokens=24 * 32), device=torch.device("cpu")
+    )
+    found = _Run._first_rows(run, batches, 7 * 32)
+    assert torch.cat([part.inputs["input_ids"] for part in found])[:, 0].tolist() == list(range(7))
+    assert max(len(part) for part in found) <= 2

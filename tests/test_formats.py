@@ -76,3 +76,18 @@ def test_stored_names_differ_in_shape_from_the_dense_weight() -> None:
                 layer = format_.module(m, n, r, bias=False, dtype=torch.float32, device="meta")
                 stored = layer.get_submodule(format_.stored_as_weight(m, n)).weight
                 assert tuple(stored.shape) != (m, n)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (12, 20), (20, 12)])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_pivoted_of_factors_that_are_singular(shape: tuple[int, int], rank: int) -> None:
+    """A map of zeros, and one of a lower rank than it is given."""
+    m, n = shape
+    B, A = factors(m, n, 5)
+    B, A = B.double(), A.double()
+    A[rank:] = 0
+    B[:, rank:] = 0
+    layer = BUILT_IN["pivoted"].from_factors(B, A, None)
+    assert all(p.abs().max() < 100 for p in layer.parameters())
+    x = torch.randn(4, n, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ (B @ A).T, rtol=1e-9, atol=1e-9)

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from conftest import QUICK, Ended, environment
+from conftest import QUICK, Ended, environment, run_process
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -268,6 +269,123 @@ def test_what_is_not_clear_is_not_guessed() -> None:
     with pytest.raises(UserError, match="1 Sequential and 1 TransformerEncoderLayer"):
         find_stacks(_Two(mixed))
     assert find_stacks(_Two(_blocks(2), nn.ModuleList([nn.ReLU()]))) == {"blocks": "part0"}
+
+
+def save_class(folder: Path, name: str, model_type: str, tokenizer: Any, **changes: Any) -> Path:
+    """A tiny random model of any class of transformers, with its tokenizer."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**CLASSES["bert"][1], **changes})
+    config.architectures = [name]
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        # As it is initialised, the blocks add next to nothing to the embeddings.
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "problem", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}]
+)
+def test_scores_that_are_no_classes(
+    problem: dict[str, Any], tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    """The softmax of one score is 1 whatever the weights are: it says nothing of them."""
+    dense = save_class(tmp_path / "dense", "BertForSequenceClassification", "bert", tiny_tokenizer, **problem)
+    done = run_cli("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", *QUICK, "--calibration",
+                   calibration_text)  # fmt: skip
+    assert done.status == 0, done
+    record = json.loads((tmp_path / "out" / "lillama.json").read_text())
+    assert record["fidelity"]["divergence"] is None
+    assert record["fidelity"]["agreement"] is None
+    assert 0 < record["fidelity"]["relative_error"] < 1
+    ranks = record["plan"]["ranks"]
+    # Where nothing matters every map that is not dense has rank 1.
+    assert sum(rank > 1 for rank in ranks.values()) > len(ranks) / 2
+
+
+def test_blocks_that_are_run_more_than_once(
+    tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    dense = save_class(
+        tmp_path / "dense", "AlbertForMaskedLM", "albert", tiny_tokenizer, embedding_size=16, num_hidden_layers=3
+    )
+    done = run_cli("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", *QUICK, "--calibration",
+                   calibration_text)  # fmt: skip
+    assert "runs the 1 blocks of" in done.error
+    assert "in the order 0, 0, 0; only models that run each block once" in done.error
+    assert not list(tmp_path.glob("out*"))
+
+
+REMOTE = """
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class StrangerConfig(PretrainedConfig):
+    model_type = "stranger"
+
+    def __init__(self, vocab_size=384, hidden_size=32, num_hidden_layers=2, **kwargs):
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        super().__init__(**kwargs)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.down(self.up(hidden_states).relu())
+
+
+class StrangerForCausalLM(PreTrainedModel):
+    config_class = StrangerConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config.hidden_size) for _ in range(config.num_hidden_layers)])
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutput(logits=self.head(x))
+"""
+
+
+def test_a_model_that_comes_with_its_code(
+    tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "modeling_stranger.py").write_text(REMOTE)
+    names = {"AutoConfig": "StrangerConfig", "AutoModelForCausalLM": "StrangerForCausalLM"}
+    (dense / "config.json").write_text(json.dumps({
+        "model_type": "stranger", "architectures": ["StrangerForCausalLM"],
+        "auto_map": {auto: f"modeling_stranger.{name}" for auto, name in names.items()},
+    }))  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(dense, trust_remote_code=True), trust_remote_code=True
+    )
+    safetensors.torch.save_file(model.state_dict(), dense / "model.safetensors", {"format": "pt"})
+    tiny_tokenizer.save_pretrained(dense)
+    done = run_process("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", "--trust-remote-code",
+                       *QUICK, "--calibration", calibration_text)  # fmt: skip
+    assert done.status == 0, done
+    again = run_process("evaluate", tmp_path / "out", "--baseline", dense, "--architecture", "auto",
+                        "--trust-remote-code", "--windows", "2", "--sequence-length", "32")  # fmt: skip
+    assert again.status == 0, again
+    assert "perplexity" in again.stdout
 
 
 @pytest.mark.parametrize(

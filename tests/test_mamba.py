@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -171,6 +172,40 @@ def test_the_time_step_is_computed_as_in_the_dense_model(compressed: Path, famil
         model.config._is_quantized = True
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
         del model.config._is_quantized
+
+
+# --- kernels are for CUDA
+
+CUDA_ALONE = """
+def {name}(*tensors, **options):
+    raise RuntimeError("Expected x.is_cuda() to be true, but got false.")
+"""
+
+
+def test_installed_kernels_are_not_called_with_tensors_on_a_cpu(family: str, tmp_path: Path) -> None:
+    """Packages as mamba-ssm and causal-conv1d lay them out, found by transformers itself, that want CUDA."""
+    packages = {
+        "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
+        "mamba_ssm/ops/selective_scan_interface": ("selective_scan_fn", "mamba_inner_fn"),
+        "mamba_ssm/ops/triton/selective_state_update": ("selective_state_update",),
+    }
+    for package, functions in packages.items():
+        folder = tmp_path / "packages" / package
+        folder.mkdir(parents=True)
+        for parent in (folder, *folder.parents):
+            if parent == tmp_path / "packages":
+                break
+            (parent / "__init__.py").touch()
+        (folder / "__init__.py").write_text("".join(CUDA_ALONE.format(name=name) for name in functions))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), *sys.path])}
+    check = ["plugin", "check", family]
+    done = subprocess.run(
+        [sys.executable, "-m", "lillama_core", *check], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = f"import transformers.models.{family}.modeling_{family} as m, torch; m.causal_conv1d_fn(torch.ones(1))"
+    bare = subprocess.run([sys.executable, "-c", seen], env=environment, capture_output=True, text=True, check=False)
+    assert "Expected x.is_cuda()" in bare.stderr, "the stand-ins were not found, nothing was tested"
 
 
 # --- training mode, without kernels and with stand-ins
@@ -493,6 +528,12 @@ class Harmful:
         (
             lambda p: torch.save({**torch.load(p, weights_only=True), "lm_head.weight": torch.ones(160, 32)}, p),
             "differs from the emb",
+        ),
+        (
+            lambda p: torch.save(
+                {k: torch.zeros(1).expand(v.shape) for k, v in torch.load(p, weights_only=True).items()}, p
+            ),
+            "hold tensors that are larger than the file",
         ),
         (lambda p: torch.save({k: v.int() for k, v in torch.load(p, weights_only=True).items()}, p), "int32"),
         (

@@ -19,7 +19,7 @@ import pytest
 from conftest import QUICK, Ended, command, environment, run_process, tree
 
 from lillama_core.cli import main
-from lillama_core.errors import UserError
+from lillama_core.errors import LillamaError, UserError
 from lillama_core.run_directory import RunDirectory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
@@ -264,3 +264,29 @@ def test_lock_within_one_process(tmp_path: Path) -> None:
         pass
     # Neither the lock nor the folder that was made for it stays.
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "out")
+    directory.open({"model": "x"}, overwrite=False)
+    directory.result.mkdir()
+    (directory.result / "lillama.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("words")
+    with pytest.raises(LillamaError, match="has appeared since this run began; move it away, and --resume"):
+        directory.publish()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "words"
+    (tmp_path / "out" / "thesis.txt").unlink()
+    (tmp_path / "out").rmdir()
+    directory.publish()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_leftovers_of_nobody_knows_which_run_are_not_used(tmp_path: Path) -> None:
+    """As when removing an old run was interrupted after the note of its start."""
+    directory = RunDirectory(tmp_path / "out")
+    directory.open({"model": "x"}, overwrite=False)
+    (directory.blocks / "decoder-0.safetensors").write_text("old")
+    (directory.path / "run.json").unlink()
+    directory.open({"model": "y"}, overwrite=False)
+    assert not list(directory.blocks.iterdir())

@@ -106,9 +106,10 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     architecture, blocks, parent, source = parts(model)
     tokens = torch.randint(0, 50, (2, 9))
     inputs = {"input_ids": tokens}
-    _, calls = parent.record(inputs)
+    hidden, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    found = {b.name: t for b, t in measure_sensitivity(parent, source, runner, [Samples(inputs)], 7, Progress("quiet"))}
+    measured = measure_sensitivity(parent, source, runner, [Samples(inputs)], [hidden], 7, Progress("quiet"))
+    found = {b.name: t for b, t in measured}
 
     gradients: dict[str, torch.Tensor] = {}
     outputs: list[torch.Tensor] = []
@@ -188,9 +189,9 @@ def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
     inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, 5))}
     kept = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).float()
     samples = Samples(inputs, masks={"encoder": kept})
-    _, calls = parent.record(inputs)
+    hidden, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    ((_, found),) = list(measure_sensitivity(parent, source, runner, [samples], 7, Progress("quiet")))
+    ((_, found),) = list(measure_sensitivity(parent, source, runner, [samples], [hidden], 7, Progress("quiet")))
 
     gradients: list[torch.Tensor] = []
 

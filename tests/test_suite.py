@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import Ended, command, environment, run_process
 
-from lillama_benchmarks.cells import command_line, compress_options, planned_options
+from lillama_benchmarks.cells import Workshop, command_line, compress_options, planned_options, run_dense
 from lillama_benchmarks.methods import METHODS, Method, find_methods
 from lillama_benchmarks.pages import markdown, page, quality_metric, write_pages
 from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read
@@ -131,6 +132,14 @@ def test_smoke_has_a_model_of_every_architecture(tmp_path: Path) -> None:
 def test_bad_requests(arguments: list[str], complaint: str, run_cli: Callable[..., Ended], tmp_path: Path) -> None:
     assert complaint in run_cli("benchmark", *arguments, "-o", tmp_path / "out").error
     assert not (tmp_path / "out").exists()
+
+
+def test_two_directories_of_one_name(tmp_path: Path, run_cli: Callable[..., Ended]) -> None:
+    for parent in "ab":
+        (tmp_path / parent / "checkpoint").mkdir(parents=True)
+    models = ",".join(str(tmp_path / parent / "checkpoint") for parent in "ab")
+    ended = run_cli("benchmark", "--suite", "smoke", "--models", models, "-o", tmp_path / "out")
+    assert "two models are called 'checkpoint'" in ended.error
 
 
 def test_a_directory_that_is_there_is_left_alone(run_cli: Callable[..., Ended], tmp_path: Path) -> None:
@@ -258,6 +267,30 @@ def test_an_interrupted_suite_keeps_no_half_cell(tmp_path: Path) -> None:
     assert said == "lillama: error: interrupted; what was finished is kept, --resume goes on from there\n"
     assert list(read(out)) == [("tiny-llama", DENSE, 0.0)]
     assert not (out / "cells" / "tiny-mamba").exists()
+
+
+def test_results_of_another_model_are_not_reused(tmp_path: Path, make_model: Any) -> None:
+    out, model = tmp_path / "out", tmp_path / "model"
+    make_model(model, max_position_embeddings=512)
+    words = ("benchmark", "--suite", "smoke", "--models", model, "--output", out)
+    assert run_process(*words).status == 0
+    before = (out / FILE).read_text()
+    assert run_process(*words, "--resume").status == 0
+    assert (out / FILE).read_text() == before
+    shutil.rmtree(model)
+    make_model(model, max_position_embeddings=512, num_hidden_layers=3)
+    assert run_process(*words, "--resume").status == 0
+    assert len((out / FILE).read_text().splitlines()) == 2 * len(before.splitlines())
+    # The methods that were not asked for do not count.
+    assert "2 of 2 cells succeeded" in run_process(*words, "--resume", "--reductions", "0.2").stdout
+
+
+def test_a_model_that_cannot_be_made_ends_its_cells_alone(tmp_path: Path) -> None:
+    def broken() -> Path:
+        raise RuntimeError("no such wheel")
+
+    found = run_dense(Workshop(tmp_path), SuiteModel("broken", broken))
+    assert found.error == "no such wheel"
 
 
 @pytest.mark.slow

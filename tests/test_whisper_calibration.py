@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from lillama_core import Recipe, SampleRequest, Samples
 from lillama_core.errors import UserError
+from lillama_core.evaluation import EvaluationOptions, Subject
+from lillama_core.metrics.speech import NOTES
 from lillama_core.modality import IGNORED
 from lillama_core.models import find_architecture, load_config, load_model, locate
 from lillama_core.progress import Progress
+from lillama_plugins.whisper.evaluation import evaluation
 from lillama_plugins.whisper.speech import HOP, PADDING_WEIGHT, Speech, decoder_rows, disturbed
 from lillama_registry import registry
 from lillama_testing import make_specimen
@@ -80,6 +84,85 @@ def test_without_a_text_the_model_says_what_it_heard(model_directory: Path, tmp_
     assert description["transcribed by the model"] == 4
     assert found.targets is not None
     assert ((found.targets != IGNORED).sum(1) >= 1).all()
+
+
+SPOKEN = ["<|en|>", "<|fr|>", "<|transcribe|>", "<|translate|>"]
+
+
+@pytest.fixture(scope="module")
+def multilingual(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the tokens and settings of one of several languages."""
+    folder = tmp_path_factory.mktemp("several") / "model"
+    processor = AutoProcessor.from_pretrained(model_directory)
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": SPOKEN}, replace_extra_special_tokens=False)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(model_directory)
+    torch.manual_seed(1)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    # Not to be made from the model's config again when it is loaded.
+    model.generation_config._from_model_config = False
+    ids = dict(zip(SPOKEN, processor.tokenizer.convert_tokens_to_ids(SPOKEN), strict=True))
+    model.generation_config.is_multilingual = True
+    model.generation_config.lang_to_id = {t: ids[t] for t in SPOKEN[:2]}
+    model.generation_config.task_to_id = {t.strip("<|>"): ids[t] for t in SPOKEN[2:]}
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_the_decoder_is_told_the_language(multilingual: Path, tmp_path: Path) -> None:
+    """What `generate` puts before a transcript stands before those that are calibrated on, too."""
+    data = recordings(tmp_path / "data", ["un texte", None, "a text", None])
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    for line, language in zip(lines, ("fr", "French", "<|en|>", None), strict=True):
+        line |= {} if language is None else {"language": language}
+    (data / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = load(multilingual, data, batch_size=2)
+    tokenizer = AutoProcessor.from_pretrained(multilingual).tokenizer
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(multilingual).eval()
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
+    heard = model.detect_language(found.inputs["input_features"])[order.index(3)]
+    spoken = ["fr", "fr", "en", tokenizer.decode(heard).strip("<|>")]
+    assert found.targets is not None
+    for row, target, number in zip(found.inputs["decoder_input_ids"], found.targets, order, strict=True):
+        begin = ["<|startoftranscript|>", f"<|{spoken[number]}|>", "<|transcribe|>", "<|notimestamps|>"]
+        assert tokenizer.convert_ids_to_tokens(row[:4].tolist()) == begin
+        assert (target[:3] == IGNORED).all()
+        assert target[3] != IGNORED
+    (description,) = found.description.values()
+    assert sum(description["languages"].values()) == 4
+    assert description["languages"]["fr"] >= 2
+
+
+def test_an_unknown_language_is_named(multilingual: Path, tmp_path: Path) -> None:
+    data = recordings(tmp_path / "data", ["a"] * 4)
+    manifest = data / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"text"', '"language": "klingon", "text"'))
+    with pytest.raises(UserError, match="does not know the language 'klingon'; it knows en, fr"):
+        load(multilingual, data, batch_size=2)
+
+
+def test_each_utterance_is_measured_in_its_language(
+    multilingual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = recordings(tmp_path / "data", ["it's", "c'est", "it's", "c'est"])
+    lines = [json.loads(line) for line in (data / "manifest.jsonl").read_text().splitlines()]
+    for line, language in zip(lines, (None, "fr", "en", "fr"), strict=True):
+        line |= {} if language is None else {"language": language}
+    (data / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(multilingual).eval()
+    subject = Subject("several", model, AutoProcessor.from_pretrained(multilingual))
+    asked = []
+    generate = model.generate
+
+    def noting(**options: Any) -> Any:
+        asked.append((options["language"], len(options["encoder_outputs"].last_hidden_state)))
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", noting)
+    evaluation.metrics[0].measure(subject, EvaluationOptions(data=str(data / "manifest.jsonl")), lambda line: None)
+    assert asked == [("en", 1), ("en", 1), ("fr", 2)]
+    # The normaliser of English writes contractions out, the one for all other languages does not.
+    assert [s.reference for s in subject.notes[NOTES]["data"]] == ["it is", "it is", "c est", "c est"]
 
 
 def test_rows_of_tokens_by_hand() -> None:

@@ -48,7 +48,8 @@ class VarianceThreshold(Allocator):
     needs_spectra = True
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
-        low, high = 0.0, 1.0
+        # At the upper end every map may drop all of it, MLPs included.
+        low, high = 0.0, 1 / MLP_STRICTNESS
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             kept = sum(request.cost(m, r) for m, r in zip(request.maps, self._ranks(request, middle), strict=True))
@@ -59,7 +60,8 @@ class VarianceThreshold(Allocator):
 
     def _ranks(self, request: AllocationRequest, dropped: float) -> list[int | None]:
         """The rank of each map when a part ``dropped`` of the variance may go; None: dense."""
-        return [self._rank(request, m, dropped * (1 if ATTENTION in m.name else MLP_STRICTNESS)) for m in request.maps]
+        strict = [dropped * (1 if ATTENTION in m.name else MLP_STRICTNESS) for m in request.maps]
+        return [self._rank(request, m, min(1.0, part)) for m, part in zip(request.maps, strict, strict=True)]
 
     @staticmethod
     def _rank(request: AllocationRequest, map_: PlannedMap, dropped: float) -> int | None:

@@ -15,6 +15,8 @@ class Uniform(Allocator):
             # A map too small for its share stays at rank 1; the budget was checked to allow that.
             m.name: max(1, request.largest_rank(m, m.dense_parameters * kept // dense))
             for m in request.maps
+            # One with a single input or output is no smaller at any rank.
+            if request.largest_rank(m, m.dense_parameters - 1) > 0
         }
         plan = spend_remainder(request, ranks, reversed(request.maps))
         return RankPlan(plan.format, fit(request, dict(plan.ranks)))
@@ -24,7 +26,7 @@ def fit(request: AllocationRequest, ranks: dict[str, int]) -> dict[str, int]:
     """Lower the largest ranks, last map first, until ``ranks`` is within the budget."""
     total = sum(request.cost(m, ranks.get(m.name)) for m in request.maps)
     while total > request.budget.maps_kept:
-        map_ = max(reversed(request.maps), key=lambda m: ranks[m.name])
+        map_ = max(reversed(request.maps), key=lambda m: ranks.get(m.name, 0))
         total -= request.cost(map_, ranks[map_.name]) - request.cost(map_, ranks[map_.name] - 1)
         ranks[map_.name] -= 1
     return ranks

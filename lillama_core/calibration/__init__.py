@@ -5,7 +5,7 @@ weight into rows of equal length. `sources` says how they are named, `data` puts
 """
 
 from lillama_core.calibration.checks import check_sources
-from lillama_core.calibration.data import CalibrationData, load_calibration, load_text_windows
+from lillama_core.calibration.data import CalibrationData, check_rows, load_calibration, load_text_windows
 from lillama_core.calibration.options import CalibrationOptions
 from lillama_core.calibration.sources import DATASET_ALIASES, SELF, Source
 
@@ -15,6 +15,7 @@ __all__ = [
     "CalibrationData",
     "CalibrationOptions",
     "Source",
+    "check_rows",
     "check_sources",
     "load_calibration",
     "load_text_windows",

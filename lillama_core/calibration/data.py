@@ -82,7 +82,7 @@ def load_calibration(
         else:
             named = _named(source, tokenizer, count, options)
             rows, details = named.rows, named.description
-            _check_vocabulary(source, rows, model)
+            check_rows(source.name, rows, model)
         parts[source.name] = rows
         description[source.name] = {
             **details,
@@ -164,22 +164,31 @@ def _named(source: Source, tokenizer: Any, count: int, options: CalibrationOptio
 def _check_model(options: CalibrationOptions, model: Any, own_rows: int) -> None:
     if own_rows:
         check_can_sample(model)
-    if model is None:
-        return
+    if model is not None:
+        _check_length(options.sequence_length, model)
+
+
+def _check_length(sequence_length: int, model: Any) -> None:
     longest = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < options.sequence_length:
+    if isinstance(longest, int) and 0 < longest < sequence_length:
         raise UserError(
-            f"sequence length {options.sequence_length} is more than the {longest} positions that the model "
+            f"sequence length {sequence_length} is more than the {longest} positions that the model "
             f"knows; ask for at most {longest}"
         )
 
 
-def _check_vocabulary(source: Source, rows: torch.Tensor, model: Any) -> None:
-    """A token beyond the embedding would fail much later, as an index error without a name."""
-    vocabulary = getattr(text_config(model), "vocab_size", None) if model is not None else None
+def check_rows(name: str, rows: torch.Tensor, model: Any) -> None:
+    """Raise UserError for rows [rows, length] of the data ``name`` that are too long or hold tokens beyond the model's.
+
+    Either would fail much later, as an index error without a name.
+    """
+    if model is None:
+        return
+    _check_length(rows.shape[1], model)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     if isinstance(vocabulary, int) and int(rows.max()) >= vocabulary:
         raise UserError(
-            f"{source.name}: the tokenizer gives token {int(rows.max())}, but the model knows only "
+            f"{name}: the tokenizer gives token {int(rows.max())}, but the model knows only "
             f"{vocabulary}; use the tokenizer that belongs to the model"
         )
 

@@ -16,6 +16,8 @@ from lillama_core.errors import UserError
 
 TEXT_BYTES = 16 << 20
 """Of a larger text file only the beginning is read: tokenizers need some fifty times the memory of a text."""
+LIST_BYTES = 1 << 30
+"""Of the largest JSON list that is read; lines can be read one by one, a list cannot."""
 ROW_BYTES = 256 << 20
 """Of a larger file of JSON lines only the beginning is read."""
 _PEEK_BYTES = 1 << 16
@@ -94,7 +96,13 @@ def _json_items(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
             while line := stream.readline(left):
                 number += 1
                 if number == 1 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    yield from _json_list(path, line + stream.read())
+                    raw = line + stream.read(LIST_BYTES)
+                    if stream.read(1):
+                        raise UserError(
+                            f"{path} is a JSON list of more than {LIST_BYTES >> 20} MiB, which has to be read whole;"
+                            " write one object a line"
+                        )
+                    yield from _json_list(path, raw)
                     return
                 if limit is not None:
                     left -= len(line)

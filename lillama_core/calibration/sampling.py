@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lillama_core.calibration.cache import BatchCache, default_cache_dir
 from lillama_core.calibration.seeds import derived, stream
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.progress import Progress
 
-SAMPLER_VERSION = 1
+SAMPLER_VERSION = 2
 """To be raised whenever the same seed would give other text, so that old cache files are left alone."""
 TEMPERATURE = 1.0
 _BATCH_ROWS = 32
@@ -103,7 +104,7 @@ def sample_rows(
         writer = model
         if place.autocast_dtype is not None:
             # Autocast would convert every weight again for every token; a converted copy does it once.
-            writer = copy.deepcopy(model).to(place.autocast_dtype)
+            writer = converted(model, place.autocast_dtype)
         with _prepared(writer):
             sampler = _Sampler(writer, start, vocabulary, width, sequence_length, place, progress)
             for number in missing:
@@ -115,6 +116,19 @@ def sample_rows(
                     progress.line(f"sampled text is not kept for the next run: {error}")
                 progress.step(f"{width} x {sequence_length} tokens")
     return torch.cat([batch for batch in found.values() if batch is not None])[:rows]
+
+
+def converted(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy of ``model`` with parameters of ``dtype``; those that have it already are shared, not copied.
+
+    Tables such as rotary frequencies stay in fp32, as ``from_pretrained`` leaves them.
+    """
+    known: dict[int, Any] = {
+        id(p): p if p.dtype == dtype else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+        if p.is_floating_point()
+    }
+    return copy.deepcopy(model, known)
 
 
 def _start_token(model: Any, tokenizer: Any) -> int | None:

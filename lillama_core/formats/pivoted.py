@@ -79,26 +79,24 @@ def index_dtype(size: int) -> torch.dtype:
     return torch.int16 if size <= 2**15 else torch.int32
 
 
-def pivots(rows: torch.Tensor) -> torch.Tensor:
-    """Permutation [n] of the columns of ``rows`` [r, n] that puts r well-conditioned ones first.
-
-    QR with column pivoting of an orthonormal basis of the row space: T = R^-1 A depends on that space alone,
-    and the basis keeps a bad scaling of A out of the choice.
-    """
+def pivots(basis: torch.Tensor) -> torch.Tensor:
+    """Permutation [n] of the columns of ``basis`` [r, n] that puts r well-conditioned ones first."""
     # fp32 is enough to choose by; what is computed from the choice is done in fp64.
-    basis = torch.linalg.qr(rows.T.float(), mode="reduced").Q.T
-    order = scipy.linalg.qr(basis.cpu().numpy(), mode="r", pivoting=True)[1]
-    return torch.from_numpy(order).to(rows.device, torch.int64)
+    order = scipy.linalg.qr(basis.float().cpu().numpy(), mode="r", pivoting=True)[1]
+    return torch.from_numpy(order).to(basis.device, torch.int64)
 
 
 def interpolate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write A [r, n] as R [I | T] with permuted columns: the permutation [n], R [r, r] and T [r, n - r] (fp64)."""
-    order = pivots(rows)
-    permuted = rows.double()[:, order]
-    r = rows.shape[0]
-    R = permuted[:, :r]
-    T = torch.linalg.solve(R, permuted[:, r:])
-    return order, R, T
+    """Write A [r, n] as R [I | T] with permuted columns: the permutation [n], R [r, r] and T [r, n - r] (fp64).
+
+    T depends on the row space alone. An orthonormal basis Q of it keeps a bad scaling of A out of the choice of
+    columns, and is never singular where A is (a map of zeros, or of a rank below r): A = M Q, so T = Q1^-1 Q2.
+    """
+    A, r = rows.double(), rows.shape[0]
+    Q = torch.linalg.qr(A.T, mode="reduced").Q.T
+    order = pivots(Q)
+    T = torch.linalg.solve(Q[:, order[:r]], Q[:, order[r:]])
+    return order, A[:, order[:r]], T
 
 
 class Pivoted(Format):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lillama_core.calibration import SELF, CalibrationOptions, Source, check_sources, load_text_windows
+from lillama_core.calibration import SELF, CalibrationOptions, Source, check_rows, check_sources, load_text_windows
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.metrics.batching import sequences_per_batch
@@ -97,6 +97,7 @@ class Perplexity:
         source = Source.parse(options.data) if options.data else Source(str(OFFLINE_TEXT))
         data = source.name
         rows = load_text_windows(source, subject.tokenizer, length, options.windows)
+        check_rows(data, rows, subject.model)
         if len(rows) < options.windows:
             report(f"perplexity: {data} has only {len(rows)} windows of {length} tokens; using all")
         report(f"perplexity: {len(rows)} windows of {length} tokens")

@@ -38,6 +38,8 @@ NOTES = "speech"
 """Where `WordErrorRate` leaves its transcripts in ``Subject.notes``: lists of `Scored` by set."""
 
 Normalizer = Callable[[str], str]
+Generation = Callable[[Subject, str | None], dict[str, Any]]
+"""What ``generate`` is told besides the sound, for a model and the language spoken, where the data says which."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def evaluation_sets(options: EvaluationOptions) -> dict[str, list[Utterance]]:
     return sets
 
 
-def no_options(subject: Subject) -> dict[str, Any]:
+def no_options(subject: Subject, language: str | None) -> dict[str, Any]:
     """Nothing beyond what the model's own generation settings say."""
     return {}
 
@@ -222,16 +224,17 @@ def no_options(subject: Subject) -> dict[str, Any]:
 class WordErrorRate:
     """Word and character error rates, of each set apart, with jiwer.
 
-    ``normalizer`` gives for a subject the function through which both texts go before they are compared; ``generation``
-    what its ``generate`` needs besides the sound. Utterances whose normalised reference is empty are left out.
+    ``normalizer`` gives for a subject and a language (None: the data does not say) the function through which both
+    texts go before they are compared; ``generation`` what its ``generate`` needs besides the sound. Utterances whose
+    normalised reference is empty are left out.
     """
 
     name = "wer"
 
     def __init__(
         self,
-        normalizer: Callable[[Subject], Normalizer],
-        generation: Callable[[Subject], dict[str, Any]] = no_options,
+        normalizer: Callable[[Subject, str | None], Normalizer],
+        generation: Generation = no_options,
     ) -> None:
         self._normalizer = normalizer
         self._generation = generation
@@ -248,32 +251,41 @@ class WordErrorRate:
 
         ``subject.notes[NOTES]`` holds the transcripts afterwards, and ``options.details`` the tables, if asked for.
         """
-        normalize, generation = self._normalizer(subject), self._generation(subject)
         noted: dict[str, list[Scored]] = {}
         measurements = []
         for name, utterances in evaluation_sets(options).items():
-            references = [normalize(u.text or "") for u in utterances]
-            kept = [i for i, text in enumerate(references) if text]
-            if len(kept) < len(utterances):
-                report(f"wer/{name}: {len(utterances) - len(kept)} transcripts hold no words; left out")
-            if not kept:
+            scored = self._scored(subject, name, utterances, report)
+            if not scored:
                 raise UserError(f"{options.data or name}: no transcript holds any words")
-            report(f"wer/{name}: {len(kept)} utterances")
-            texts: list[str] = []
-            while len(texts) < len(kept):
-                sounds = [utterances[i].sound() for i in kept[len(texts) :][:AT_HAND]]
-                texts += transcribe(subject, sounds, **generation)
-                if len(texts) < len(kept):
-                    report(f"wer/{name}: {len(texts)} of {len(kept)} transcribed")
-            scored = [
-                score(utterances[i].name, references[i], normalize(text)) for i, text in zip(kept, texts, strict=True)
-            ]
             noted[name] = scored
             if options.details is not None:
                 write_transcripts(scored, options.details, name)
             measurements += self._measurements(name, scored, subject.baseline, options.seed)
         subject.notes[NOTES] = noted
         return measurements
+
+    def _scored(self, subject: Subject, name: str, utterances: list[Utterance], report: Report) -> list[Scored]:
+        """Every utterance of a set that can be scored."""
+        fitting = [u for u in utterances if not u.too_long]
+        if len(fitting) < len(utterances):
+            report(f"wer/{name}: {len(utterances) - len(fitting)} of {len(utterances)} are too long; left out")
+        # One language at a time, as one call of ``generate`` is told it.
+        fitting.sort(key=lambda u: u.language or "")
+        normalizers = {spoken: self._normalizer(subject, spoken) for spoken in {u.language for u in fitting}}
+        said = [(u, text) for u in fitting if (text := normalizers[u.language](u.text or ""))]
+        if len(said) < len(fitting):
+            report(f"wer/{name}: {len(fitting) - len(said)} transcripts hold no words; left out")
+        report(f"wer/{name}: {len(said)} utterances")
+        scored: list[Scored] = []
+        while len(scored) < len(said):
+            spoken = said[len(scored)][0].language
+            part = [one for one in said[len(scored) :][:AT_HAND] if one[0].language == spoken]
+            texts = transcribe(subject, [u.sound() for u, _ in part], **self._generation(subject, spoken))
+            for (utterance, reference), text in zip(part, texts, strict=True):
+                scored.append(score(utterance.name, reference, normalizers[spoken](text)))
+            if len(scored) < len(said):
+                report(f"wer/{name}: {len(scored)} of {len(said)} transcribed")
+        return scored
 
     def recall(self, folder: Path) -> dict[str, Any]:
         """The transcripts that `measure` wrote into ``folder``; none is no error."""
@@ -350,17 +362,18 @@ class RealTimeFactor:
 
     name = "real_time_factor"
 
-    def __init__(self, generation: Callable[[Subject], dict[str, Any]] = no_options) -> None:
+    def __init__(self, generation: Generation = no_options) -> None:
         self._generation = generation
 
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """One measurement: the median over the first ``TIMED`` utterances, after one run that does not count."""
-        sounds = timed_sounds(options)
+        utterances = timed_utterances(options)
+        sounds = [utterance.sound() for utterance in utterances]
         report(f"speed: {len(sounds)} utterances, one at a time")
-        generation = self._generation(subject)
-        transcribe(subject, sounds[:1], **generation)
+        chosen = [self._generation(subject, utterance.language) for utterance in utterances]
+        transcribe(subject, sounds[:1], **chosen[0])
         factors = []
-        for sound in sounds:
+        for sound, generation in zip(sounds, chosen, strict=True):
             started = time.perf_counter()
             transcribe(subject, [sound], **generation)
             factors.append((time.perf_counter() - started) * RATE / len(sound))
@@ -376,12 +389,13 @@ class RealTimeFactor:
         ]
 
 
-def timed_sounds(options: EvaluationOptions) -> list[Sound]:
+def timed_utterances(options: EvaluationOptions) -> list[Utterance]:
     """The first utterances of the data, at most ``TIMED``."""
     source = options.data or SETS["read"]
-    return [utterance.sound() for utterance in read_speech(source, TIMED)]
+    # A few more, of which some may be too long.
+    return [u for u in read_speech(source, 2 * TIMED) if not u.too_long][:TIMED]
 
 
 def transcribe_one(subject: Subject) -> None:
     """What a speech model does in use, for `Footprint`."""
-    transcribe(subject, timed_sounds(EvaluationOptions())[:1])
+    transcribe(subject, [timed_utterances(EvaluationOptions())[0].sound()])

@@ -15,6 +15,7 @@ from lillama_core.errors import LillamaError
 from lillama_core.modality import Inputs, as_dtype
 from lillama_core.output.card import public_name, public_recipe, write_card
 from lillama_core.output.report import write_report
+from lillama_core.output.verify import TRUST
 from lillama_core.plan import RankPlan
 from lillama_core.progress import Progress
 from lillama_core.quantizer import LillamaConfig, attach, site_entries
@@ -53,7 +54,8 @@ def write_result(
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
-    check_reload(model, result, prepared.architecture.auto_class, modality.probe(prepared.config))
+    trusted = prepared.source.trust_remote_code
+    check_reload(model, result, prepared.architecture.auto_class, modality.probe(prepared.config), trusted)
     record.stop()
     write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)
@@ -77,7 +79,7 @@ def published(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs) -> None:
+def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs, trust_remote_code: bool = False) -> None:
     """Load ``result`` in a new process and compare its outputs for ``inputs`` with the model's.
 
     Raises LillamaError if they differ.
@@ -88,7 +90,10 @@ def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs) -> N
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
     command = [sys.executable, "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    if trust_remote_code:
+        command.append(TRUST)
+    # Nobody could answer what it might ask.
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LillamaError(f"the written model does not load as it was: {reason}")

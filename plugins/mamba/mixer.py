@@ -4,10 +4,18 @@ In training mode a mixer first offers its weights to mamba-ssm's fused kernel, `
 ``out_proj`` are then never called. That kernel knows dense matrices only; each step would multiply the factors out,
 and adapters or hooks on a factor would be passed over. The way that a mixer goes in eval mode calls every map as a
 module, between mamba-ssm's kernels for the convolution and the scan, which have a backward pass.
+
+Those kernels know CUDA alone, and transformers calls them, where they are installed, on any device: a model that was
+compressed on a GPU is written and looked at on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +24,44 @@ from transformers.utils.import_utils import is_mambapy_available
 
 from lillama_core.formats import LowRankLinear
 
+KERNELS = (
+    *("causal_conv1d_fn", "causal_conv1d_update", "mamba_inner_fn"),
+    *("mamba_selective_scan", "mamba_selective_state_update"),
+)
+"""What the mixers' modules call functions that a package may have replaced."""
+
 
 def call_maps_as_modules(model: nn.Module) -> None:
     """Make every mixer of ``model`` choose its way anew at each call; maps may become low rank later."""
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == "mixer":
             module.register_forward_pre_hook(_choose_way)
+            keep_kernels_on_cuda(sys.modules[type(module).__module__])
+
+
+def keep_kernels_on_cuda(module: Any) -> None:
+    """Make the functions of transformers' ``module`` that are kernels go torch's way with tensors on a CPU."""
+    if not any(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d")):
+        return
+    for name in KERNELS:
+        kernel = getattr(module, name, None)
+        if kernel is None or isinstance(kernel, _ByDevice):
+            continue
+        plain = inspect.unwrap(kernel)
+        if plain is not kernel:
+            setattr(module, name, _ByDevice(kernel, plain))
+
+
+class _ByDevice:
+    """A function that calls ``plain`` for a first argument on a CPU, and ``kernel`` for any other."""
+
+    def __init__(self, kernel: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, kernel)
+        self._kernel, self._plain = kernel, plain
+
+    def __call__(self, first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        function = self._plain if first.device.type == "cpu" else self._kernel
+        return function(first, *args, **options)
 
 
 def _choose_way(mixer: Any, args: tuple[Any, ...]) -> None:

@@ -136,6 +136,9 @@ def read_weights(path: Path, config: Any) -> dict[str, torch.Tensor]:
     odd = next((k for k, v in loaded.items() if v.is_meta or v.layout != torch.strided), None)
     if odd is not None:
         raise unsuitable(f"hold {odd} as no plain tensor: it is sparse, or has no numbers")
+    # A view may repeat a few numbers without end. What the file itself holds may be there twice: a head that is tied.
+    if sum(v.numel() * v.element_size() for v in loaded.values()) > 2 * path.stat().st_size:
+        raise unsuitable("hold tensors that are larger than the file")
     state = {str(k).replace("backbone.embedding.", "backbone.embeddings."): v for k, v in loaded.items()}
     shapes = expected_shapes(config)
     if config.tie_word_embeddings:

@@ -371,8 +371,13 @@ def _generation_config(directory: Path, config: WhisperConfig, processor: Whispe
     settings: dict[str, Any] = {}
     try:
         end, start, silent = (known[t] for t in ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"))
-        suppressed, at_start = ([int(i) for i in found[key]] for key in ("suppress_ids", "suppress_ids_begin"))
-        heads = [[int(layer), int(head)] for layer, head in found.get("alignment_heads", [])]
+        suppressed, at_start = (
+            [int(i) for i in found.get(key) or []] for key in ("suppress_ids", "suppress_ids_begin")
+        )
+        # The converter writes null for what the model's settings leave out.
+        if not {"suppress_ids", "suppress_ids_begin", "alignment_heads", "lang_ids"} & set(found):
+            raise KeyError("suppress_ids")
+        heads = [[int(layer), int(head)] for layer, head in found.get("alignment_heads") or []]
         if any(abs(i) >= 2**31 for i in (*suppressed, *at_start)):
             raise ValueError("a token's number in suppress_ids")
         if multilingual:
@@ -393,8 +398,8 @@ def _generation_config(directory: Path, config: WhisperConfig, processor: Whispe
         decoder_start_token_id=start,
         no_timestamps_token_id=silent,
         prev_sot_token_id=known.get("<|startofprev|>"),
-        suppress_tokens=suppressed,
-        begin_suppress_tokens=at_start,
+        suppress_tokens=suppressed or None,
+        begin_suppress_tokens=at_start or None,
         alignment_heads=heads,
         is_multilingual=multilingual,
         max_length=config.max_target_positions,

@@ -12,27 +12,31 @@ from lillama_core.metrics import Footprint, RealTimeFactor, WordErrorRate
 from lillama_core.metrics.speech import transcribe_one
 
 from .ctranslate2 import NORMALIZER
+from .languages import is_multilingual, language_code
 
 
-def language(subject: Subject) -> str | None:
-    """The language that a multilingual model is to write, English unless its settings say otherwise; else None."""
+def language(subject: Subject, spoken: str | None) -> str | None:
+    """The language that a multilingual model is to write; None for a model of English alone.
+
+    That of the data, or else of the model's settings, or else English.
+    """
     settings = subject.model.generation_config
-    if not getattr(settings, "is_multilingual", False):
+    if not is_multilingual(settings):
         return None
-    return getattr(settings, "language", None) or "en"
+    return language_code(settings, spoken or getattr(settings, "language", None) or "en")
 
 
-def generation(subject: Subject) -> dict[str, Any]:
+def generation(subject: Subject, spoken: str | None = None) -> dict[str, Any]:
     """Arguments of ``generate``: a model of English alone refuses to be told its language."""
-    chosen = language(subject)
+    chosen = language(subject, spoken)
     return {} if chosen is None else {"language": chosen, "task": "transcribe"}
 
 
-def normalizer(subject: Subject) -> Callable[[str], str]:
+def normalizer(subject: Subject, spoken: str | None = None) -> Callable[[str], str]:
     """Whisper's text normaliser (Radford et al. 2022, appendix C): the English one, or the basic one."""
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-    if language(subject) not in (None, "en", "english", "<|en|>"):
+    if language(subject, spoken) not in (None, "en"):
         return BasicTextNormalizer()
     # Always the same table of spellings: a checkpoint that lost its own would be measured differently.
     return EnglishTextNormalizer(json.loads(NORMALIZER.read_text(encoding="utf-8")))

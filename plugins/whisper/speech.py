@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, rea
 from lillama_core.modality import IGNORED, random_tokens
 
 from .ctranslate2 import save_processor
+from .languages import is_multilingual, language_code, prompt
 
 PADDING_WEIGHT = 0.1
 """What a frame beyond the end of the sound counts for in statistics and loss: the decoder reads those frames, too.
@@ -81,10 +83,11 @@ class Speech(Modality):
             frames.append(-(-len(sound) // HOP))
             request.progress.step(utterance.name)
         spectrograms = torch.stack(features)
-        written = _transcripts(found, spectrograms, request)
+        languages = _languages(found, spectrograms, request)
+        written = _transcripts(found, spectrograms, languages, request)
         digest = hashlib.sha256(spectrograms.numpy().tobytes())
         digest.update(repr(written).encode())
-        tokens, targets = decoder_rows(written, request.model, prompt_length(request.processor))
+        tokens, targets = decoder_rows(written, request.model, prompt_length(request, languages[0]))
         positions = torch.arange(request.model.config.max_source_positions)
         inside = positions[None] < torch.tensor(frames)[:, None]
         masks = {
@@ -93,10 +96,10 @@ class Speech(Modality):
             "decoder": lengths_mask([len(row) - 1 for row in written], tokens.shape[1]),
         }
         unknown = sum(u.text is None for u in found)
-        description = {
-            name: {"kind": "speech", "path": name, "utterances": len(found), "transcribed by the model": unknown}
-            for name in request.recipe.calibration
-        }
+        described: dict[str, Any] = {"kind": "speech", "utterances": len(found), "transcribed by the model": unknown}
+        if languages[0] is not None:
+            described["languages"] = dict(Counter(languages))
+        description = {name: {**described, "path": name} for name in request.recipe.calibration}
         return Samples(
             {"input_features": spectrograms, "decoder_input_ids": tokens},
             description,
@@ -115,7 +118,8 @@ def _utterances(recipe: Recipe) -> list[Utterance]:
     """
     found: list[Utterance] = []
     for source in recipe.calibration:
-        found += read_speech(source, recipe.samples if source.partition(":")[0] in DATASETS else None)
+        limit = recipe.samples if source.partition(":")[0] in DATASETS else None
+        found += [u for u in read_speech(source, limit, "calibration") if not u.too_long]
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [found[i] for i in order[: recipe.samples]]
 
@@ -151,27 +155,59 @@ def disturbed(sound: Sound, generator: np.random.Generator) -> Sound:
     return np.asarray(np.clip(mixed * loudness, -1, 1), dtype=np.float32)
 
 
-def prompt_length(processor: Any) -> int:
+def prompt_length(request: SampleRequest, language: str | None) -> int:
     """How many tokens the decoder is given before it writes the first of its own."""
-    return len(processor.tokenizer.prefix_tokens)
+    return len(prompt(request.model.generation_config, request.processor.tokenizer, language))
 
 
-def _transcripts(found: list[Utterance], spectrograms: torch.Tensor, request: SampleRequest) -> list[list[int]]:
-    """For every utterance the tokens from the start of the transcript to its end, prompt included."""
-    tokenizer = request.processor.tokenizer
-    # A space before the first word, as the model itself writes it.
-    written = [None if u.text is None else tokenizer(" " + u.text.strip()).input_ids for u in found]
-    unknown = [i for i, row in enumerate(written) if row is None]
+def _languages(found: list[Utterance], spectrograms: torch.Tensor, request: SampleRequest) -> list[str | None]:
+    """The code of what is spoken in every utterance; None for all of them where the model writes English alone.
+
+    What the data says, or else the model's settings, or else what the model itself hears.
+    """
+    settings, tokenizer = request.model.generation_config, request.processor.tokenizer
+    if not is_multilingual(settings):
+        return [None] * len(found)
+    usual = getattr(settings, "language", None) or getattr(tokenizer, "language", None)
+    named = [u.language or usual for u in found]
+    codes = [None if name is None else language_code(settings, name) for name in named]
+    unknown = [i for i, code in enumerate(codes) if code is None]
+    names = {index: token.strip("<|>") for token, index in settings.lang_to_id.items()}
     for start in range(0, len(unknown), BATCH):
         part = unknown[start : start + BATCH]
         with torch.no_grad():
-            rows = request.model.generate(spectrograms[part].to(request.device), max_new_tokens=200).tolist()
+            heard = request.model.detect_language(spectrograms[part].to(request.device)).tolist()
+        for i, index in zip(part, heard, strict=True):
+            codes[i] = names[index]
+    return codes
+
+
+def _transcripts(
+    found: list[Utterance], spectrograms: torch.Tensor, languages: list[str | None], request: SampleRequest
+) -> list[list[int]]:
+    """For every utterance the tokens from the start of the transcript to its end, prompt included."""
+    tokenizer = request.processor.tokenizer
+    # A space before the first word, as the model itself writes it.
+    written = [
+        None if u.text is None else tokenizer.encode(" " + u.text.strip(), add_special_tokens=False) for u in found
+    ]
+    unknown = [i for i, row in enumerate(written) if row is None]
+    for start in range(0, len(unknown), BATCH):
+        part = unknown[start : start + BATCH]
+        spoken = [languages[i] for i in part]
+        told = {} if spoken[0] is None else {"language": spoken, "task": "transcribe"}
+        with torch.no_grad():
+            rows = request.model.generate(spectrograms[part].to(request.device), max_new_tokens=200, **told).tolist()
         for i, row in zip(part, rows, strict=True):
             # What generate gives has no prompt, and padding behind the end.
-            own = [t for t in row if t not in tokenizer.all_special_ids]
-            written[i] = [*tokenizer.prefix_tokens, *own, tokenizer.eos_token_id]
+            written[i] = [t for t in row if t not in tokenizer.all_special_ids]
     longest = request.model.config.max_target_positions
-    return [row[:longest] for row in written if row is not None]
+    settings = request.model.generation_config
+    return [
+        [*prompt(settings, tokenizer, language), *row, tokenizer.eos_token_id][:longest]
+        for language, row in zip(languages, written, strict=True)
+        if row is not None
+    ]
 
 
 def decoder_rows(written: list[list[int]], model: Any, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:

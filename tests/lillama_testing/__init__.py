@@ -9,13 +9,23 @@ def test_conformance(check):
 
 from __future__ import annotations
 
-from lillama_testing.checks import CHECKS, Case, Outcome, cases, check_architecture, parametrize_with_checks, run_check
+from lillama_testing.checks import (
+    CHECKS,
+    Case,
+    CheckFailed,
+    Outcome,
+    cases,
+    check_architecture,
+    parametrize_with_checks,
+    run_check,
+)
 from lillama_testing.command import lillama_commands
 from lillama_testing.tiny import Specimen, make_specimen, specimen_at
 
 __all__ = [
     "CHECKS",
     "Case",
+    "CheckFailed",
     "Outcome",
     "Specimen",
     "cases",

@@ -22,6 +22,7 @@ from lillama_core.distillation import trained_parameters
 from lillama_core.engine import Request, compress
 from lillama_core.errors import LillamaError, one_line
 from lillama_core.formats import BUILT_IN
+from lillama_core.generic import AUTO
 from lillama_core.maps import LinearMap, MapChoice, matches_any
 from lillama_core.modality import Inputs
 from lillama_core.models import auto_class, count_parameters
@@ -335,6 +336,8 @@ def check_training(specimen: Specimen) -> None:
     model.requires_grad_(False)
     factors: dict[int, torch.Tensor] = {}
     for block in blocks:
+        if not block.maps:
+            continue
         module = model.get_submodule(block.path)
         found = trained_parameters(module, "factors")
         require(found, f"{block.path} has maps, but nothing that could be trained")
@@ -405,9 +408,8 @@ def check_compression(specimen: Specimen) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result"
         # In its end the run loads the result in a process of its own and compares the outputs.
-        record = compress(
-            Request(str(specimen.folder), result, specimen.recipe(), architecture=_name(specimen)), "quiet"
-        )
+        tried = AUTO if specimen.architecture.name == AUTO else specimen.architecture
+        record = compress(Request(str(specimen.folder), result, specimen.recipe(), architecture=tried), "quiet")
         ranks = record.plan["ranks"]
         require(ranks, "nothing was made low rank")
         loader = auto_class(specimen.architecture)
@@ -430,11 +432,6 @@ def check_compression(specimen: Specimen) -> None:
                 torch.equal(generate(again, prompt), written),
                 "saved and loaded again, the compressed model writes other tokens",
             )
-
-
-def _name(specimen: Specimen) -> str | None:
-    """What ``--architecture`` has to say: nothing, where the model type is claimed."""
-    return None if specimen.model_type in specimen.architecture.model_types else specimen.architecture.name
 
 
 CHECKS: dict[str, Check] = {
@@ -473,17 +470,20 @@ def parametrize_with_checks(architectures: Iterable[Architecture]) -> Any:
     return pytest.mark.parametrize("check", cases(architectures), ids=str)
 
 
-def check_architecture(architecture: Architecture, specimen: Specimen | None = None) -> list[Outcome]:
-    """All checks of an architecture: on ``specimen``, or on a tiny model of each of its model types."""
-    if specimen is not None:
-        return [run_check(name, specimen) for name in CHECKS]
-    outcomes = []
+def check_architecture(architecture: Architecture, specimen: Specimen | None = None) -> None:
+    """Run all checks of an architecture: on ``specimen``, or on a tiny model of each of its model types.
+
+    Raises CheckFailed that lists everything that is wrong. The architecture need not be installed.
+    """
+    outcomes: list[Outcome] = [] if specimen is None else [run_check(name, specimen) for name in CHECKS]
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type in architecture.model_types:
+        for model_type in architecture.model_types if specimen is None else ():
             try:
                 made = make_specimen(architecture, model_type, Path(scratch) / model_type)
             except LillamaError as error:
                 outcomes.append(Outcome(architecture.name, model_type, "tiny model", one_line(error)))
             else:
                 outcomes += [run_check(name, made) for name in CHECKS]
-    return outcomes
+    require(outcomes, f"architecture {architecture.name!r} claims no model type to try it on; give a specimen")
+    wrong = [f"{o.model_type}, {o.check}: {o.error}" for o in outcomes if not o.passed]
+    require(not wrong, f"architecture {architecture.name!r}: {'; '.join(wrong)}")

@@ -126,6 +126,9 @@ def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, 
                 parameter.add_(0.1 * torch.randn_like(parameter))
     finally:
         torch.set_rng_state(generator_state)
+    if generation:
+        # What came from the model's config is made from it again when the model is loaded.
+        model.generation_config._from_model_config = False
     for name, value in generation.items():
         setattr(model.generation_config, name, value)
     return model
