@@ -423,6 +423,22 @@ def test_mistakes(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_of_another_size_than_the_config_says(
+    dtype: torch.dtype, tmp_path: Path, images: Path, run_cli: Callable[..., Ended]
+) -> None:
+    """As with DINOv2's own checkpoints: positions for 518 pixels, a processor of 224, and a model that adapts them."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["dinov2"](**CLASSES["vit"][1] | {"image_size": 28, "mlp_ratio": 2})
+    config.architectures = ["Dinov2Model"]
+    transformers.Dinov2Model(config).to(dtype).save_pretrained(tmp_path / "dense")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "dense")
+    done = run_cli("compress", tmp_path / "dense", "-o", tmp_path / "out", "--architecture", "auto", *QUICK,
+                   "--calibration", images, "--samples", "16")  # fmt: skip
+    assert done.status == 0, done
+    assert "dinov2.encoder" in done.stderr or "encoder.layer" in done.stderr
+
+
 def test_another_processor_makes_other_data_of_the_same_images(images: Path) -> None:
     from transformers import ViTImageProcessor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 
 from lillama_core.calibration import SELF, Source
 from lillama_core.calibration.images import choose_images, files_sha256, find_images, need_pillow, read_pixels
-from lillama_core.errors import UserError, one_line
+from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.evaluation import EvaluationOptions
 from lillama_core.modalities.base import Described, EvaluationRows
 from lillama_core.modality import Inputs, SampleRequest, Samples
@@ -111,13 +112,27 @@ def image_size(config: Any) -> tuple[int, int]:
 def _pixels(paths: list[Path], processor: Any, model: Any) -> torch.Tensor:
     pixels = read_pixels(paths, processor)
     wanted = image_size(model.config)
-    if tuple(pixels.shape[-2:]) != wanted:
+    if tuple(pixels.shape[-2:]) != wanted and not _takes(model, pixels[:1]):
         made = "x".join(map(str, pixels.shape[-2:]))
         raise UserError(
             f"the image processor makes images of {made} pixels, the model takes {wanted[0]}x{wanted[1]};"
             " use the processor that belongs to the model"
         )
     return pixels
+
+
+def _takes(model: Any, pixels: torch.Tensor) -> bool:
+    """Whether the model can be fed images of this size, though its config names another, as DINOv2 can."""
+    try:
+        # Blocks may be in half precision where the rest is not.
+        whole = copy.deepcopy(model).float()
+        with torch.no_grad():
+            whole(pixel_values=pixels.to(next(whole.parameters()).device))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _folders(calibration: tuple[str, ...]) -> tuple[str, ...]:
