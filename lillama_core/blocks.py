@@ -68,15 +68,30 @@ class Parent:
         """What the last block returns in a forward pass of the model in which ``run`` stands for every block.
 
         ``run`` gets a block's index, the hidden states and the other arguments that the model passes at that moment.
-        Raises UserError when the pass does not run each block once, in their order: nothing here could compress that.
         """
-        order: list[int] = []
         last: list[torch.Tensor] = []
 
         def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            out = run(index, hidden, args, kwargs)
+            if index == len(self.blocks) - 1:
+                last.append(out)
+                raise _Enough
+            return out
+
+        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(_Enough):
+            self._forward(inputs)
+        return last[0].float()
+
+    def check_order(self, inputs: Inputs) -> None:
+        """Raise UserError unless a forward pass runs each block once, one after the other.
+
+        All else here takes that for granted, and ends a pass at the first call of the last block.
+        """
+        order: list[int] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             order.append(index)
-            last[:] = [run(index, hidden, args, kwargs)]
-            return last[0]
+            return hidden
 
         with torch.no_grad(), self._bypassed(bypass):
             self._forward(inputs)
@@ -86,7 +101,6 @@ class Parent:
                 f" {', '.join(map(str, order[:12]))}{', …' if len(order) > 12 else ''}; only models that run each block"
                 " once, one after the other, can be compressed"
             )
-        return last[0].float()
 
     def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
         """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""

@@ -200,6 +200,7 @@ class _Run:
         source = ResidentSource(model, self.device)
         for blocks in self.prepared.blocks.values():
             parent = Parent(model, self.architecture, blocks)
+            parent.check_order(self._on_device(inputs))
             self._check_chain(parent, inputs, source)
 
     def _load_data(self, model: nn.Module, fingerprint: str) -> Samples:

@@ -12,7 +12,7 @@ from lillama_core.metrics import Footprint, RealTimeFactor, WordErrorRate
 from lillama_core.metrics.speech import transcribe_one
 
 from .ctranslate2 import NORMALIZER
-from .languages import is_multilingual, language_code
+from .languages import is_multilingual, language_code, usual_language
 
 
 def language(subject: Subject, spoken: str | None) -> str | None:
@@ -23,7 +23,7 @@ def language(subject: Subject, spoken: str | None) -> str | None:
     settings = subject.model.generation_config
     if not is_multilingual(settings):
         return None
-    return language_code(settings, spoken or getattr(settings, "language", None) or "en")
+    return language_code(settings, spoken or usual_language(settings, subject.tokenizer.tokenizer) or "en")
 
 
 def generation(subject: Subject, spoken: str | None = None) -> dict[str, Any]:

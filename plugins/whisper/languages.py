@@ -28,6 +28,12 @@ def language_code(settings: Any, language: str) -> str:
     return code
 
 
+def usual_language(settings: Any, tokenizer: Any) -> str | None:
+    """The language that a model was tuned to, where its generation config or its tokenizer says so."""
+    found = getattr(settings, "language", None) or getattr(tokenizer, "language", None)
+    return None if found is None else str(found)
+
+
 def prompt(settings: Any, tokenizer: Any, code: str | None) -> list[int]:
     """What the decoder is given before it writes the first token of its own; ``code`` None for English alone."""
     if code is None:

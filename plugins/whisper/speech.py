@@ -16,7 +16,7 @@ from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, rea
 from lillama_core.modality import IGNORED, random_tokens
 
 from .ctranslate2 import save_processor
-from .languages import is_multilingual, language_code, prompt
+from .languages import is_multilingual, language_code, prompt, usual_language
 
 PADDING_WEIGHT = 0.1
 """What a frame beyond the end of the sound counts for in statistics and loss: the decoder reads those frames, too.
@@ -168,7 +168,7 @@ def _languages(found: list[Utterance], spectrograms: torch.Tensor, request: Samp
     settings, tokenizer = request.model.generation_config, request.processor.tokenizer
     if not is_multilingual(settings):
         return [None] * len(found)
-    usual = getattr(settings, "language", None) or getattr(tokenizer, "language", None)
+    usual = usual_language(settings, tokenizer)
     named = [u.language or usual for u in found]
     codes = [None if name is None else language_code(settings, name) for name in named]
     unknown = [i for i, code in enumerate(codes) if code is None]
