@@ -58,6 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             "bad allocation",
             "memory allocation",
             "os error 12",
+            "alloc_failed",  # cuBLAS
         )
     )
 

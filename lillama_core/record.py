@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
 def peak_memory_bytes() -> int:
@@ -92,6 +93,8 @@ class RunRecord:
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int | None = None
+    """What torch had allocated on a CUDA device at the most; None on other devices."""
     remarks: list[str] = field(default_factory=list)
     """What was found rather than declared about the architecture."""
     resumed: bool = False
@@ -101,6 +104,8 @@ class RunRecord:
         """Note the time that the run has taken and the memory that it has needed so far."""
         self.seconds["total"] = round(time.monotonic() - self.started, 3)
         self.peak_memory_bytes = peak_memory_bytes()
+        if torch.device(self.device).type == "cuda":
+            self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(self.device)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -253,6 +253,13 @@ def test_card_leaks_no_folder(result: Path, local: Preparation) -> None:
         assert str(result.parent) not in text
 
 
+def test_card_states_what_a_gpu_needed(result: Path, local: Preparation) -> None:
+    record = make_record(device="cuda:0")
+    record.peak_device_memory_bytes = 3_200_000_000
+    write_card(result, record, local)
+    assert "| peak memory of the GPU | 3.2 GB |" in (result / "README.md").read_text()
+
+
 def test_card_without_measurements(result: Path, local: Preparation) -> None:
     empty = {"tokens": 0, "relative_error": 0.5}
     fidelity = dict.fromkeys(("perplexity_before", "perplexity_after", "divergence", "agreement")) | empty

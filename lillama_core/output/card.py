@@ -370,6 +370,8 @@ def cost_rows(record: RunRecord) -> list[tuple[str, str]]:
         rows.append(("time", duration(total) + resumed))
     if record.peak_memory_bytes:
         rows.append(("peak memory", size(record.peak_memory_bytes)))
+    if record.peak_device_memory_bytes:
+        rows.append(("peak memory of the GPU", size(record.peak_device_memory_bytes)))
     rows.append(("device", record.device))
     labels = {"processor": "processor", "cores": "logical cores", "system": "system"}
     rows += [(label, str(record.machine[k])) for k, label in labels.items() if record.machine.get(k)]
