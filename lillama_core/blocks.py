@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,16 @@ class Parent:
     (masks, rotary tables, an encoder's output) cost no more than the embedding.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, blocks: list[Block]) -> None:
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, blocks: list[Block], earlier: Sequence[Parent] = ()
+    ) -> None:
+        """``earlier`` are the parents of the stacks that are run before this one."""
         self.model = model
         self.architecture = architecture
         self.blocks = blocks
+        self.earlier = earlier
+        self._without_earlier: bool | None = None if earlier else False
+        """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
         self._rest: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
         """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
         self._extra = {"use_cache": False} if _takes_use_cache(model) else {}
@@ -105,10 +111,22 @@ class Parent:
     def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
         """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""
 
+        if self._without_earlier is None:
+            with torch.no_grad():
+                whole, short = (main_output(self._outputs(inputs, last_hidden, skip)) for skip in (False, True))
+            self._without_earlier = torch.equal(whole, short)
+        return self._outputs(inputs, last_hidden, self._without_earlier)
+
+    def _outputs(self, inputs: Inputs, last_hidden: torch.Tensor, skip_earlier: bool) -> Any:
+        """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
+
         def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             return last_hidden if index == len(self.blocks) - 1 else hidden
 
-        with self._bypassed(bypass):
+        with contextlib.ExitStack() as bypassed:
+            for parent in self.earlier if skip_earlier else ():
+                bypassed.enter_context(parent._bypassed(lambda index, hidden, args, kwargs: hidden))
+            bypassed.enter_context(self._bypassed(bypass))
             return self._forward(inputs)
 
     def _forward(self, inputs: Inputs) -> Any:

@@ -233,7 +233,9 @@ class _Run:
         held_out = list(range(len(batches) - count, len(batches)))
         source = ResidentSource(model, self.device)
         profile = Profile(self.directory.profile)
-        parents = {name: Parent(model, self.architecture, blocks) for name, blocks in prepared.blocks.items()}
+        parents: dict[str, Parent] = {}
+        for name, blocks in prepared.blocks.items():
+            parents[name] = Parent(model, self.architecture, blocks, tuple(parents.values()))
 
         inputs = [batch.inputs for batch in batches]
         calls: dict[str, list[list[BlockCall]]] = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core.architecture import find_blocks
+from lillama_core.architecture import Architecture, find_blocks
 from lillama_core.blocks import BlockRunner, Parent, share_equal
 from lillama_core.modality import Samples
 from lillama_core.models import find_architecture
@@ -206,3 +206,32 @@ def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
     logits.reshape(-1, 60).log_softmax(-1).gather(1, labels).sum().neg().backward()
     g = gradients[0][kept > 0]
     torch.testing.assert_close(found["gradients.encoder_attn.v_proj"], g.T @ g / 12, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reads_encoder", [False, True])
+def test_what_comes_after_the_decoder_needs_no_encoder(reads_encoder: bool) -> None:
+    """The encoder's blocks are passed over where the outputs do not tell the difference, and there alone."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=1, pad_token_id=0
+    )
+    model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    architecture = Architecture(name="t", stacks={"encoder": "encoder.block", "decoder": "decoder.block"})
+    blocks = find_blocks(architecture, model)
+    encoder = Parent(model, architecture, blocks["encoder"])
+    decoder = Parent(model, architecture, blocks["decoder"], (encoder,))
+    inputs = {"input_ids": torch.randint(2, 60, (2, 7)), "decoder_input_ids": torch.randint(2, 60, (2, 5))}
+    if reads_encoder:
+        seen: list[torch.Tensor] = []
+        model.encoder.register_forward_hook(lambda *call: seen.append(call[2][0]))
+        model.lm_head.register_forward_hook(lambda _m, _i, out: out + seen[-1].sum())
+    last = torch.randn(2, 5, 16)
+    expected = Parent(model, architecture, blocks["decoder"]).outputs(inputs, last).logits
+    calls: list[int] = []
+    model.encoder.block[0].layer[0].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        assert torch.equal(decoder.outputs(inputs, last).logits, expected)
+    # Tried once with the encoder; its first block is also looked at once, for what it returns besides.
+    assert len(calls) == 2 + (3 if reads_encoder else 0)
