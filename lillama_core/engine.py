@@ -410,7 +410,9 @@ class _Run:
 
     def _first_rows(self, batches: list[Samples], tokens: int) -> list[Samples]:
         """About ``tokens`` tokens of the data, in batches of two rows: all inputs of all blocks are held for one."""
-        wanted = max(1, round(self.record.data["rows"] * tokens / self.recipe.tokens))
+        # The data may be less than the recipe asks for.
+        given = min(self.recipe.tokens, self.record.data["tokens"] or self.recipe.tokens)
+        wanted = max(1, round(self.record.data["rows"] * min(1.0, tokens / given)))
         small: list[Samples] = []
         for batch in batches:
             for start in range(0, len(batch), 2):

@@ -88,7 +88,10 @@ def test_as_many_rows_as_were_asked_for(batch_size: int) -> None:
     rows = torch.arange(24)[:, None].expand(24, 32)
     batches = [Samples({"input_ids": part}) for part in rows.split(batch_size)]
     run: Any = SimpleNamespace(
-        record=SimpleNamespace(data={"rows": 24}), recipe=SimpleNamespace(tokens=24 * 32), device=torch.device("cpu")
+        record=SimpleNamespace(data={"rows": 24, "tokens": 24 * 32}),
+        # More than there is, as with --use-all-tokens.
+        recipe=SimpleNamespace(tokens=99 * 32),
+        device=torch.device("cpu"),
     )
     found = _Run._first_rows(run, batches, 7 * 32)
     assert torch.cat([part.inputs["input_ids"] for part in found])[:, 0].tolist() == list(range(7))
