@@ -38,9 +38,10 @@ def prompt(settings: Any, tokenizer: Any, code: str | None) -> list[int]:
     """What the decoder is given before it writes the first token of its own; ``code`` None for English alone."""
     if code is None:
         return list(tokenizer.prefix_tokens)
+    silent = getattr(settings, "no_timestamps_token_id", None)
     return [
         settings.decoder_start_token_id,
         settings.lang_to_id[f"<|{code}|>"],
         settings.task_to_id["transcribe"],
-        settings.no_timestamps_token_id,
+        tokenizer.convert_tokens_to_ids("<|notimestamps|>") if silent is None else silent,
     ]
