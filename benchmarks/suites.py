@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,11 +134,13 @@ def smoke(_: Path) -> list[SuiteModel]:
         def fetch() -> Path:
             # Anew in each process: what makes it may have changed.
             if not made_at:
-                made_at.append(tempfile.TemporaryDirectory())
-                make_specimen(architecture, model_type, Path(made_at[0].name))
-            return Path(made_at[0].name)
+                path = Path(tempfile.mkdtemp())
+                atexit.register(shutil.rmtree, path, ignore_errors=True)
+                make_specimen(architecture, model_type, path)
+                made_at.append(path)
+            return made_at[0]
 
-        made_at: list[tempfile.TemporaryDirectory[str]] = []
+        made_at: list[Path] = []
 
         materials = MATERIALS.get(architecture.modality.name)
         calibration = () if materials is None else materials.calibration
