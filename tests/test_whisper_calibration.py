@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from lillama_core import Recipe, SampleRequest, Samples
+from lillama_core.calibration.audio import Utterance
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.metrics.speech import NOTES
 from lillama_core.modality import IGNORED
 from lillama_core.models import find_architecture, load_config, load_model, locate
 from lillama_core.progress import Progress
+from lillama_plugins.whisper import speech
 from lillama_plugins.whisper.evaluation import evaluation
 from lillama_plugins.whisper.speech import HOP, PADDING_WEIGHT, Speech, decoder_rows, disturbed
 from lillama_registry import registry
@@ -198,3 +200,19 @@ def test_what_cannot_be_calibrated_on(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         Speech().check(Recipe(calibration=data), False)
+
+
+def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Utterance(None, "a", b"", str(i), too_long=i == 1) for i in range(3)]
+    asked: list[Any] = []
+
+    def read(*arguments: Any) -> list[Utterance]:
+        asked.append(arguments)
+        return rows
+
+    monkeypatch.setattr(speech, "read_speech", read)
+    lines: list[str] = []
+    found = speech._utterances(Recipe(calibration=("librispeech",), samples=3), lines.append)
+    assert sorted(u.name for u in found) == ["0", "2"]
+    assert lines == ["librispeech: 1 of 3 recordings are too long; left out"]
+    assert asked == [("librispeech", 3, "calibration")]

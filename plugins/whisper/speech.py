@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Speech(Modality):
         return {"input_features": sound, "decoder_input_ids": random_tokens(config)}
 
     def load(self, request: SampleRequest) -> Samples:
-        found = _utterances(request.recipe)
+        found = _utterances(request.recipe, request.progress.line)
         features, frames = [], []
         generator = np.random.default_rng(request.recipe.seed)
         request.progress.phase("Spectrograms", len(found))
@@ -111,15 +112,20 @@ class Speech(Modality):
         )
 
 
-def _utterances(recipe: Recipe) -> list[Utterance]:
+def _utterances(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> list[Utterance]:
     """The recordings to calibrate on: ``recipe.samples`` of them, drawn by the recipe's seed, or all there are.
 
-    Of a dataset, which has to be fetched, the first ``recipe.samples``.
+    Of a dataset, which has to be fetched, the first ``recipe.samples`` but those that are too long; ``report`` hears
+    how many these were.
     """
     found: list[Utterance] = []
     for source in recipe.calibration:
         limit = recipe.samples if source.partition(":")[0] in DATASETS else None
-        found += [u for u in read_speech(source, limit, "calibration") if not u.too_long]
+        read = read_speech(source, limit, "calibration")
+        fitting = [u for u in read if not u.too_long]
+        if len(fitting) < len(read):
+            report(f"{source}: {len(read) - len(fitting)} of {len(read)} recordings are too long; left out")
+        found += fitting
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [found[i] for i in order[: recipe.samples]]
 
