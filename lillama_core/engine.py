@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +11,16 @@ import torch
 from torch import nn
 
 from lillama_core.architecture import Architecture, Block
-from lillama_core.blocks import BlockCall, BlockRunner, Parent, share_equal
+from lillama_core.blocks import BlockCall, Parent
 from lillama_core.compute import choose_autocast, choose_device
-from lillama_core.correction import LastMap, correct, find_last_map, gradients_of
-from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
 from lillama_core.embedding import EmbeddingObserver, embedding_site
-from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
+from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.finished import FinishedBlocks, rounded
-from lillama_core.initialization import Initializer, root
-from lillama_core.losses import BUILT_IN as LOSSES
+from lillama_core.initialization import Initializer
 from lillama_core.losses import Loss
-from lillama_core.maps import LinearMap
 from lillama_core.memory import release_memory
-from lillama_core.modality import Inputs, SampleRequest, Samples
+from lillama_core.modality import SampleRequest, Samples
 from lillama_core.models import (
     check_dtype,
     check_finite,
@@ -41,20 +35,14 @@ from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
+from lillama_core.recording import Recorder
 from lillama_core.rescaling import PARTS, Ranks, Trial, energies_left_out, kinds_of, measure_scales, parts_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
-from lillama_core.sites import Site
+from lillama_core.stack import Ends, StackCompressor
 from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
-
-_Recorded = tuple[list[list[BlockCall]], list[torch.Tensor]]
-"""For every batch the other arguments of each block of a stack, and the hidden states that enter the first."""
-_Ends = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""What the last block of a stack gives for the held-out batches, dense and compressed."""
-METRIC_DAMPING = 1e-2
-"""Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +108,7 @@ class _Run:
         self.device = device
         self.progress = progress
         self.autocast = choose_autocast(self.recipe.compute, device)
+        self.recorder = Recorder(self.architecture, device, self.autocast)
         self.embedding = None if prepared.embedding is None else EmbeddingObserver(embedding_site(prepared.embedding))
         self.loss: Loss = choose(all_losses(), self.recipe.loss, "--loss")
         self.initializer: Initializer = choose(initializers(), self.recipe.init, "--init")
@@ -155,7 +144,7 @@ class _Run:
             )
             self._upcast(model)
             model.to(self.device)
-            self._probe(model)
+            self._check_blocks(model)
             release_memory()
         data = self._load_data(model, fingerprint)
         self.directory.open(self._fingerprint(data), self.request.overwrite)
@@ -194,14 +183,14 @@ class _Run:
             if id(tensor) not in inside and tensor.is_floating_point():
                 tensor.data = tensor.data.float()
 
-    def _probe(self, model: nn.Module) -> None:
+    def _check_blocks(self, model: nn.Module) -> None:
         """Run the blocks on made-up input: a model that overflows is better named now than by the sampler."""
         inputs = self.modality.probe(self.prepared.config)
         source = ResidentSource(model, self.device)
         for blocks in self.prepared.blocks.values():
             parent = Parent(model, self.architecture, blocks)
-            parent.check_order(self._on_device(inputs))
-            self._check_chain(parent, inputs, source)
+            parent.check_order(self.recorder.on_device(inputs))
+            self.recorder.check(parent, inputs, source)
 
     def _load_data(self, model: nn.Module, fingerprint: str) -> Samples:
         with self.record.timed("calibration data"):
@@ -241,8 +230,8 @@ class _Run:
         calls: dict[str, list[list[BlockCall]]] = {}
         streams: dict[str, list[torch.Tensor]] = {}
         for name, parent in parents.items():
-            calls[name], streams[name] = self._record_calls(parent, inputs)
-            self._check_chain(parent, inputs[0], source)
+            calls[name], streams[name] = self.recorder.record(parent, inputs)
+            self.recorder.check(parent, inputs[0], source)
 
         with self.record.timed("profile"):
             training = len(batches) - count
@@ -262,17 +251,27 @@ class _Run:
             f" {self.record.parameters['parameters_before']:,} ->"
             f" {self.record.parameters['parameters_after']:,} parameters"
         )
+        compressor = StackCompressor(
+            recipe,
+            self.loss,
+            self.initializer,
+            self.recorder,
+            source,
+            plan,
+            profile,
+            self.finished,
+            self.record,
+            self.progress,
+        )
         with self.record.timed("blocks"):
             dense_tables = self._compress_embedding(model, plan, profile)
             for position, (name, parent) in enumerate(parents.items()):
                 # Only the last stack's outputs are looked at.
-                last: _Ends = ([], [])
+                last: Ends = ([], [])
                 # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
                 same = position == 0 and not dense_tables
-                student = (calls[name], list(streams[name])) if same else self._record_calls(parent, inputs)
-                last = self._compress_stack(
-                    parent, batches, (calls.pop(name), streams.pop(name)), student, held_out, source, profile, plan
-                )
+                student = (calls[name], list(streams[name])) if same else self.recorder.record(parent, inputs)
+                last = compressor.compress(parent, batches, (calls.pop(name), streams.pop(name)), student, held_out)
                 self._install(model, parent.blocks, plan)
         with self.record.timed("report"):
             held = [(batches[i], *ends) for i, ends in zip(held_out, zip(*last, strict=True), strict=True)]
@@ -306,60 +305,6 @@ class _Run:
                 f"{len(never)} maps of experts saw no row, their weights alone decide; the first is {never[0]}"
             )
 
-    def _record_calls(self, parent: Parent, batches: list[Inputs]) -> _Recorded:
-        """The arguments of all blocks for every batch, and the hidden states that enter the first."""
-        calls: list[list[BlockCall]] = []
-        stream: list[torch.Tensor] = []
-        # Another stack's blocks run for real on the way to this one's: they deserve the fast arithmetic, too.
-        runs_blocks = len(self.architecture.stacks) > 1
-        for inputs in batches:
-            with self._runner([]).autocast() if runs_blocks else contextlib.nullcontext():
-                hidden, found = parent.record(self._on_device(inputs))
-            calls.append(share_equal(calls[-1] if calls else None, found))
-            stream.append(hidden.cpu())
-        return calls, stream
-
-    def _on_device(self, inputs: Inputs) -> Inputs:
-        return {k: v.to(self.device) for k, v in inputs.items()}
-
-    def _runner(self, calls: list[list[BlockCall]]) -> BlockRunner:
-        return BlockRunner(self.architecture, calls, self.device, self.autocast)
-
-    def _check_chain(self, parent: Parent, inputs: Inputs, source: ResidentSource) -> None:
-        """Blocks run one after the other must give what the model gives, or nothing that follows means anything."""
-        # Two rows: what a block is given besides the hidden states may depend on their number.
-        short = {k: v[:2] for k, v in self._on_device(inputs).items()}
-        calls, stream = self._record_calls(parent, [short])
-        runner = self._runner(calls)
-
-        def run_live(index: int, entering: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            with runner.autocast():
-                module = source.block(parent.blocks[index])
-                return self.architecture.call_block(module, entering.float(), args, kwargs)
-
-        expected = parent.last_output(short, run_live)
-        unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
-        try:
-            with torch.no_grad():
-                chained = stream[0].to(self.device)
-                for block in parent.blocks:
-                    chained = runner(source.block(block), block, 0, chained)
-        except LillamaError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"the blocks of {parent.blocks[0].stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
-            ) from error
-        # A wrong argument shows as a difference of the order of the values; rounding does not.
-        difference = (chained - expected).norm() / expected.norm().clamp(min=1e-30)
-        if not difference < 0.02:
-            raise UserError(
-                f"the blocks of {parent.blocks[0].stack!r} run one by one differ from the whole model by"
-                f" {difference:.2%}: {unsuitable}"
-            )
-
     def _profile(
         self,
         parent: Parent,
@@ -381,7 +326,7 @@ class _Run:
             profile_blocks(
                 blocks,
                 source,
-                self._runner(calls),
+                self.recorder.runner(calls),
                 list(stream),
                 self.initializer,
                 [tuple(batch.masks.values()) for batch in batches],
@@ -395,14 +340,14 @@ class _Run:
         model, entry = parent.model, None
         with contextlib.ExitStack() as watching:
             if self.embedding is None:
-                calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
+                calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
             else:
                 with self.embedding.lookups(model) as seen:
-                    calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
+                    calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
                 # Only where its rows enter do gradients say what they matter.
                 entry = self.embedding.entry if seen else None
                 watching.enter_context(self.embedding.watching(model))
-            runner = self._runner(calls)
+            runner = self.recorder.runner(calls)
             for block, found in measure_sensitivity(
                 parent, source, runner, small, stream, self.recipe.seed, self.progress, entry
             ):
@@ -433,22 +378,19 @@ class _Run:
         path = self.directory.profile / "scales.json"
         if not path.is_file():
             small = self._first_rows(batches, recipe.rescaling_tokens)
-            ranks = {
-                name: {b.name: r for b in parent.blocks if (r := self._ranks(b, plan))}
-                for name, parent in parents.items()
-            }
+            ranks = {name: {b.name: r for b in parent.blocks if (r := plan.of(b))} for name, parent in parents.items()}
             steps = sum(len(parts_of(parents[n].blocks, PARTS)) + len(kinds_of(r)) for n, r in ranks.items())
             self.progress.phase("Measuring what each part costs", steps)
             scales: dict[str, float] = {}
             for name, parent in parents.items():
-                calls, stream = self._record_calls(parent, [batch.inputs for batch in small])
+                calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
 
                 def low_rank(block: Block, ranks: Ranks) -> nn.Module:
                     module = source.block(block)
                     self.finished.factor(block, module, ranks, profile.load(block, ranks)[0])
                     return module.to(self.device).eval()
 
-                trial = Trial(parent, source, self._runner(calls), small, stream, low_rank)
+                trial = Trial(parent, source, self.recorder.runner(calls), small, stream, low_rank)
                 left_out = {
                     block.name: energies_left_out(profile.load(block)[0], ranks[name].get(block.name, {}))
                     for block in parent.blocks
@@ -478,7 +420,7 @@ class _Run:
         block = self.prepared.embedding
         if block is None:
             return {}
-        ranks = self._ranks(block, plan)
+        ranks = plan.of(block)
         if not ranks:
             self.progress.line(f"{embedding_site(block).name}: stays dense, the plan saves more elsewhere")
             return {}
@@ -501,152 +443,11 @@ class _Run:
         self.progress.line(f"{site.name}: rank {ranks[map_.name]}, read at {', '.join(dense)}")
         return dense
 
-    def _compress_stack(
-        self,
-        parent: Parent,
-        batches: list[Samples],
-        dense_recorded: _Recorded,
-        student_recorded: _Recorded,
-        held_out: list[int],
-        source: ResidentSource,
-        profile: Profile,
-        plan: RankPlan,
-    ) -> _Ends:
-        """Compress the blocks of one stack from the bottom up; what comes out, dense and compressed, of ``held_out``.
-
-        ``dense_recorded`` and ``student_recorded`` are what enters the stack's blocks in the dense model, and in the
-        one whose earlier stacks are compressed.
-        """
-        recipe = self.recipe
-        training = TrainingOptions(
-            loss=self.loss,
-            mode=recipe.mode,
-            train=recipe.train,
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            schedule=recipe.schedule,
-            warmup=recipe.warmup,
-            weight_decay=recipe.weight_decay,
-            gradient_clip=recipe.gradient_clip,
-            seed=recipe.seed,
-        )
-        last_maps = self._last_maps(parent, batches[0].inputs, source, plan)
-        # The first batches serve the correction, all of them training, the held-out ones the report.
-        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / recipe.tokens))
-        followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
-        teacher = [dense_recorded[1][i] for i in followed]
-        student = [student_recorded[1][i] for i in followed]
-        teacher_runner = self._runner([dense_recorded[0][i] for i in followed])
-        student_runner = self._runner([student_recorded[0][i] for i in followed])
-        # From here on the streams live in these lists alone.
-        dense_recorded[1].clear()
-        student_recorded[1].clear()
-        masks = [batches[i].masks.get(parent.blocks[0].stack) for i in followed]
-        held = [list(followed).index(i) for i in held_out]
-        self.progress.phase("Compressing blocks", len(parent.blocks))
-        for block in parent.blocks:
-            ranks = self._ranks(block, plan)
-            dense = source.block(block)
-            before = list(teacher) if recipe.mode != "student" and recipe.steps > 0 else []
-            pinned = PinnedOutputs(self.architecture.pinned)
-            with pinned.noting(dense):
-                teacher_runner.advance(dense, block, teacher)
-            if not self.finished.has(block):
-                self._compress_block(
-                    block,
-                    dense,
-                    ranks,
-                    student_runner,
-                    BlockData(before, student, teacher, masks, held, pinned),
-                    last_maps.get(block.name),
-                    fitted,
-                    profile,
-                    training,
-                )
-            note = self.finished.note(block)
-            self.record.blocks.append(note)
-            student_runner.advance(self.finished.read(block, source.block(block), ranks), block, student)
-            release_memory()
-            self.progress.step(
-                f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
-            )
-        return [teacher[i] for i in held], [student[i] for i in held]
-
-    def _last_maps(
-        self, parent: Parent, inputs: Inputs, source: ResidentSource, plan: RankPlan
-    ) -> dict[str, tuple[Site, LinearMap]]:
-        """The maps through which blocks can make up for what those below them have lost, by block."""
-        if not (self.recipe.correction_tokens and self.initializer.corrects):
-            return {}
-        # How a block ends does not depend on what enters it.
-        calls, stream = self._record_calls(parent, [{k: v[:2] for k, v in inputs.items()}])
-        runner, found = self._runner(calls), {}
-        for block in parent.blocks:
-            module = source.block(block)
-            last = find_last_map(block, module, functools.partial(runner, module, block, 0, stream[0]))
-            if last is not None and last[1].name in self._ranks(block, plan):
-                found[block.name] = last
-        return found
-
-    def _compress_block(
-        self,
-        block: Block,
-        dense: nn.Module,
-        ranks: dict[str, int],
-        runner: BlockRunner,
-        data: BlockData,
-        last_map: tuple[Site, LinearMap] | None,
-        fitted: int,
-        profile: Profile,
-        training: TrainingOptions,
-    ) -> None:
-        """Factor, correct by the first ``fitted`` batches, train, convert and write a block, made of ``dense``."""
-        found, gradient_moment = profile.load(block)
-        last = None if last_map is None else LastMap.of(*last_map, dense)
-        student = dense
-        self.finished.factor(block, student, ranks, found)
-        student.to(self.device)
-        metric = None
-        if not ranks:
-            training = replace(training, steps=0)
-        if self.loss.needs_sensitivity and gradient_moment is None:
-            # Nothing is trained, and nothing else needed the backward pass: the loss is only reported.
-            training = replace(training, loss=LOSSES["mse"])
-        elif self.loss.needs_sensitivity and gradient_moment is not None:
-            moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
-            metric = root(moment, METRIC_DAMPING).float().to(self.device)
-        share = 0.0
-        if last is not None:
-            corrected = correct(last, block, student, runner, data, range(fitted), metric)
-            share, name = corrected.share, last.map.name
-            if share > 0:
-                seen, generator = profile.gradients(block), self.finished.generator(block)
-                layer = corrected.factored(ranks[name], self.initializer, *gradients_of(seen, name), generator)
-                last.site.put(student, {name: layer.to(self.device)})
-        result = distill_block(student, block, runner, data, metric, training)
-        note = {
-            "name": block.path,
-            "ranks": ranks,
-            "correction": share,
-            "loss_before": result.loss_before,
-            "loss_after": result.loss_after,
-            "error_before": result.error_before,
-            "error_after": result.error_after,
-            "steps": result.steps,
-            "kept_step": result.kept_step,
-        }
-        self.finished.write(block, student, ranks, note)
-
-    @staticmethod
-    def _ranks(block: Block, plan: RankPlan) -> dict[str, int]:
-        """The ranks of a block's maps by the names that they have there."""
-        return {m.name: plan.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in plan.ranks}
-
     def _install(self, model: nn.Module, blocks: list[Block], plan: RankPlan) -> None:
         """Put the finished blocks of a stack into the model."""
         for block in blocks:
             # In fp32: what was trained is rounded once, to the dtype of the result.
-            finished = self.finished.read(block, model.get_submodule(block.path).float(), self._ranks(block, plan))
+            finished = self.finished.read(block, model.get_submodule(block.path).float(), plan.of(block))
             if len(self.architecture.stacks) == 1:
                 # Nothing runs them again before they are written.
                 for parameter in finished.parameters():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lillama_core.architecture import Block
 from lillama_core.errors import UserError
 from lillama_core.formats import Format
 from lillama_core.maps import LinearMap
@@ -38,6 +39,10 @@ class RankPlan:
 
     format: str
     ranks: Mapping[str, int]
+
+    def of(self, block: Block) -> dict[str, int]:
+        """The ranks of a block's maps by the names that they have there."""
+        return {m.name: self.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in self.ranks}
 
     def to_json(self) -> str:
         """The plan as a JSON object with ``format`` and ``ranks``."""

@@ -1,0 +1,180 @@
+"""One stack of blocks compressed from the bottom up: each block factored, corrected, trained and written."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lillama_core.architecture import Block
+from lillama_core.blocks import BlockRunner, Parent
+from lillama_core.correction import LastMap, correct, find_last_map, gradients_of
+from lillama_core.distillation import BlockData, PinnedOutputs, TrainingOptions, distill_block
+from lillama_core.finished import FinishedBlocks
+from lillama_core.initialization import Initializer, root
+from lillama_core.losses import BUILT_IN as LOSSES
+from lillama_core.losses import Loss
+from lillama_core.maps import LinearMap
+from lillama_core.memory import release_memory
+from lillama_core.modality import Inputs, Samples
+from lillama_core.plan import RankPlan
+from lillama_core.profile import Profile
+from lillama_core.progress import Progress
+from lillama_core.recipe import Recipe
+from lillama_core.record import RunRecord
+from lillama_core.recording import Recorded, Recorder
+from lillama_core.sites import Site
+from lillama_core.weights import ResidentSource
+
+Ends = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""What the last block of a stack gives for the held-out batches, dense and compressed."""
+METRIC_DAMPING = 1e-2
+"""Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
+
+
+@dataclass(frozen=True)
+class StackCompressor:
+    """Compresses the blocks of stacks, as a plan and a recipe say; what it notes of each goes into ``record``."""
+
+    recipe: Recipe
+    loss: Loss
+    initializer: Initializer
+    recorder: Recorder
+    source: ResidentSource
+    plan: RankPlan
+    profile: Profile
+    finished: FinishedBlocks
+    record: RunRecord
+    progress: Progress
+
+    def compress(
+        self,
+        parent: Parent,
+        batches: list[Samples],
+        dense_recorded: Recorded,
+        student_recorded: Recorded,
+        held_out: list[int],
+    ) -> Ends:
+        """Compress the blocks of one stack; what comes out of it, dense and compressed, for ``held_out``.
+
+        ``dense_recorded`` and ``student_recorded`` are what enters the stack's blocks in the dense model, and in the
+        one whose earlier stacks are compressed.
+        """
+        recipe = self.recipe
+        training = TrainingOptions(
+            loss=self.loss,
+            mode=recipe.mode,
+            train=recipe.train,
+            steps=recipe.steps,
+            learning_rate=recipe.learning_rate,
+            schedule=recipe.schedule,
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            gradient_clip=recipe.gradient_clip,
+            seed=recipe.seed,
+        )
+        last_maps = self._last_maps(parent, batches[0].inputs)
+        # The first batches serve the correction, all of them training, the held-out ones the report.
+        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / recipe.tokens))
+        followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
+        teacher = [dense_recorded[1][i] for i in followed]
+        student = [student_recorded[1][i] for i in followed]
+        teacher_runner = self.recorder.runner([dense_recorded[0][i] for i in followed])
+        student_runner = self.recorder.runner([student_recorded[0][i] for i in followed])
+        # From here on the streams live in these lists alone.
+        dense_recorded[1].clear()
+        student_recorded[1].clear()
+        masks = [batches[i].masks.get(parent.blocks[0].stack) for i in followed]
+        held = [list(followed).index(i) for i in held_out]
+        self.progress.phase("Compressing blocks", len(parent.blocks))
+        for block in parent.blocks:
+            ranks = self.plan.of(block)
+            dense = self.source.block(block)
+            before = list(teacher) if recipe.mode != "student" and recipe.steps > 0 else []
+            pinned = PinnedOutputs(self.recorder.architecture.pinned)
+            with pinned.noting(dense):
+                teacher_runner.advance(dense, block, teacher)
+            if not self.finished.has(block):
+                self._compress_block(
+                    block,
+                    dense,
+                    ranks,
+                    student_runner,
+                    BlockData(before, student, teacher, masks, held, pinned),
+                    last_maps.get(block.name),
+                    fitted,
+                    training,
+                )
+            note = self.finished.note(block)
+            self.record.blocks.append(note)
+            student_runner.advance(self.finished.read(block, self.source.block(block), ranks), block, student)
+            release_memory()
+            self.progress.step(
+                f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
+            )
+        return [teacher[i] for i in held], [student[i] for i in held]
+
+    def _last_maps(self, parent: Parent, inputs: Inputs) -> dict[str, tuple[Site, LinearMap]]:
+        """The maps through which blocks can make up for what those below them have lost, by block."""
+        if not (self.recipe.correction_tokens and self.initializer.corrects):
+            return {}
+        # How a block ends does not depend on what enters it.
+        calls, stream = self.recorder.record(parent, [{k: v[:2] for k, v in inputs.items()}])
+        runner, found = self.recorder.runner(calls), {}
+        for block in parent.blocks:
+            module = self.source.block(block)
+            last = find_last_map(block, module, functools.partial(runner, module, block, 0, stream[0]))
+            if last is not None and last[1].name in self.plan.of(block):
+                found[block.name] = last
+        return found
+
+    def _compress_block(
+        self,
+        block: Block,
+        dense: nn.Module,
+        ranks: dict[str, int],
+        runner: BlockRunner,
+        data: BlockData,
+        last_map: tuple[Site, LinearMap] | None,
+        fitted: int,
+        training: TrainingOptions,
+    ) -> None:
+        """Factor, correct by the first ``fitted`` batches, train, convert and write a block, made of ``dense``."""
+        found, gradient_moment = self.profile.load(block)
+        last = None if last_map is None else LastMap.of(*last_map, dense)
+        student = dense
+        self.finished.factor(block, student, ranks, found)
+        student.to(self.recorder.device)
+        metric = None
+        if not ranks:
+            training = replace(training, steps=0)
+        if self.loss.needs_sensitivity and gradient_moment is None:
+            # Nothing is trained, and nothing else needed the backward pass: the loss is only reported.
+            training = replace(training, loss=LOSSES["mse"])
+        elif self.loss.needs_sensitivity and gradient_moment is not None:
+            moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
+            metric = root(moment, METRIC_DAMPING).float().to(self.recorder.device)
+        share = 0.0
+        if last is not None:
+            corrected = correct(last, block, student, runner, data, range(fitted), metric)
+            share, name = corrected.share, last.map.name
+            if share > 0:
+                seen, generator = self.profile.gradients(block), self.finished.generator(block)
+                layer = corrected.factored(ranks[name], self.initializer, *gradients_of(seen, name), generator)
+                last.site.put(student, {name: layer.to(self.recorder.device)})
+        result = distill_block(student, block, runner, data, metric, training)
+        note = {
+            "name": block.path,
+            "ranks": ranks,
+            "correction": share,
+            "loss_before": result.loss_before,
+            "loss_after": result.loss_after,
+            "error_before": result.error_before,
+            "error_after": result.error_after,
+            "steps": result.steps,
+            "kept_step": result.kept_step,
+        }
+        self.finished.write(block, student, ranks, note)
