@@ -127,7 +127,9 @@ def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: f
         values["error"] = one_line(error)
     finally:
         if not workshop.keep_models:
-            shutil.rmtree(folder / "model", ignore_errors=True)
+            # A cell that failed is made anew: what it left unfinished is as large as a model, and of no use.
+            for name in ("model", "model.partial"):
+                shutil.rmtree(folder / name, ignore_errors=True)
     return Result(**values)
 
 
@@ -213,7 +215,7 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
 
 def _command(workshop: Workshop, log: Path, *words: str | Path) -> None:
     """Run a command of lillama; what it writes goes to ``log``. Raises CellFailed when it fails."""
-    command = [sys.executable, "-m", "lillama_core", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "lillama_core", *map(str, words)]
     env = {"HF_HUB_OFFLINE": "1", **os.environ}
     if workshop.threads is not None:
         env["OMP_NUM_THREADS"] = str(workshop.threads)

@@ -17,7 +17,7 @@ def run(*words: str | Path) -> None:
     """Run a lillama command as a user would, showing it first; ends the program when it fails."""
     arguments = [str(w) for w in words]
     print(f"\n$ lillama {shlex.join(arguments)}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "lillama_core", *arguments], check=False).returncode
+    status = subprocess.run([sys.executable, "-P", "-m", "lillama_core", *arguments], check=False).returncode
     if status != 0:
         sys.exit(status)
 

@@ -68,7 +68,7 @@ def quality(model: str, recipe: str, folder: Path, extra: list[str]) -> dict[str
     """Compress by the command line and measure the result."""
     output = folder / recipe
     command = [
-        sys.executable, "-m", "lillama_core", "compress", model, "--output", str(output), "--reduction", "0.2",
+        sys.executable, "-P", "-m", "lillama_core", "compress", model, "--output", str(output), "--reduction", "0.2",
         "--recipe", recipe, "--calibration", str(DATA / "wikitext2-valid.txt"), "--overwrite", *extra,
     ]  # fmt: skip
     started = time.monotonic()
@@ -89,6 +89,7 @@ def quality(model: str, recipe: str, folder: Path, extra: list[str]) -> dict[str
         "options": extra,
         "seconds": round(seconds, 1),
         "seconds_of_sampling": record["seconds"]["calibration data"],
+        "seconds_of_ranks": record["seconds"]["ranks"],
         "peak_resident_mb": round(peak / 1e6),
         "parameters": [record["parameters"]["parameters_before"], record["parameters"]["parameters_after"]],
         "bytes": record["bytes"],
@@ -240,9 +241,9 @@ def main() -> None:
         for format_ in ("factored", "pivoted"):
             out = options.work / f"speed-{format_}"
             subprocess.run(
-                [sys.executable, "-m", "lillama_core", "compress", options.model, "--output", str(out), "--recipe",
-                 "fast", "--tokens", "8192", "--sensitivity-tokens", "2048", "--format", format_, "--overwrite",
-                 "--calibration", str(DATA / "wikitext2-valid.txt"), "--quiet"],
+                [sys.executable, "-P", "-m", "lillama_core", "compress", options.model, "--output", str(out),
+                 "--recipe", "fast", "--tokens", "8192", "--sensitivity-tokens", "2048", "--format", format_,
+                 "--overwrite", "--calibration", str(DATA / "wikitext2-valid.txt"), "--quiet"],
                 check=True,
             )  # fmt: skip
             compressed[format_] = str(out)

@@ -101,6 +101,8 @@ def find_last_map(block: Block, module: nn.Module, run: Callable[[], torch.Tenso
         if not calls:
             return None
         site, last, output = calls[-1]
+        if site.kind != "linear":
+            return None
         alone = sum(map_.name == last.name for _, map_, _ in calls) == 1
         # Some blocks flatten rows and positions on the way.
         if output.numel() != before.numel() or not alone or last.out_features > last.in_features:

@@ -9,8 +9,8 @@ The factors minimise, to second order, what both uses do to the model's predicti
 
 - the head: tr(F dW G dW^T), with G = E[x x^T] of the hidden states that it reads, F the Fisher information of its
   logits;
-- the lookup: tr(D dW S dW^T), with D the frequencies of the tokens (diagonal) and S = E[g g^T] of the gradients at
-  the entry of the first block.
+- the lookup: tr(D dW S dW^T), with D the frequencies of the tokens (diagonal) and S = s^2 E[g g^T] of the gradients
+  at the entry of the first block; s is what rows are multiplied by on the way there.
 
 F is about diag(p) with p the predicted probabilities, whose means are about D; with (F + D) / 2 on the output side of
 both the sum is tr((F + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same unit, and solved
@@ -133,6 +133,8 @@ class EmbeddingSite(Site):
         assert isinstance(weight, torch.Tensor)
         width = module.projection.width if isinstance(module, LowRankEmbedding) else weight.shape[1]
         super().__init__(name, (LinearMap(name, weight.shape[0], width),))
+        self.scale = _scale(module)
+        """What looked-up rows are multiplied by."""
 
     @classmethod
     def at(cls, name: str, module: nn.Module) -> EmbeddingSite:
@@ -326,7 +328,9 @@ class EmbeddingObserver:
 
     def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
         """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""
-        moments = [m.mean().to(weight.device) for m in (self.entry, self.inputs) if m.count]
+        # A gradient at a row that is multiplied on its way in counts as often at the table's.
+        parts = ((self.entry, self.site.scale**2), (self.inputs, 1.0))
+        moments = [factor * m.mean().to(weight.device) for m, factor in parts if m.count]
         # A model may project the rows to another width before its first block.
         inputs = sum((m for m in moments if len(m) == weight.shape[1]), torch.zeros((), device=weight.device))
         if not inputs.dim():

@@ -237,7 +237,8 @@ class _Run:
             training = len(batches) - count
             for name, parent in parents.items():
                 self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
-            self._profile_embedding(model, data, profile)
+            # Of the rows that nothing else is fitted to, the frequencies of tokens are not taken either.
+            self._profile_embedding(model, data.part(0, training * recipe.batch_size), profile)
         self._tell_rare(profile)
         with self.record.timed("ranks"):
             plan = self._plan(parents, batches[:training], source, profile)
@@ -316,6 +317,8 @@ class _Run:
     ) -> None:
         blocks = parent.blocks
         needed = self.initializer.needs_gradients or (self.loss.needs_sensitivity and self.recipe.steps > 0)
+        # What the embedding's rows are for is only seen in that pass.
+        needed = needed or (self.embedding is not None and self.initializer.needs_inputs)
         known = all(profile.has_gradients(block) for block in blocks)
         if self.prepared.embedding is not None:
             known = known and profile.has(self.prepared.embedding)

@@ -97,8 +97,13 @@ def discover(config: Any, trust_remote_code: bool = False) -> GenericArchitectur
 def _class_name(config: Any) -> str:
     """The name in transformers of the class that loads the model: its own, or an auto class."""
     import transformers
+    from transformers.models.auto import modeling_auto
 
     named = getattr(config, "architectures", None) or [""]
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not named[0] and config.model_type in causal and config.model_type not in masked:
+        # Files in GGUF do not name a class, nor do some configs: what only ever writes text has a head.
+        return str(causal[config.model_type])
     if named[0] and hasattr(transformers, named[0]):
         return str(named[0])
     remote = getattr(config, "auto_map", None) or {}

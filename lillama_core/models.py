@@ -387,6 +387,8 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     if absent:
         raise UserError(f"model {source.spec!r} lacks {len(absent)} of its weights, such as {absent[0]}{other}")
     dropped = sorted(notes["unexpected_keys"])
+    if not getattr(model.config, "architectures", None) and architecture.auto_class == "AutoModel":
+        other = "; its config names no class to load it by: add 'architectures' to config.json"
     if dropped and other:
         raise UserError(
             f"model {source.spec!r} has {len(dropped)} weights that would be dropped, such as {dropped[0]}{other}"

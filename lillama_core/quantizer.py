@@ -126,6 +126,8 @@ class LillamaHfQuantizer(HfQuantizer):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if not buffer.is_floating_point():
                     setattr(module, name, buffer.clone())
+        # The weights are plain numbers: ``half`` and ``float`` need not be refused.
+        model.is_quantized = False
         loaded: nn.Module = model
         return loaded
 
@@ -153,10 +155,11 @@ class LillamaHfQuantizer(HfQuantizer):
 def own_path(model: nn.Module, name: str) -> str | None:
     """``name``, a path from the model that was compressed, as a path from ``model``.
 
-    The base model without its head (AutoModel) has the same modules one level up. None when it has no such part.
+    The base model without its head (AutoModel) has the same modules one level up, and one that gets a head, to be
+    fine-tuned, one level down. None when it has no such part.
     """
     prefix = str(getattr(model, "base_model_prefix", ""))
-    for path in (name, name.removeprefix(f"{prefix}.")):
+    for path in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         try:
             model.get_submodule(path)
         except AttributeError:
@@ -168,12 +171,17 @@ def own_path(model: nn.Module, name: str) -> str | None:
 def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
     """From the names on disk to those in memory, where they differ."""
     found = []
+    prefix = str(getattr(model, "base_model_prefix", ""))
     for name, entry in config.parsed.items():
         path = own_path(model, name)
         if path is not None:
             site = KINDS[entry.kind].at(path, model.get_submodule(path))
             ranks = {joined(path, local): rank for local, rank in entry.ranks.items()}
-            found += [WeightRenaming(*pair) for pair in site.renamings(model, ranks, formats()[entry.format])]
+            pairs = site.renamings(model, ranks, formats()[entry.format])
+            if path == f"{prefix}.{name}":
+                # transformers adds the prefix to names on disk after they are renamed.
+                pairs = [(a.removeprefix(f"{prefix}."), b.removeprefix(f"{prefix}.")) for a, b in pairs]
+            found += [WeightRenaming(*pair) for pair in pairs]
     return found
 
 
@@ -203,7 +211,6 @@ def _swap(model: nn.Module, path: str, entry: SiteConfig) -> None:
 def attach(model: Any, config: LillamaConfig) -> None:
     """Tell transformers that ``model``, whose modules are low rank already, is a compressed one: it can be saved."""
     quantizer = LillamaHfQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.hf_quantizer = quantizer
     model.config.quantization_config = config

@@ -78,7 +78,8 @@ class StackCompressor:
         )
         last_maps = self._last_maps(parent, batches[0].inputs)
         # The first batches serve the correction, all of them training, the held-out ones the report.
-        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / recipe.tokens))
+        given = min(recipe.tokens, self.record.data["tokens"] or recipe.tokens)
+        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / given))
         followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
         teacher = [dense_recorded[1][i] for i in followed]
         student = [student_recorded[1][i] for i in followed]

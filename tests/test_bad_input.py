@@ -636,6 +636,22 @@ def test_out_of_memory(make_model: Callable[..., Path], calibration_text: Path, 
     assert not (tmp_path / "o").exists()
 
 
+def test_modules_beside_the_model_are_not_run(
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    """A stranger's model directory, in which the command is given, may hold what Python would take for modules."""
+    folder = make_model(tmp_path / "downloaded")
+    for name in ("torch", "json", "safetensors", "lillama_core"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit(7)\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lillama"), "compress", ".", "-o", "../out", "--calibration", calibration_text,
+         *QUICK],
+        cwd=folder, capture_output=True, text=True, env=environment(), timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_head_that_would_be_dropped(
     refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import QUICK, Ended
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
@@ -146,6 +148,17 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
         assert found.bias is not None
         shifted = dense.down.bias.double() + found.share * solution[-1]
         torch.testing.assert_close(found.bias.double(), shifted, rtol=1e-2, atol=1e-4)
+
+
+def test_experts_that_share_a_projection_are_not_taken_for_a_last_map(
+    tmp_path: Path, calibration_text: Path, make_model: Callable[..., Path], run_cli: Callable[..., Ended]
+) -> None:
+    dense = make_model(tmp_path / "dense", "mixtral", num_local_experts=2, num_experts_per_tok=1)
+    done = run_cli("compress", dense, "-o", tmp_path / "out", "--share-experts", "--correction-tokens", "512",
+                   "--format", "factored", "--calibration", calibration_text, *QUICK)  # fmt: skip
+    assert done.status == 0, done
+    record = json.loads((tmp_path / "out" / "lillama.json").read_text())
+    assert {block["correction"] for block in record["blocks"]} == {0.0}
 
 
 def test_nothing_lost_nothing_corrected() -> None:

@@ -15,7 +15,7 @@ from conftest import QUICK, Ended, environment
 from safetensors.torch import load_file
 from test_generic import inputs_of, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama_core.blocks import main_output
 from lillama_core.embedding import EmbeddingObserver, LowRankEmbedding, embedding_block, embedding_site, exchanged
@@ -151,6 +151,47 @@ def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path
         B, A = found.factors(W, rank)
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         assert error(B @ A) < 0.9 * error(U[:, :rank] * S[:rank] @ Vt[:rank])
+
+
+def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rows of W times 5 on their way in are the rows of 5 W: the gradients there are the same, and so is 5 W' ."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+
+    config = AutoConfig.for_model("llama", tie_word_embeddings=False, vocab_size=60, hidden_size=16,
+                                  intermediate_size=24, num_attention_heads=2, num_hidden_layers=1)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    W, entry, ids = torch.randn(60, 16), torch.randn(50, 16) @ torch.randn(16, 16), torch.randint(0, 60, (4, 9))
+    found = []
+    for scale in (1.0, 5.0):
+        table = Gemma2TextScaledWordEmbedding(60, 16, 0, embed_scale=scale)
+        table.weight.data = W / scale
+        model.set_input_embeddings(table)
+        site = embedding_site(embedding_block(model))
+        observer = EmbeddingObserver(site)
+        observer.entry.add(entry)
+        statistics = observer.statistics(table.weight, Samples({"input_ids": ids}))
+        decomposed = SensitivityAware().decompose(table.weight.detach(), statistics)
+        B, A = decomposed.factors(table.weight.detach(), 6)
+        found.append((scale * B @ A, decomposed.spectrum.energies))
+    torch.testing.assert_close(*(factors for factors, _ in found), rtol=1e-3, atol=1e-4)
+    # And what is lost by cutting it off is the same number of nats.
+    torch.testing.assert_close(*(energies for _, energies in found), rtol=1e-3, atol=1e-6)
+
+
+def test_without_sensitivity_the_frequencies_of_tokens_still_count(
+    tiny_model: Path, tmp_path: Path, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    tables = []
+    for init in ("activation", "svd"):
+        ended = run_cli("compress", tiny_model, "-o", tmp_path / init, "--compress-embeddings", "--init", init,
+                        "--allocation", "uniform", "--reduction", "0.3", "--calibration", calibration_text,
+                        *QUICK, "--steps", "0", "--format", "factored")  # fmt: skip
+        assert ended.status == 0, ended
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / init)
+        tables.append(model.model.embed_tokens(torch.arange(100)).detach())
+    assert (tables[0] - tables[1]).norm() > 0.01 * tables[1].norm()
 
 
 def test_padding_counts_for_nothing(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import QUICK, Ended, environment, run_process
+from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from lillama_core.architecture import find_blocks
-from lillama_core.blocks import BlockRunner, Parent, main_output
+from lillama_core.blocks import BlockRunner, Parent, class_logits, main_output
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.generic import discover, find_stacks
@@ -28,7 +29,7 @@ from lillama_core.metrics.output_error import OutputError
 from lillama_core.modalities import Images
 from lillama_core.modalities.text import EncoderDecoderText, EncoderText, with_special_ends
 from lillama_core.modality import SampleRequest, Samples
-from lillama_core.models import count_parameters
+from lillama_core.models import count_parameters, load_model, locate
 from lillama_core.progress import Progress
 from lillama_core.recipe import Recipe
 from lillama_core.weights import ResidentSource
@@ -304,6 +305,63 @@ def test_scores_that_are_no_classes(
     ranks = record["plan"]["ranks"]
     # Where nothing matters every map that is not dense has rank 1.
     assert sum(rank > 1 for rank in ranks.values()) > len(ranks) / 2
+
+
+def test_scores_of_pixels_are_no_classes() -> None:
+    model = tiny("bert")
+    pixels = transformers.modeling_outputs.SemanticSegmenterOutput(logits=torch.zeros(2, 7, 16, 16))
+    assert class_logits(model, pixels) is None
+    words = transformers.modeling_outputs.MaskedLMOutput(logits=torch.zeros(2, 16, 7))
+    assert class_logits(model, words) is words.logits
+
+
+def forget_class(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["architectures"]
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_config_that_names_no_class(
+    tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    """As in GGUF. What only ever writes text is loaded with its head; another head is not dropped in silence."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 64, "n_positions": 64, "tie_word_embeddings": False}
+    writer = save_class(tmp_path / "writer", "GPTBigCodeForCausalLM", "gpt_bigcode", tiny_tokenizer, **sizes)
+    forget_class(writer)
+    architecture = discover(AutoConfig.from_pretrained(writer))
+    assert architecture.auto_class == "GPTBigCodeForCausalLM"
+    loaded = load_model(locate(str(writer)), architecture, "auto")
+    assert count_parameters(loaded) == sum(t.numel() for t in load_file(writer / "model.safetensors").values())
+
+    other = save_class(tmp_path / "other", "BertForSequenceClassification", "bert", tiny_tokenizer, num_labels=3)
+    forget_class(other)
+    done = run_cli("compress", other, "-o", tmp_path / "out", "--architecture", "auto", *QUICK, "--calibration",
+                   calibration_text)  # fmt: skip
+    assert done.status == 2
+    assert "2 weights that would be dropped, such as classifier.bias; its config names no class" in done.error
+
+
+@pytest.mark.parametrize("format_name", ["factored", "pivoted"])
+def test_a_result_without_a_head_is_given_one(
+    format_name: str, tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, run_cli: Callable[..., Ended]
+) -> None:
+    """The usual start of fine-tuning; and what is saved then loads again."""
+    dense = save_class(tmp_path / "dense", "BertModel", "bert", tiny_tokenizer)
+    out, again = tmp_path / "out", tmp_path / "again"
+    done = run_cli("compress", dense, "-o", out, "--architecture", "auto", "--format", format_name, *QUICK,
+                   "--calibration", calibration_text)  # fmt: skip
+    assert done.status == 0, done
+    base = transformers.BertModel.from_pretrained(out).eval()
+    model = transformers.BertForSequenceClassification.from_pretrained(out, num_labels=3).eval()
+    tokens = torch.arange(4, 14)[None]
+    with torch.no_grad():
+        expected = base(tokens).last_hidden_state
+        torch.testing.assert_close(model.bert(tokens).last_hidden_state, expected)
+        model.save_pretrained(again)
+        reread = transformers.BertForSequenceClassification.from_pretrained(again).eval()
+        torch.testing.assert_close(reread(tokens).logits, model(tokens).logits)
+        body = transformers.BertModel.from_pretrained(again).eval()
+        torch.testing.assert_close(body(tokens).last_hidden_state, expected)
 
 
 def test_blocks_that_are_run_more_than_once(

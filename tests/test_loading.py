@@ -108,6 +108,9 @@ def test_base_model_pipeline_dtype_and_training(compressed: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(compressed)
     text = pipeline("text-generation", model=whole, tokenizer=tokenizer)("the", max_new_tokens=3)
     assert text[0]["generated_text"].startswith("the")
+    # The stored weights are plain numbers, to be converted like any model's.
+    assert {p.dtype for p in half.float().parameters()} == {torch.float32}
+    assert {p.dtype for p in half.half().parameters()} == {torch.float16}
     whole.train().requires_grad_(True)
     whole(tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None for p in whole.parameters())

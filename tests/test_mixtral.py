@@ -274,8 +274,10 @@ def test_routing_is_counted_and_compared(
     kept_apart = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, print)
     assert kept_apart == same
     known.notes["routed_tokens"] += 1
-    (alone,) = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, print)
+    lines: list[str] = []
+    (alone,) = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, lines.append)
     assert alone == share
+    assert lines[-1].endswith("not compared")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.neg_()

@@ -241,7 +241,7 @@ def test_a_failure_does_not_stop_the_rest_and_resume_fills_what_is_missing(tmp_p
     assert (fast.seconds or 0) > 0
     assert (fast.peak_memory_bytes or 0) > 1e8
     assert (out / "cells" / "tiny-llama" / "fast-0.2" / "lillama.json").is_file()
-    assert not (out / "cells" / "tiny-llama" / "fast-0.2" / "model").exists()
+    assert not list(out.glob("cells/*/*/model*"))
 
     before = (out / FILE).read_text()
     again = run_process(*words, "--resume")

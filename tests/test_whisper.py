@@ -508,6 +508,11 @@ def test_the_evaluation_measures_both_sets_and_the_change(
     evaluation.metrics[0].measure(again, options, lines.append)
     assert again.notes[speech.NOTES] == noted
     assert "wer/read: 1 of 2 transcribed" in lines
+    assert not any("not compared" in line for line in lines)
+    fewer: list[str] = []
+    found = evaluation.metrics[0].measure(again, replace(options, limit=1), fewer.append)
+    assert not any(m.name.startswith("wer_change") for m in found)
+    assert "wer_change/read: the first model was not measured on these utterances; not compared" in fewer
     speech.write_transcripts(noted["read"], tmp_path / "out", "read")
     assert speech.read_transcripts(tmp_path / "out" / "read.jsonl") == noted["read"]
     table = (tmp_path / "out" / "read.txt").read_text()
@@ -557,6 +562,15 @@ def test_a_set_without_transcripts_is_refused_before_the_model_is_needed(tmp_pat
     with pytest.raises(
         UserError, match=r"2 of 3 utterances have no transcript, the first is .*manifest\.jsonl, line 2;"
     ):
+        evaluation.check(EvaluationOptions(data=str(folder)))
+
+
+def test_a_damaged_recording_is_named_before_the_others_are_transcribed(tmp_path: Path) -> None:
+    folder = _set(tmp_path / "mine", "he was", "here")
+    (folder / "b.flac").write_bytes((folder / "a.flac").read_bytes()[:4000])
+    with (folder / "manifest.jsonl").open("a") as manifest:
+        manifest.write(json.dumps({"audio": "b.flac", "text": "and gone"}) + "\n")
+    with pytest.raises(UserError, match=r"b\.flac"):
         evaluation.check(EvaluationOptions(data=str(folder)))
 
 

@@ -244,7 +244,10 @@ class WordErrorRate:
         for module in ("jiwer", "soundfile", "soxr"):
             need(module)
         if options.data is None or options.data.split(":")[0] not in DATASETS:
-            evaluation_sets(options)
+            # A damaged file is better named now than after all the others were transcribed.
+            for utterances in evaluation_sets(options).values():
+                for utterance in utterances:
+                    utterance.sound()
 
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """Two measurements for each set, and with a baseline that was measured on it the difference to that.
@@ -260,7 +263,7 @@ class WordErrorRate:
             noted[name] = scored
             if options.details is not None:
                 write_transcripts(scored, options.details, name)
-            measurements += self._measurements(name, scored, subject.baseline, options.seed)
+            measurements += self._measurements(name, scored, subject.baseline, options.seed, report)
         subject.notes[NOTES] = noted
         return measurements
 
@@ -293,7 +296,9 @@ class WordErrorRate:
         return {NOTES: found} if found else {}
 
     @staticmethod
-    def _measurements(name: str, scored: list[Scored], baseline: Subject | None, seed: int) -> list[Measurement]:
+    def _measurements(
+        name: str, scored: list[Scored], baseline: Subject | None, seed: int, report: Report
+    ) -> list[Measurement]:
         words = sum(s.words for s in scored)
         found = [
             Measurement(
@@ -315,8 +320,12 @@ class WordErrorRate:
                 ),
             ),
         ]
-        before = baseline.notes.get(NOTES, {}).get(name) if baseline is not None else None
-        if before and [s.reference for s in before] == [s.reference for s in scored]:
+        if baseline is None:
+            return found
+        before = baseline.notes.get(NOTES, {}).get(name, [])
+        if [(s.name, s.reference) for s in before] != [(s.name, s.reference) for s in scored]:
+            report(f"wer_change/{name}: the first model was not measured on these utterances; not compared")
+        else:
             difference = paired_difference(before, scored, seed)
             found.append(
                 Measurement(

@@ -68,7 +68,7 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
-            trained=trained,
+            chosen=chosen_by_held_out(record),
             whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
@@ -271,6 +271,15 @@ def size_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
         return f"{value:,}" if change.unit is count else f"{size(value)} ({value:,} bytes)"
 
     return [(c.label, exactly(c, c.before), exactly(c, c.after), signed_percent(c.ratio - 1)) for c in changes(record)]
+
+
+def chosen_by_held_out(record: RunRecord) -> str:
+    """What was chosen by the rows that fidelity is measured on, in words; empty: nothing."""
+    choices = {
+        "the checkpoint of each block": record.recipe.get("steps"),
+        "how much of its correction each block took": record.recipe.get("correction_tokens"),
+    }
+    return " and ".join(name for name, made in choices.items() if made)
 
 
 def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:

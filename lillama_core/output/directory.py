@@ -89,7 +89,8 @@ def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs, trus
         expected = main_output(model(**as_dtype(inputs, next(model.parameters()).dtype))).float()
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
-    command = [sys.executable, "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
+    # -P: files of the working directory, which may be a stranger's model, are not to be taken for modules.
+    command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
     if trust_remote_code:
         command.append(TRUST)
     # Nobody could answer what it might ask.

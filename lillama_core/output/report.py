@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lillama_core.output.card import (
     Change,
     changes,
+    chosen_by_held_out,
     cost_rows,
     count,
     duration,
@@ -127,6 +128,7 @@ def write_report(result: Path, record: RunRecord) -> None:
             size_plot=size_plot,
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
+            chosen=chosen_by_held_out(record),
             recipe=recipe_rows(record),
             data=record.data,
             sources=source_rows(record),

@@ -91,9 +91,13 @@ class Routing:
                 f" {chosen.shape[-1]} a token.",
             )
         ]
-        before = {} if subject.baseline is None else subject.baseline.notes
+        if subject.baseline is None:
+            return found
+        before = subject.baseline.notes
         same_text = torch.equal(before.get("routed_tokens", torch.empty(0)), rows)
-        if same_text and before["routing"].shape == chosen.shape:
+        if not same_text or before["routing"].shape != chosen.shape:
+            report("routing/agreement: the first model's choices on this text are not known; not compared")
+        else:
             found.append(
                 Measurement(
                     "routing/agreement",
