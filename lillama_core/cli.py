@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for a user's mistake, 1 for any other failure."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    options = argparse.Namespace()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that knows no "→" gets a question mark instead of a traceback.
         sys.stdout.reconfigure(errors="replace")
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _complain(str(error), error.exit_status)
     except KeyboardInterrupt:
-        return _complain("interrupted; what was finished is kept, --resume goes on from there", 1)
+        kept = "; what was finished is kept, --resume goes on from there" if hasattr(options, "resume") else ""
+        return _complain(f"interrupted{kept}", 1)
     except BrokenPipeError:
         # The reader of a pipe has gone (`| head`): nothing to say, and nobody to say it to. The interpreter would
         # try to flush once more at its end.
@@ -67,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if is_out_of_memory(error):
-            return _complain(OUT_OF_MEMORY, 1)
+            # Of a compression: it has options that help.
+            shorter = ", or lower --sequence-length" if hasattr(options, "sequence_length") else ""
+            return _complain(OUT_OF_MEMORY if hasattr(options, "resume") else f"out of memory; free some{shorter}", 1)
         if isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
             return _complain(f"{error.strerror or error}{where}", 1)
@@ -125,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_evaluate(commands)
     plugins = commands.add_parser("plugins", help="list plugins, what each provides and where it comes from")
+    plugins.add_argument("--debug", action="store_true", help="show tracebacks")
     plugins.add_argument("--json", action="store_true", help="print JSON")
     plugins.set_defaults(run=run_plugins)
     registry().add_commands(commands)
@@ -199,7 +204,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _parts(item: str) -> list[str]:
     """The names in ``a,b,c``, unless there is a file of just that name."""
-    if Path(item.rpartition("@")[0] or item).exists() or Path(item).exists():
+    # Not by pathlib: a list may be longer than any name of a file.
+    if os.path.exists(item.rpartition("@")[0] or item) or os.path.exists(item):
         return [item]
     # Empty parts are for whoever reads the names to refuse.
     return item.split(",")
@@ -267,6 +273,7 @@ def _add_plan(commands: Any) -> None:
     _add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_recipe(parser)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.set_defaults(run=run_plan)
 
 

@@ -76,7 +76,7 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         # An allocator may refuse what the budget allows, and this one can be asked already.
         make_plan(prepared, recipe.allocation, None)
     modality = prepared.architecture.modality
-    modality.check(recipe, request.trust_remote_code)
+    modality.check(recipe)
     processor = modality.load_processor(prepared.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
@@ -203,7 +203,6 @@ class _Run:
                     self.device,
                     self.autocast,
                     self.progress,
-                    self.request.trust_remote_code,
                 )
             )
         self.record.data = {

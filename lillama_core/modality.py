@@ -81,7 +81,6 @@ class SampleRequest:
     device: torch.device
     autocast: torch.dtype | None
     progress: Progress
-    trust_remote_code: bool = False
 
 
 class Modality(ABC):
@@ -92,7 +91,7 @@ class Modality(ABC):
     """The transformers class that loads the processor again, for the model card."""
 
     @abstractmethod
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Raise UserError for what is wrong with the recipe's data, as far as is known without a model."""
 
     @abstractmethod
@@ -133,11 +132,11 @@ class Text(Modality):
 
     name = "text"
 
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         from lillama_core.calibration import check_sources
         from lillama_core.errors import UserError
 
-        check_sources(self._options(recipe, trust_remote_code))
+        check_sources(self._options(recipe))
         rows = recipe.tokens // recipe.sequence_length
         if rows < 2 * recipe.batch_size:
             raise UserError(
@@ -162,7 +161,7 @@ class Text(Modality):
 
         recipe = request.recipe
         data = load_calibration(
-            self._options(recipe, request.trust_remote_code),
+            self._options(recipe),
             request.model,
             request.processor,
             model_fingerprint=request.model_fingerprint,
@@ -183,7 +182,7 @@ class Text(Modality):
         return Samples({"input_ids": rows}, description, sha256, rows.numel(), targets=next_tokens(rows))
 
     @staticmethod
-    def _options(recipe: Recipe, trust_remote_code: bool) -> Any:
+    def _options(recipe: Recipe) -> Any:
         from lillama_core.calibration import CalibrationOptions, Source
 
         return CalibrationOptions(
@@ -193,5 +192,4 @@ class Text(Modality):
             seed=recipe.seed,
             self_share=recipe.self_share,
             use_all=recipe.use_all_tokens,
-            trust_remote_code=trust_remote_code,
         )

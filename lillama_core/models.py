@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import logging
-import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from lillama_core.architecture import Architecture, Block, find_blocks
 from lillama_core.errors import UserError, is_out_of_memory, nearest, one_line
 from lillama_core.maps import MapChoice
+from lillama_core.weight_files import check_gguf, check_safetensors
 
 QUANT_METHOD = "lillama"
 
@@ -159,46 +159,6 @@ def _check_directory(path: Path) -> None:
         absent = sorted(name for name in named if not (path / str(name)).is_file())
         if absent:
             raise UserError(f"model directory {str(path)!r} lacks {absent[0]}, which its weight index names")
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise UserError unless the header of a safetensors file is sound and its tensors lie within the file."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            # The header of even the largest models is a few megabytes; a wild length is not worth the memory.
-            if length > min(size - 8, 100_000_000):
-                raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(stream.read(length))
-        tensors = [t for k, t in header.items() if k != "__metadata__"]
-        if not tensors:
-            raise ValueError("it has no tensors")
-        end = max(int(t["data_offsets"][1]) for t in tensors)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
-        raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
-
-
-def check_gguf(path: Path) -> None:
-    """Raise UserError unless a GGUF file can be parsed and its tensors lie within the file."""
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{str(path)!r} is not a GGUF file (its first four bytes are not 'GGUF')")
-    from gguf import GGUFReader
-
-    size = path.stat().st_size
-    try:
-        reader = GGUFReader(str(path))
-        if not reader.tensors:
-            raise ValueError("it has no tensors")
-        end = max(int(t.data_offset + t.n_bytes) for t in reader.tensors)
-        if end > size:
-            raise ValueError(f"it has {size} bytes where its tensors need {end}")
-    # The reader indexes into a memory map with whatever numbers the file holds.
-    except Exception as error:
-        raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
 
 
 def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +24,11 @@ def peak_memory_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
         # Not getrusage: its maximum survives exec, so that it may be that of the process which started this one.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        with contextlib.suppress(OSError):
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            # Not every kernel that says it is Linux has the field.
+            if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+                return int(found[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -81,8 +81,14 @@ class RunDirectory:
         if not self.path.exists():
             return
         partial = repr(str(self.path))
-        if not self.path.is_dir() or any(entry.name not in OWN_ENTRIES for entry in self.path.iterdir()):
-            raise UserError(f"{partial}, where the unfinished run would be, holds files that lillama did not write")
+        if not self.path.is_dir():
+            raise UserError(f"{partial}, where the unfinished run would be, is a file")
+        # File managers and network file systems leave theirs wherever somebody looks.
+        left = {e.name for e in self.path.iterdir() if not e.name.startswith((".DS_Store", "Thumbs.db", ".nfs"))}
+        if strangers := sorted(left - OWN_ENTRIES):
+            raise UserError(
+                f"{partial}, where the unfinished run would be, holds {strangers[0]!r}, which lillama did not write"
+            )
         if not (overwrite or resume):
             if self._is_locked():
                 raise self._busy()

@@ -68,6 +68,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no samples": (lambda path: soundfile.write(path, tone(RATE)[:0], RATE, format="WAV"), "only 0.00 s of sound"),
     "truncated": (_truncated_flac, "damaged or not a sound file|truncated"),
     "silent": (lambda path: soundfile.write(path, np.zeros(RATE), RATE, format="WAV"), "is silent"),
+    "muted": (lambda path: soundfile.write(path, np.full(RATE, -1 / 32768), RATE, format="WAV"), "is silent"),
     "missing": (lambda path: None, "does not exist"),
     "folder": (lambda path: path.mkdir(), "cannot be read|is empty"),
     "not a number": (
@@ -216,6 +217,20 @@ def test_the_rows_of_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [u.language for u in read_speech("fleurs:cmn_hans_cn", limit=1)] == ["zh"]
     chosen = [("en_us", "validation"), ("en_us", "test"), ("fr_fr", "train"), ("cmn_hans_cn", "test")]
     assert asked == [("google/fleurs", *one) for one in chosen]
+
+
+def test_a_dataset_with_a_script_is_taken_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FLEURS is one."""
+    import datasets
+
+    def load(repo: str, config: str, **options: Any) -> Any:
+        if options.get("revision") != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported, but found fleurs.py")
+        rows = {"audio": [{"bytes": _wav(), "path": None}], "transcription": ["one"]}
+        return datasets.Dataset.from_dict(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [u.text for u in read_speech("fleurs")] == ["one"]
 
 
 def test_rows_of_a_dataset_that_are_too_long_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:

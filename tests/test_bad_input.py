@@ -284,6 +284,14 @@ def test_file_that_is_no_gguf(refused: Callable[..., str], tmp_path: Path, conte
     assert "is not a GGUF file" in said or "is corrupt or truncated" in said
 
 
+@pytest.mark.parametrize("kind", [0, 8])
+def test_gguf_that_claims_more_than_it_holds(refused: Callable[..., str], tmp_path: Path, kind: int) -> None:
+    """One array of 2^40 elements in 49 bytes: the library's reader would go through them all."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k"
+    (tmp_path / "big.gguf").write_bytes(header + struct.pack("<IIQ", 9, kind, 2**40))
+    assert "claims 1099511627776 values where 0 bytes are left" in refused(model=tmp_path / "big.gguf")
+
+
 @pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.9, 0.999])
 def test_truncated_gguf(refused: Callable[..., str], tiny_gguf: Path, part: float) -> None:
     truncate(tiny_gguf, int(tiny_gguf.stat().st_size * part))
@@ -377,6 +385,16 @@ def test_minimum_ranks_that_forbid_the_reduction(refused: Callable[..., str], al
 
 
 # The data
+
+
+def test_names_longer_than_those_of_files(run_cli: Cli, tiny_model: Path) -> None:
+    names = ",".join(f"self_attn.q_proj_{i:010}" for i in range(16))
+    ended = run_cli("plan", tiny_model, "--exclude", names)
+    assert ended.status == 2
+    assert "self_attn.q_proj_0000000000" in ended.error
+    ended = run_cli("compress", tiny_model, "-o", tiny_model / "out", "--calibration", "~no_such_user_here/a.txt")
+    assert ended.status == 2
+    assert "~no_such_user_here/a.txt" in ended.error
 
 
 def test_missing_data(refused: Callable[..., str]) -> None:
@@ -494,7 +512,13 @@ def test_files_of_others_are_never_overwritten(refused: Callable[..., str], tmp_
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
     for flag in ((), ("--overwrite",), ("--resume",)):
-        assert "holds files that lillama did not write" in refused(*flag)
+        assert "holds 'thesis.tex', which lillama did not write" in refused(*flag)
+
+
+def test_what_file_managers_leave_stops_nobody(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".DS_Store").write_bytes(b"")
+    assert "an unfinished run is in" in refused()
 
 
 def test_neighbours_of_the_output_are_left_alone(

@@ -26,7 +26,7 @@ from lillama_core.calibration import (
 )
 from lillama_core.calibration import named as named_module
 from lillama_core.calibration.cache import default_cache_dir
-from lillama_core.calibration.documents import document_of, render_chat
+from lillama_core.calibration.documents import document_of, mended, render_chat
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.progress import Progress
 
@@ -55,6 +55,13 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
         model_max_length=16,
     )
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """One that begins no text with a token of its own, though it has one."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     return tokenizer
 
 
@@ -232,7 +239,8 @@ def test_text_windows_are_those_of_one_encode(tmp_path: Path, tokenizer: Any, ca
     path = text_file(tmp_path)
     data = load(options(path), None, tokenizer, cache)
     whole = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
-    windows = {tuple(whole[i : i + LENGTH]) for i in range(0, len(whole), LENGTH)}
+    # The token that begins every text stands where the first of each window was.
+    windows = {(BOS, *whole[i + 1 : i + LENGTH]) for i in range(0, len(whole), LENGTH)}
     assert data.rows.shape == (10, LENGTH)
     assert data.rows.dtype == torch.int64
     assert len({tuple(row) for row in data.rows.tolist()} & windows) == 10
@@ -258,11 +266,14 @@ def test_evaluation_takes_the_first_windows_in_order(tmp_path: Path, tokenizer: 
     path = text_file(tmp_path, 100, "notes.md")
     whole = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     source = Source(str(path))
-    assert load_text_windows(source, tokenizer, LENGTH, 3).flatten().tolist() == whole[: 3 * LENGTH]
-    assert load_text_windows(source, tokenizer, LENGTH, 0).flatten().tolist() == whole[:96]
+    rows = torch.tensor(whole[:96]).view(12, LENGTH)
+    assert torch.equal(load_text_windows(source, plain_tokenizer(), LENGTH, 3), rows[:3])
+    assert torch.equal(load_text_windows(source, plain_tokenizer(), LENGTH, 0), rows)
     assert load_text_windows(source, tokenizer, LENGTH, 1000).shape == (12, LENGTH)
     drawn = load_text_windows(source, tokenizer, LENGTH, 3, seed=1)
-    assert drawn.flatten().tolist() != whole[: 3 * LENGTH]
+    assert not torch.equal(drawn[:, 1:], rows[:3, 1:])
+    rows[:, 0] = BOS
+    assert torch.equal(load_text_windows(source, tokenizer, LENGTH, 0), rows)
 
 
 def test_evaluation_needs_text_of_a_window_at_least(tmp_path: Path, tokenizer: Any) -> None:
@@ -325,7 +336,8 @@ def test_tokenizer_that_makes_nothing(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "list.json", "a.parquet"])
-def test_formats_of_rows(tmp_path: Path, tokenizer: Any, name: str) -> None:
+def test_formats_of_rows(tmp_path: Path, name: str) -> None:
+    tokenizer = plain_tokenizer()
     rows = [{"id": i, "text": f"w{2 * i} w{2 * i + 1}"} for i in range(20)]
     path = tmp_path / name
     lines = "\n".join(json.dumps(row) for row in rows)
@@ -342,6 +354,14 @@ def test_formats_of_rows(tmp_path: Path, tokenizer: Any, name: str) -> None:
     found = load_text_windows(Source(str(path)), tokenizer, 6, 2)
     ids = [tokenizer.convert_tokens_to_ids(f"w{i}") for i in range(8)]
     assert found.flatten().tolist() == [*ids[:2], EOS, *ids[2:4], EOS, *ids[4:6], EOS, *ids[6:8], EOS]
+
+
+def test_half_a_character_is_replaced(tmp_path: Path, tokenizer: Any, cache: Path) -> None:
+    """JSON that was cut in the middle of an emoji is valid, and no tokenizer takes it."""
+    lines = '{"text": "w0 w1 \\ud83d w2 w3 w4 w5 w6 w7"}\n{"messages": [{"role": "user", "content": "\\udc4d w1"}]}\n'
+    (tmp_path / "a.jsonl").write_text(lines * 20)
+    assert load(options(tmp_path / "a.jsonl"), None, tokenizer, cache).rows.shape == (10, LENGTH)
+    assert mended("a\ud83d\udc4db\ud83d") == "a\N{THUMBS UP SIGN}b\N{REPLACEMENT CHARACTER}"
 
 
 def test_malformed_line_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lillama_core import Request, Samples, compress, load_recipe
 from lillama_core.engine import _Run
 from lillama_core.models import count_parameters
+from lillama_core.record import peak_memory_bytes
 
 SMALL = {
     "stacks": ["decoder"], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "sensitivity_tokens": 128,
@@ -96,3 +97,16 @@ def test_as_many_rows_as_were_asked_for(batch_size: int) -> None:
     found = _Run._first_rows(run, batches, 7 * 32)
     assert torch.cat([part.inputs["input_ids"] for part in found])[:, 0].tolist() == list(range(7))
     assert max(len(part) for part in found) <= 2
+
+
+def test_peak_memory_without_the_kernels_high_water_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sandboxes write a shorter ``/proc/self/status``, or none; a run must not end there after hours."""
+    usual = peak_memory_bytes()
+    for status in (lambda *_, **__: "VmRSS:\t  9 kB\n", _not_there):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_text", status)
+            assert peak_memory_bytes() >= 0.9 * usual
+
+
+def _not_there(*_: Any, **__: Any) -> str:
+    raise FileNotFoundError

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from lillama_core.architecture import find_blocks
 from lillama_core.blocks import BlockRunner, Parent, class_logits, main_output
+from lillama_core.calibration.images import choose_images, read_pixels
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.generic import discover, find_stacks
@@ -495,6 +496,21 @@ def test_images_of_another_size_than_the_config_says(
                    "--calibration", images, "--samples", "16")  # fmt: skip
     assert done.status == 0, done
     assert "dinov2.encoder" in done.stderr or "encoder.layer" in done.stderr
+
+
+def test_images_are_upright_and_named_once(images: Path, tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers.image_utils import load_image
+
+    picture = Image.fromarray((torch.rand(12, 20, 3) * 255).byte().numpy())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned to the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
+    theirs = processor(images=[load_image(str(tmp_path / "turned.png"))], return_tensors="pt")["pixel_values"]
+    assert torch.equal(read_pixels([tmp_path / "turned.png"], processor), theirs)
+    with pytest.raises(UserError, match="the same file: name each folder once"):
+        choose_images((str(images), str(images / "more")), 4, 0, use_all=False)
 
 
 def test_another_processor_makes_other_data_of_the_same_images(images: Path) -> None:

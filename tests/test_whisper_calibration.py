@@ -199,7 +199,17 @@ def test_what_cannot_be_calibrated_on(
     recordings(tmp_path / "two", ["a", "b"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
-        Speech().check(Recipe(calibration=data), False)
+        Speech().check(Recipe(calibration=data))
+
+
+def test_a_recording_is_named_once(tmp_path: Path) -> None:
+    """Or it could be both trained on and held out."""
+    folder = recordings(tmp_path / "few", ["a"] * 9)
+    again = (str(folder), str(folder.parent / "few" / "."))
+    with pytest.raises(UserError, match="is among the recordings named before; name each once"):
+        Speech().check(Recipe(calibration=again))
+    with pytest.raises(UserError, match="--samples 6 is less than two batches of 4: ask for more"):
+        Speech().check(Recipe(calibration=(str(folder),), samples=6))
 
 
 def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

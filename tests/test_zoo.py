@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lillama_benchmarks.zoo import catalogue, fetch, mixtral, models
+from lillama_benchmarks.zoo import catalogue, fetch, mixtral, models, texts
 from lillama_benchmarks.zoo.__main__ import main
 from lillama_benchmarks.zoo.kneser_ney import KneserNey
 from lillama_benchmarks.zoo.texts import held_out_text, training_text
@@ -127,6 +127,15 @@ def test_a_model_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"absent\.gguf"):
         fetch("smollm2-135m", tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").rglob("*") if p.suffix != ".lock"] == ["smollm2-135m-r1"]
+
+
+def test_what_a_wheel_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "CHECKPOINTS", tmp_path / "none")
+    with pytest.raises(UserError, match="'mamba-tiny' comes with the repository, not with the package"):
+        fetch("mamba-tiny", tmp_path / "cache")
+    monkeypatch.setattr(texts, "DATA", tmp_path / "none")
+    with pytest.raises(UserError, match="comes with the repository"):
+        texts.training_text()
 
 
 def test_an_unknown_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

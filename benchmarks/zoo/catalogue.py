@@ -138,4 +138,6 @@ def _whisper(folder: Path) -> None:
 
 def _committed(name: str, folder: Path) -> None:
     """A checkpoint that lies beside this file."""
+    if not (CHECKPOINTS / name).is_dir():
+        raise UserError(f"model {name!r} comes with the repository, not with the package: work in a clone of it")
     shutil.copytree(CHECKPOINTS / name, folder, dirs_exist_ok=True)

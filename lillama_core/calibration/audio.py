@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lillama_core.calibration import hub
+from lillama_core.calibration.documents import mended
 from lillama_core.calibration.sources import Purpose
 from lillama_core.errors import UserError, nearest, one_line
 
@@ -139,8 +141,8 @@ def decode_audio(stream: Any, name: str) -> Sound:
     sound: Sound = samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(sound).all():
         raise UserError(f"{name} holds samples that are not finite numbers; convert it again")
-    if not sound.any():
-        raise UserError(f"{name} is silent, every sample is zero; leave it out or record it again")
+    if not np.ptp(sound):
+        raise UserError(f"{name} is silent, every sample is the same; leave it out or record it again")
     if rate != RATE:
         sound = soxr.resample(sound, rate, RATE)
     return np.ascontiguousarray(sound, dtype=np.float32)
@@ -233,7 +235,7 @@ def _text(path: Path) -> str:
 
 
 def _filled(text: str | None) -> str | None:
-    return " ".join(text.split()) or None if text is not None else None
+    return " ".join(mended(text).split()) or None if text is not None else None
 
 
 def _listed_texts(folder: Path, sounds: set[str]) -> dict[str, str]:
@@ -283,7 +285,7 @@ def _dataset(name: str, limit: int | None, purpose: Purpose) -> Iterator[Utteran
     import datasets
 
     try:
-        rows = datasets.load_dataset(dataset.repo, config, split=split, streaming=True)
+        rows = hub.load(dataset.repo, config, split)
         # Decoding is ours: the library's own wants another library.
         rows = rows.cast_column("audio", datasets.Audio(decode=False))
         for number, row in enumerate(rows):

@@ -103,16 +103,16 @@ def load_text_windows(
     sequence_length: int,
     windows: int,
     seed: int | None = None,
-    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """The first ``windows`` windows of ``source`` in order (0: all), int64 ``[windows, sequence_length]``.
 
     For evaluation: running text is encoded as a whole without special tokens and cut without padding or
-    overlap. Data that is smaller gives fewer windows, at least one. With a ``seed`` the windows are drawn at
-    random instead, as for calibration. Raises UserError when there is no text, or not enough for one window.
+    overlap; a token that the tokenizer begins every text with takes the first place of every window. Data that is
+    smaller gives fewer windows, at least one. With a ``seed`` the windows are drawn at random instead, as for
+    calibration. Raises UserError when there is no text, or not enough for one window.
     """
     demand = Demand(sequence_length, windows or None, seed)
-    found = named_windows(source, tokenizer, demand, "evaluation", trust_remote_code)
+    found = named_windows(source, tokenizer, demand, "evaluation")
     if not len(found.rows):
         raise UserError(
             f"{source.name} has {found.tokens} tokens, less than one window of {sequence_length}; "
@@ -143,7 +143,7 @@ def _shares(options: CalibrationOptions, total: int) -> dict[str, int]:
 def _named(source: Source, tokenizer: Any, count: int, options: CalibrationOptions) -> NamedWindows:
     """``count`` rows of ``source``, or what there is when the user allowed that."""
     demand = Demand(options.sequence_length, count, options.seed)
-    found = named_windows(source, tokenizer, demand, "calibration", options.trust_remote_code)
+    found = named_windows(source, tokenizer, demand, "calibration")
     if len(found.rows) == count:
         return found
     if not len(found.rows):

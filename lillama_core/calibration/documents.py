@@ -84,11 +84,19 @@ def document_of(row: Mapping[str, Any], where: str) -> Document | None:
     return _string(row[text], f"{where}, {text!r}") or None
 
 
+def mended(text: str) -> str:
+    """``text`` with halves of characters, as JSON cut in the middle of an emoji holds them, replaced.
+
+    No tokenizer takes them.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _string(value: Any, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return mended(value)
     if isinstance(value, list):  # content in parts; parts other than text cannot be used here
         return "".join(
             _string(part.get("text"), where) if isinstance(part, dict) else _string(part, where) for part in value

@@ -14,13 +14,13 @@ from lillama_core.errors import UserError
 _CONVERTED = "refs/convert/parquet"
 
 
-def dataset_rows(dataset: HubDataset, seed: int | None, trust_remote_code: bool) -> Iterator[Row]:
+def dataset_rows(dataset: HubDataset, seed: int | None) -> Iterator[Row]:
     """The rows of ``dataset`` as they are downloaded: shuffled by ``seed``, in order for None.
 
     Raises UserError in one line when the dataset cannot be had.
     """
     try:
-        loaded = _load(dataset, trust_remote_code)
+        loaded = load(dataset.repo, dataset.config, dataset.split)
         if seed is not None:
             loaded = loaded.shuffle(seed=derived(seed, "dataset") % 2**32)
         for number, row in enumerate(loaded, start=1):
@@ -31,22 +31,21 @@ def dataset_rows(dataset: HubDataset, seed: int | None, trust_remote_code: bool)
         raise UserError(f"dataset {_label(dataset)} cannot be loaded: {_one_line(error)}{_advice()}") from error
 
 
-def _load(dataset: HubDataset, trust_remote_code: bool) -> Any:
+def load(repo: str, config: str | None, split: str) -> Any:
+    """The dataset as the library gives it, streamed where there is a connection."""
     import datasets
 
     settings: dict[str, Any] = {
-        "split": dataset.split,
+        "split": split,
         # Offline only a copy prepared by an earlier download can serve, and such copies are not streamed.
         "streaming": not _offline(),
     }
-    if trust_remote_code:
-        settings["trust_remote_code"] = True
     try:
-        return datasets.load_dataset(dataset.repo, dataset.config, **settings)
+        return datasets.load_dataset(repo, config, **settings)
     except RuntimeError as error:
         if "script" not in str(error).lower():
             raise
-        return datasets.load_dataset(dataset.repo, dataset.config, revision=_CONVERTED, **settings)
+        return datasets.load_dataset(repo, config, revision=_CONVERTED, **settings)
 
 
 def _offline() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def choose_images(folders: tuple[str, ...], count: int, seed: int, use_all: bool
     Raises UserError when there are fewer, unless ``use_all``.
     """
     found = [path for folder in folders for path in find_images(folder)]
+    # Twice the same image could be trained on and held out.
+    if twice := next((path for path, n in Counter(path.resolve() for path in found).items() if n > 1), None):
+        raise UserError(f"{' and '.join(folders)} both hold {twice.name}, the same file: name each folder once")
     if len(found) < count and not use_all:
         raise UserError(
             f"{' and '.join(folders)} hold {len(found)} images, {count} asked for: ask for fewer with --samples, or"
@@ -53,7 +57,7 @@ def choose_images(folders: tuple[str, ...], count: int, seed: int, use_all: bool
 def read_pixels(paths: list[Path], processor: Any) -> torch.Tensor:
     """The images at ``paths`` as ``processor`` makes them, float32 [images, channels, height, width].
 
-    Every image becomes RGB first. Raises UserError that names a file which is empty, damaged or no image.
+    Every image becomes upright and RGB first. Raises UserError that names a file which is empty, damaged or no image.
     """
     return torch.cat([processor(images=[_open(path)], return_tensors="pt")["pixel_values"].float() for path in paths])
 
@@ -80,8 +84,11 @@ def _open(path: Path) -> Any:
     try:
         if path.stat().st_size == 0:
             raise UserError(f"image {str(path)!r} is empty")
+        from PIL import ImageOps
+
         with reader.open(path) as image:
-            return image.convert("RGB")
+            # Upright, as transformers' own loader has it, however the camera was held.
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UserError:
         raise
     # Pillow's plugins raise whatever a damaged file leads them to.

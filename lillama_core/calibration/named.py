@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lillama_core.calibration.files import ROW_BYTES, TEXT_BYTES, Row, json_rows
 from lillama_core.calibration.hub import dataset_rows
 from lillama_core.calibration.seeds import permutation
 from lillama_core.calibration.sources import HubDataset, LocalFile, OwnText, Purpose, Source, locate
-from lillama_core.calibration.windows import cut, encode, join
+from lillama_core.calibration.windows import begun, cut, encode, join
 from lillama_core.errors import UserError
 
 # Generous, so that reading stops early only when there is enough: no script needs more bytes for a token.
@@ -51,15 +51,18 @@ class Demand:
         return None if self.tokens is None else max(least, per_token * self.tokens)
 
 
-def named_windows(
-    source: Source, tokenizer: Any, demand: Demand, purpose: Purpose, trust_remote_code: bool = False
-) -> NamedWindows:
+def named_windows(source: Source, tokenizer: Any, demand: Demand, purpose: Purpose) -> NamedWindows:
     """Rows from ``source``.
 
     Running text is encoded as a whole and the rows are windows of it; documents (rows of JSON, Parquet or a
-    dataset) are joined by the end-of-text token. Raises UserError when the data cannot be read or has no
-    text.
+    dataset) are joined by the end-of-text token. A token that begins every text begins every row. Raises UserError
+    when the data cannot be read or has no text.
     """
+    found = _windows(source, tokenizer, demand, purpose)
+    return replace(found, rows=begun(found.rows, tokenizer))
+
+
+def _windows(source: Source, tokenizer: Any, demand: Demand, purpose: Purpose) -> NamedWindows:
     location = locate(source.name, purpose)
     if isinstance(location, OwnText):
         raise UserError(f"{source.name!r} is text that the model writes; name a file or a dataset here")
@@ -74,29 +77,29 @@ def named_windows(
             "split": location.split,
         }
     if isinstance(location, HubDataset) and location.joined:
-        text = _joined_text(location, demand, trust_remote_code)
+        text = _joined_text(location, demand)
         return _from_text(source.name, text, tokenizer, demand, description)
     if isinstance(location, LocalFile) and location.format == "text":
         text, complete = read_text(location.path, demand.bytes(TEXT_BYTES, _TEXT_BYTES_PER_TOKEN))
         description |= {"characters_read": len(text), "whole_file": complete}
         return _from_text(source.name, text, tokenizer, demand, description)
-    return _from_rows(source.name, _rows(location, demand, trust_remote_code), tokenizer, demand, description)
+    return _from_rows(source.name, _rows(location, demand), tokenizer, demand, description)
 
 
-def _rows(location: LocalFile | HubDataset, demand: Demand, trust_remote_code: bool) -> Iterator[Row]:
+def _rows(location: LocalFile | HubDataset, demand: Demand) -> Iterator[Row]:
     if isinstance(location, HubDataset):
-        return dataset_rows(location, demand.seed, trust_remote_code)
+        return dataset_rows(location, demand.seed)
     if location.format == "parquet":
         return parquet_rows(location.path, demand.seed)
     return json_rows(location.path, demand.seed, demand.bytes(ROW_BYTES, _ROW_BYTES_PER_TOKEN))
 
 
-def _joined_text(dataset: HubDataset, demand: Demand, trust_remote_code: bool) -> str:
+def _joined_text(dataset: HubDataset, demand: Demand) -> str:
     limit = demand.bytes(TEXT_BYTES, _TEXT_BYTES_PER_TOKEN)
     pieces: list[str] = []
     length = 0
     # In order: shuffled lines would not be running text.
-    for where, row in dataset_rows(dataset, None, trust_remote_code):
+    for where, row in dataset_rows(dataset, None):
         if not isinstance(row.get("text"), str):
             raise UserError(f"{where}: expected a column 'text' with text")
         pieces.append(row["text"])

@@ -25,7 +25,6 @@ class CalibrationOptions:
     """
     use_all: bool = False
     """Take what there is of data that is too small, instead of an error that says how much there is."""
-    trust_remote_code: bool = False
     """Let a dataset run its own loading script."""
 
     def effective_sources(self) -> tuple[Source, ...]:

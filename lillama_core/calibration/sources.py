@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ def locate(name: str, purpose: Purpose = "calibration") -> Location:
     """
     if name == SELF:
         return OwnText()
-    path = Path(name).expanduser()
+    # Not by pathlib, which knows no answer where the user is unknown.
+    path = Path(os.path.expanduser(name))
     try:
         if path.is_dir():
             raise UserError(f"{name} is a directory; name a file in it (.txt, .jsonl, .parquet)")

@@ -28,6 +28,18 @@ def cut(ids: list[int], sequence_length: int) -> torch.Tensor:
     return torch.tensor(ids[: count * sequence_length], dtype=torch.int64).view(count, sequence_length)
 
 
+def begun(rows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """``rows`` [rows, length], the first token of each replaced by the one that ``tokenizer`` begins every text with.
+
+    Models that were trained with such a token predict badly without it. Rows stay as they are where there is none.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and tokenizer("the")["input_ids"][:1] == [bos]:
+        rows = rows.clone()
+        rows[:, 0] = bos
+    return rows
+
+
 @dataclass
 class JoinedDocuments:
     """Documents one after the other, with the end-of-text token between them."""

@@ -31,7 +31,7 @@ class Images(Described):
     feeds = "pixel_values, images"
     calibrates = "a folder of images (--calibration DIR, --samples N)"
 
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         need_pillow()
         choose_images(_folders(recipe.calibration), recipe.samples, recipe.seed, recipe.use_all_tokens)
         if recipe.samples < 2 * recipe.batch_size:

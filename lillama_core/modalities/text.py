@@ -31,13 +31,13 @@ class EncoderText(Text, Described):
     feeds = "input_ids, rows of text"
     calibrates = "named text only (--calibration); --self-share does not apply, since it cannot write text itself"
 
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         if not recipe.calibration or any(Source.parse(s).name == SELF for s in recipe.calibration):
             raise UserError(
                 "this model predicts no next token and cannot write its calibration text itself:"
                 " name a text with --calibration FILE"
             )
-        super().check(replace(recipe, self_share=0.0), trust_remote_code)
+        super().check(replace(recipe, self_share=0.0))
 
     def load(self, request: SampleRequest) -> Samples:
         length, longest = request.recipe.sequence_length, longest_row(request.model)
@@ -80,10 +80,10 @@ class EncoderDecoderText(EncoderText):
     name = "encoder-decoder-text"
     feeds = "input_ids and decoder_input_ids, the two halves of rows of text"
 
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         if recipe.sequence_length < 4:
             raise UserError(f"--sequence-length must be at least 4 for two halves, not {recipe.sequence_length}")
-        super().check(recipe, trust_remote_code)
+        super().check(recipe)
 
     def probe(self, config: Any) -> Inputs:
         tokens = random_tokens(config)

@@ -41,7 +41,7 @@ class Speech(Modality):
     name = "speech"
     processor_class = "AutoProcessor"
 
-    def check(self, recipe: Recipe, trust_remote_code: bool) -> None:
+    def check(self, recipe: Recipe) -> None:
         if not recipe.calibration:
             raise UserError(
                 "speech models need recordings to calibrate on: --calibration FOLDER or MANIFEST.jsonl"
@@ -122,6 +122,11 @@ def _utterances(recipe: Recipe, report: Callable[[str], None] = lambda line: Non
     for source in recipe.calibration:
         limit = recipe.samples if source.partition(":")[0] in DATASETS else None
         read = read_speech(source, limit, "calibration")
+        # Twice the same recording could be trained on and held out.
+        earlier = {u.path.resolve() for u in found if u.path is not None}
+        twice = next((u.path for u in read if u.path is not None and u.path.resolve() in earlier), None)
+        if twice is not None:
+            raise UserError(f"{source}: {twice.name} is among the recordings named before; name each once")
         fitting = [u for u in read if not u.too_long]
         if len(fitting) < len(read):
             report(f"{source}: {len(read) - len(fitting)} of {len(read)} recordings are too long; left out")
@@ -131,6 +136,11 @@ def _utterances(recipe: Recipe, report: Callable[[str], None] = lambda line: Non
 
 
 def _check_count(found: list[Utterance], recipe: Recipe) -> None:
+    if recipe.samples < 2 * recipe.batch_size:
+        raise UserError(
+            f"--samples {recipe.samples} is less than two batches of {recipe.batch_size}: ask for more, or lower"
+            " --batch-size"
+        )
     if len(found) < 2 * recipe.batch_size:
         raise UserError(
             f"{', '.join(recipe.calibration)}: {len(found)} recordings; at least two batches of {recipe.batch_size}"
