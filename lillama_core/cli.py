@@ -69,9 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if is_out_of_memory(error):
-            # Of a compression: it has options that help.
+            # Only a compression has all the options that may help.
             shorter = ", or lower --sequence-length" if hasattr(options, "sequence_length") else ""
-            return _complain(OUT_OF_MEMORY if hasattr(options, "resume") else f"out of memory; free some{shorter}", 1)
+            other = f"out of memory; free some memory{shorter}"
+            return _complain(OUT_OF_MEMORY if hasattr(options, "resume") else other, 1)
         if isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
             return _complain(f"{error.strerror or error}{where}", 1)

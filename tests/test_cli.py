@@ -189,26 +189,48 @@ def test_reader_that_goes_away() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+COMPRESS = "compress m -o out"
+
+
+@pytest.mark.parametrize("command_", ["plan m", "plugins", "compress m -o out", "evaluate m"])
+def test_every_command_shows_tracebacks_when_asked(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, command_: str
+) -> None:
+    """Errors advise it."""
+
+    def fail(options: Any) -> int:
+        raise ValueError("here")
+
+    monkeypatch.setattr(cli_module, f"run_{command_.split()[0]}", fail)
+    with pytest.raises(ValueError, match="here"):
+        run_cli(*command_.split(), "--debug")
+
+
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("words", "error", "expected"),
     [
-        (KeyboardInterrupt(), "interrupted; what was finished is kept, --resume goes on from there"),
-        (MemoryError(), "out of memory; lower --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), "out of memory; lower"),
-        (OSError(28, "No space left on device", "/there"), "No space left on device: /there"),
-        (ValueError("two\nlines"), "ValueError: two lines (--debug shows where)"),
+        (COMPRESS, KeyboardInterrupt(), "interrupted; what was finished is kept, --resume goes on from there\n"),
+        # Nothing is advised that the command does not have.
+        ("evaluate m", KeyboardInterrupt(), "interrupted\n"),
+        (COMPRESS, MemoryError(), "out of memory; lower --batch-size"),
+        ("evaluate m", MemoryError(), "out of memory; free some memory, or lower --sequence-length\n"),
+        ("plugins", MemoryError(), "out of memory; free some memory\n"),
+        (COMPRESS, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), "out of memory; lower"),
+        ("plugins", OSError(28, "No space left on device", "/there"), "No space left on device: /there"),
+        ("plugins", ValueError("two\nlines"), "ValueError: two lines (--debug shows where)"),
     ],
 )
 def test_what_nobody_foresaw(
-    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: str
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, words: str, error: BaseException, expected: str
 ) -> None:
     """One line and status 1, whatever a command raises."""
 
     def fail(options: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli_module, "run_plugins", fail)
-    ended = run_cli("plugins")
+    command_, *rest = words.split()
+    monkeypatch.setattr(cli_module, f"run_{command_}", fail)
+    ended = run_cli(command_, *rest)
     assert ended.status == 1
     assert ended.stderr.startswith(f"lillama: error: {expected}")
     assert ended.stderr.count("\n") == 1
