@@ -78,7 +78,10 @@ def _arrow(metric: dict[str, Any]) -> str:
 def _value(metric: dict[str, Any] | None) -> str:
     if metric is None:
         return "—"
-    error = metric.get("standard_error")
+    error, interval = metric.get("standard_error"), metric.get("interval")
+    if interval is not None:
+        low, high = interval
+        return f"{number(metric['value'])} [{low:.2f}, {high:.2f}]"
     return number(metric["value"]) if error is None else f"{number(metric['value'])} ± {error:.2g}"
 
 

@@ -163,4 +163,7 @@ def _number(m: Measurement) -> str:
     digits = 2 if abs(m.value) < 1000 else 0
     # What is small is still not nothing.
     text = f"{m.value:.1e}" if 0 < abs(m.value) < 0.005 else f"{m.value:,.{digits}f}"
+    if m.interval is not None:
+        low, high = m.interval
+        return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
     return text if m.standard_error is None else f"{text} ± {m.standard_error:.{digits}f}"

@@ -26,6 +26,8 @@ class Measurement:
     meaning: str
     """One sentence for a reader who meets the number for the first time."""
     standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    """Within which 95 % of resamples lie; shown instead of the standard error."""
 
 
 @dataclass

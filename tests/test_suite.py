@@ -177,6 +177,7 @@ def test_pages_show_what_was_measured(tmp_path: Path) -> None:
         DENSE_RESULT,
         result(value=31.25, seconds=75.0, peak_memory_bytes=2_500_000_000, machine=machine, versions={"torch": "2"}),
         result("fast", 0.4, 55.5, metrics=[metric(55.5, standard_error=1.5), metric(0.5, "accuracy", "higher")]),
+        result("fast", 0.3, metrics=[metric(31.0, standard_error=1.5, interval=[28.5, 34.0])]),
         result("default", 0.2, error="compress: <b>disk</b> full | again", metrics=[], parameters=None, bytes=None),
         result("svd", model="other <i>", metrics=[metric(float("nan"))]),
     ]
@@ -187,6 +188,7 @@ def test_pages_show_what_was_measured(tmp_path: Path) -> None:
     assert "| dense |  | 1.0 K | 2.0 kB | 20 | — |  |  |" in lines
     assert "| svd | 20 % | 800 | 1.6 kB | 31.2 | — | 1 min 15 s | 2.5 GB |" in lines
     assert "| fast | 40 % | 800 | 1.6 kB | 55.5 ± 1.5 | 0.5 |  |  |" in lines
+    assert "| fast | 30 % | 800 | 1.6 kB | 31 [28.50, 34.00] | — |  |  |" in lines
     assert "- default 20 % failed: compress: &lt;b>disk&lt;/b> full \\| again" in lines
     assert "Measured on system Linux, cores 2; torch 2." in lines
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig
 
 from lillama_benchmarks.zoo import fetch
 from lillama_core.calibration.audio import RATE, read_speech
-from lillama_core.comparison import EvaluationRequest, compare
+from lillama_core.comparison import Evaluated, EvaluationRequest, compare, show_comparison
 from lillama_core.errors import UserError
 from lillama_core.evaluation import EvaluationOptions, Subject
 from lillama_core.metrics import speech
@@ -502,6 +502,8 @@ def test_the_evaluation_measures_both_sets_and_the_change(
     again = Subject("again", subject.model, subject.tokenizer, baseline=replace(subject, model=None))
     changes = {m.name: m for m in evaluation.metrics[0].measure(again, options, lambda line: None)}
     assert changes["wer_change/read"].value == changes["wer_change/synthetic"].value == 0.0
+    assert changes["wer_change/read"].interval == (0.0, 0.0)
+    assert "0.00 [0.00, 0.00]" in show_comparison([Evaluated("again", list(changes.values()))])
     # Sounds are taken up a few at a time, which changes nothing.
     monkeypatch.setattr(speech, "AT_HAND", 1)
     lines: list[str] = []

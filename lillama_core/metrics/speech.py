@@ -333,9 +333,10 @@ class WordErrorRate:
                     value=difference.value,
                     unit="%",
                     better="lower",
-                    meaning="Word error rate minus the first model's, in points; paired bootstrap, 95 % within "
-                    f"{difference.low:+.2f} to {difference.high:+.2f}.",
+                    meaning="Word error rate minus the first model's, in points; in brackets the middle 95 % of a"
+                    " paired bootstrap over utterances.",
                     standard_error=difference.standard_error,
+                    interval=(difference.low, difference.high),
                 )
             )
         return found
