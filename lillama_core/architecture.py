@@ -150,6 +150,12 @@ def find_blocks(
     return found
 
 
+def dense_blocks(architecture: Architecture, model: nn.Module, stack: str) -> list[Block]:
+    """The blocks of a stack of which no map is chosen."""
+    path = architecture.stacks[stack]
+    return [Block(stack, i, f"{path}.{i}", ()) for i, _ in enumerate(model.get_submodule(path).children())]
+
+
 def safe_file_stem(name: str) -> str:
     """A block's name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name)

@@ -47,14 +47,24 @@ class Parent:
         self.architecture = architecture
         self.blocks = blocks
         self.earlier = earlier
+        self.earlier_hand_on = False
+        """Whether nothing of the earlier stacks reaches these blocks but what their last blocks give; see `record`."""
         self._without_earlier: bool | None = None if earlier else False
         """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
         self._rest: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
         """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
         self._extra = {"use_cache": False} if _takes_use_cache(model) else {}
 
-    def record(self, inputs: Inputs) -> tuple[torch.Tensor, list[BlockCall]]:
-        """The hidden states that enter the first block, and the other arguments of every block."""
+    @property
+    def stack(self) -> str:
+        """The name of the stack that these blocks are."""
+        return self.blocks[0].stack
+
+    def record(self, inputs: Inputs, earlier: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, list[BlockCall]]:
+        """The hidden states that enter the first block, and the other arguments of every block.
+
+        ``earlier`` is what the last blocks of the earlier stacks give, if that is known: they are not run then.
+        """
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
 
@@ -66,7 +76,10 @@ class Parent:
                 raise _Enough
             return hidden
 
-        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(_Enough):
+        with torch.no_grad(), contextlib.ExitStack() as bypassed, contextlib.suppress(_Enough):
+            for parent, last_hidden in zip(self.earlier, earlier, strict=True) if earlier else ():
+                bypassed.enter_context(parent._bypassed(parent._giving(last_hidden)))
+            bypassed.enter_context(self._bypassed(bypass))
             self._forward(inputs)
         return first[0].detach().float(), calls
 
@@ -103,7 +116,7 @@ class Parent:
             self._forward(inputs)
         if order != list(range(len(self.blocks))):
             raise UserError(
-                f"the model runs the {len(self.blocks)} blocks of {self.blocks[0].stack!r} in the order"
+                f"the model runs the {len(self.blocks)} blocks of {self.stack!r} in the order"
                 f" {', '.join(map(str, order[:12]))}{', …' if len(order) > 12 else ''}; only models that run each block"
                 " once, one after the other, can be compressed"
             )
@@ -120,14 +133,19 @@ class Parent:
     def _outputs(self, inputs: Inputs, last_hidden: torch.Tensor, skip_earlier: bool) -> Any:
         """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
 
-        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-            return last_hidden if index == len(self.blocks) - 1 else hidden
-
         with contextlib.ExitStack() as bypassed:
             for parent in self.earlier if skip_earlier else ():
                 bypassed.enter_context(parent._bypassed(lambda index, hidden, args, kwargs: hidden))
-            bypassed.enter_context(self._bypassed(bypass))
+            bypassed.enter_context(self._bypassed(self._giving(last_hidden)))
             return self._forward(inputs)
+
+    def _giving(self, last_hidden: torch.Tensor) -> RunBlock:
+        """In place of the blocks: the last gives ``last_hidden``, the others what they get."""
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            return last_hidden if index == len(self.blocks) - 1 else hidden
+
+        return bypass
 
     def _forward(self, inputs: Inputs) -> Any:
         return self.model(**inputs, **self._extra)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture import Architecture, Block
-from lillama_core.blocks import BlockCall, Parent
+from lillama_core.architecture import Architecture, Block, dense_blocks
+from lillama_core.blocks import Parent
 from lillama_core.compute import choose_autocast, choose_device
-from lillama_core.embedding import EmbeddingObserver, embedding_site
+from lillama_core.embedding import EmbeddingObserver, embedding_site, exchanged
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.fidelity import measure_fidelity
 from lillama_core.finished import FinishedBlocks, rounded
@@ -35,11 +35,11 @@ from lillama_core.profile import Profile, profile_blocks
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
-from lillama_core.recording import Recorder
+from lillama_core.recording import Recorded, Recorder
 from lillama_core.rescaling import PARTS, Ranks, Trial, energies_left_out, kinds_of, measure_scales, parts_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
-from lillama_core.stack import Ends, StackCompressor
+from lillama_core.stack import Followed, StackCompressor
 from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
@@ -217,30 +217,36 @@ class _Run:
         prepared, recipe = self.prepared, self.recipe
         whole = len(data) // recipe.batch_size * recipe.batch_size
         batches = [data.part(start, start + recipe.batch_size) for start in range(0, whole, recipe.batch_size)]
-        count = max(1, round(recipe.held_out * len(batches)))
-        held_out = list(range(len(batches) - count, len(batches)))
+        held_out = max(1, round(recipe.held_out * len(batches)))
         source = ResidentSource(model, self.device)
         profile = Profile(self.directory.profile)
-        parents: dict[str, Parent] = {}
-        for name, blocks in prepared.blocks.items():
-            parents[name] = Parent(model, self.architecture, blocks, tuple(parents.values()))
-
-        inputs = [batch.inputs for batch in batches]
-        calls: dict[str, list[list[BlockCall]]] = {}
-        streams: dict[str, list[torch.Tensor]] = {}
-        for name, parent in parents.items():
-            calls[name], streams[name] = self.recorder.record(parent, inputs)
-            self.recorder.check(parent, inputs[0], source)
+        stacks: list[Parent] = []
+        for name in self.architecture.stacks:
+            blocks = prepared.blocks.get(name) or dense_blocks(self.architecture, model, name)
+            stacks.append(Parent(model, self.architecture, blocks, tuple(stacks)))
+        parents = {parent.stack: parent for parent in stacks if parent.stack in prepared.blocks}
+        *_, last = parents.values()
+        for parent in parents.values():
+            self.recorder.check(parent, batches[0].inputs, source)
 
         with self.record.timed("profile"):
-            training = len(batches) - count
-            for name, parent in parents.items():
-                self._profile(parent, batches[:training], calls[name], streams[name][:training], source, profile)
+            for parent in (p for p in stacks if p.stack not in parents):
+                # A stack of which nothing is chosen is run once, if what it gives is all that others get of it.
+                if any(parent in later.earlier and later.earlier_hand_on for later in parents.values()):
+                    self.progress.phase(f"Running {parent.stack}", len(batches))
+                    leaving = []
+                    for batch in batches:
+                        leaving.append(self.recorder.leaving(parent, batch.inputs, source).cpu())
+                        self.progress.step(parent.stack)
+                    batches = _after(parent, batches, leaving)
+            training = batches[:-held_out]
+            for parent in parents.values():
+                training = self._profile(parent, training, source, profile)
             # Of the rows that nothing else is fitted to, the frequencies of tokens are not taken either.
-            self._profile_embedding(model, data.part(0, training * recipe.batch_size), profile)
+            self._profile_embedding(model, data.part(0, len(training) * recipe.batch_size), profile)
         self._tell_rare(profile)
         with self.record.timed("ranks"):
-            plan = self._plan(parents, batches[:training], source, profile)
+            plan = self._plan(parents, training, source, profile)
         self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
         self.record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in prepared.maps}
         self.record.parameters = describe_plan(
@@ -263,24 +269,46 @@ class _Run:
             self.record,
             self.progress,
         )
+        del training
         with self.record.timed("blocks"):
-            dense_tables = self._compress_embedding(model, plan, profile)
-            for position, (name, parent) in enumerate(parents.items()):
-                # Only the last stack's outputs are looked at.
-                last: Ends = ([], [])
-                # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
-                same = position == 0 and not dense_tables
-                student = (calls[name], list(streams[name])) if same else self.recorder.record(parent, inputs)
-                last = compressor.compress(parent, batches, (calls.pop(name), streams.pop(name)), student, held_out)
-                self._install(model, parent.blocks, plan)
+            ends, dense_tables = self._compress_stacks(model, parents, compressor, compressor.follow(batches, held_out))
         with self.record.timed("report"):
-            held = [(batches[i], *ends) for i, ends in zip(held_out, zip(*last, strict=True), strict=True)]
-            self.record.fidelity = measure_fidelity(parent, held, self.autocast, dense_tables)
-        del calls, streams, student, last, held, dense_tables
+            self.record.fidelity = measure_fidelity(last, ends, self.autocast, dense_tables)
+        del batches, ends, dense_tables
         release_memory()
         with self.record.timed("output"):
             self._finish(model, plan)
         return self.record
+
+    def _compress_stacks(
+        self, model: nn.Module, parents: dict[str, Parent], compressor: StackCompressor, followed: Followed
+    ) -> tuple[list[tuple[Samples, torch.Tensor, torch.Tensor]], dict[str, nn.Module]]:
+        """Compress the embedding, if asked to, and the stacks, in place.
+
+        Returns what leaves the last stack for each held-out batch, dense and compressed, and the dense modules of the
+        embedding.
+        """
+        dense = followed.batches
+        recorded: dict[str, Recorded] = {}
+        for name, parent in parents.items():
+            if parent.earlier and not parent.earlier_hand_on:
+                # Only the dense model can tell what its blocks get, and parts of it are compressed soon.
+                recorded[name] = self.recorder.record(parent, dense)
+        dense_tables = self._compress_embedding(model, compressor.plan, compressor.profile)
+        # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
+        compressed = dense
+        for position, (name, parent) in enumerate(parents.items()):
+            with exchanged(model, dense_tables):
+                teacher = recorded.pop(name, None) or self.recorder.record(parent, dense)
+            same = position == 0 and not dense_tables
+            student = (teacher[0], list(teacher[1])) if same else self.recorder.record(parent, compressed)
+            if position == len(parents) - 1:
+                # What the stacks below gave is in the recordings: two streams less in memory.
+                dense = compressed = followed.batches
+            leaving = compressor.compress(parent, followed, teacher, student)
+            self._install(model, parent.blocks, compressor.plan)
+            dense, compressed = _after(parent, dense, leaving[0]), _after(parent, compressed, leaving[1])
+        return [(followed.batches[i], leaving[0][i], leaving[1][i]) for i in followed.held_out], dense_tables
 
     def _tell_rare(self, profile: Profile) -> None:
         """Say which maps of a group saw too few rows to span their inputs, and note how many each one saw."""
@@ -306,14 +334,9 @@ class _Run:
             )
 
     def _profile(
-        self,
-        parent: Parent,
-        batches: list[Samples],
-        calls: list[list[BlockCall]],
-        stream: list[torch.Tensor],
-        source: ResidentSource,
-        profile: Profile,
-    ) -> None:
+        self, parent: Parent, batches: list[Samples], source: ResidentSource, profile: Profile
+    ) -> list[Samples]:
+        """Take the maps of one stack apart; the batches, with what the stack gives for them where that came out."""
         blocks = parent.blocks
         needed = self.initializer.needs_gradients or (self.loss.needs_sensitivity and self.recipe.steps > 0)
         # What the embedding's rows are for is only seen in that pass.
@@ -324,17 +347,24 @@ class _Run:
         if needed and not known:
             with self.record.timed("sensitivity"):
                 self._sensitivity(parent, batches, source, profile)
+        if all(profile.has(block) for block in blocks):
+            return batches
         with self.record.timed("statistics"):
+            looked_at = batches if self.initializer.needs_inputs else []
+            calls, stream = self.recorder.record(parent, looked_at)
             profile_blocks(
                 blocks,
                 source,
                 self.recorder.runner(calls),
-                list(stream),
+                stream,
                 self.initializer,
-                [tuple(batch.masks.values()) for batch in batches],
+                [tuple(batch.masks.values()) for batch in looked_at],
                 profile,
                 self.progress,
             )
+        if parent.stack == list(self.prepared.blocks)[-1] or not looked_at:
+            return batches
+        return _after(parent, batches, stream)
 
     def _sensitivity(self, parent: Parent, batches: list[Samples], source: ResidentSource, profile: Profile) -> None:
         """The sensitivity pass of one stack, into ``profile``."""
@@ -342,10 +372,10 @@ class _Run:
         model, entry = parent.model, None
         with contextlib.ExitStack() as watching:
             if self.embedding is None:
-                calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
+                calls, stream = self.recorder.record(parent, small)
             else:
                 with self.embedding.lookups(model) as seen:
-                    calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
+                    calls, stream = self.recorder.record(parent, small)
                 # Only where its rows enter do gradients say what they matter.
                 entry = self.embedding.entry if seen else None
                 watching.enter_context(self.embedding.watching(model))
@@ -385,7 +415,7 @@ class _Run:
             self.progress.phase("Measuring what each part costs", steps)
             scales: dict[str, float] = {}
             for name, parent in parents.items():
-                calls, stream = self.recorder.record(parent, [batch.inputs for batch in small])
+                calls, stream = self.recorder.record(parent, small)
 
                 def low_rank(block: Block, ranks: Ranks) -> nn.Module:
                     module = source.block(block)
@@ -468,3 +498,8 @@ class _Run:
                 f" {self.record.parameters['parameters_after']:,}; please report this"
             )
         write_result(model, self.processor, self.prepared, plan, self.record, self.directory, self.progress)
+
+
+def _after(parent: Parent, batches: list[Samples], leaving: list[torch.Tensor]) -> list[Samples]:
+    """``batches``, and what leaves a stack for each of them."""
+    return [batch.after(parent.stack, hidden) for batch, hidden in zip(batches, leaving, strict=True)]

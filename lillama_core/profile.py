@@ -90,7 +90,9 @@ def profile_blocks(
     profile: Profile,
     progress: Progress,
 ) -> None:
-    """Decompose every map of ``blocks`` into ``profile``; ``stream`` enters the first block and is used up.
+    """Decompose every map of ``blocks`` into ``profile``.
+
+    ``stream`` enters the first block, and is in the end what leaves the last one, if the initializer looks at inputs.
 
     ``masks`` say for each batch which positions count.
 
@@ -101,10 +103,8 @@ def profile_blocks(
     # Decompositions are done in fp64, which not every accelerator has.
     device = runner.device if runner.device.type == "cuda" else torch.device("cpu")
     sequences = sum(len(hidden) for hidden in stream)
-    for position, block in enumerate(blocks):
+    for block in blocks:
         done = profile.has(block)
-        if done and all(profile.has(b) for b in blocks[position:]):
-            return
         module = source.block(block)
         observer = InputObserver(block)
         if initializer.needs_inputs:

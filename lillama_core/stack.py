@@ -19,7 +19,7 @@ from lillama_core.losses import BUILT_IN as LOSSES
 from lillama_core.losses import Loss
 from lillama_core.maps import LinearMap
 from lillama_core.memory import release_memory
-from lillama_core.modality import Inputs, Samples
+from lillama_core.modality import Samples
 from lillama_core.plan import RankPlan
 from lillama_core.profile import Profile
 from lillama_core.progress import Progress
@@ -30,9 +30,31 @@ from lillama_core.sites import Site
 from lillama_core.weights import ResidentSource
 
 Ends = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""What the last block of a stack gives for the held-out batches, dense and compressed."""
+"""What the last block of a stack gives for each batch, dense and compressed."""
 METRIC_DAMPING = 1e-2
 """Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The batches that are followed through the compressed blocks."""
+
+    batches: list[Samples]
+    fitted: int
+    """How many of them, from the first, serve the correction."""
+    held_out: list[int]
+    """Those that are never trained on."""
+
+    @classmethod
+    def of(cls, batches: list[Samples], held_out: int, correction: float, trains: bool) -> Followed:
+        """Of ``batches`` the last ``held_out`` serve the report, the first ones the correction, all of them training.
+
+        ``correction`` is the share of the others that the correction asks for.
+        """
+        training = len(batches) - held_out
+        fitted = math.ceil(training * min(1.0, correction))
+        kept = [*batches[: training if trains else fitted], *batches[training:]]
+        return cls(kept, fitted, list(range(len(kept) - held_out, len(kept))))
 
 
 @dataclass(frozen=True)
@@ -50,18 +72,23 @@ class StackCompressor:
     record: RunRecord
     progress: Progress
 
+    def follow(self, batches: list[Samples], held_out: int) -> Followed:
+        """Those of ``batches`` that the blocks are run on; the last ``held_out`` serve the report alone."""
+        corrected = self.recipe.correction_tokens if self.initializer.corrects else 0
+        given = min(self.recipe.tokens, self.record.data["tokens"] or self.recipe.tokens)
+        return Followed.of(batches, held_out, corrected / given, self.recipe.steps > 0)
+
     def compress(
         self,
         parent: Parent,
-        batches: list[Samples],
+        followed: Followed,
         dense_recorded: Recorded,
         student_recorded: Recorded,
-        held_out: list[int],
     ) -> Ends:
-        """Compress the blocks of one stack; what comes out of it, dense and compressed, for ``held_out``.
+        """Compress the blocks of one stack; what comes out of it, dense and compressed.
 
         ``dense_recorded`` and ``student_recorded`` are what enters the stack's blocks in the dense model, and in the
-        one whose earlier stacks are compressed.
+        one whose earlier stacks are compressed; their streams are used up.
         """
         recipe = self.recipe
         training = TrainingOptions(
@@ -76,20 +103,10 @@ class StackCompressor:
             gradient_clip=recipe.gradient_clip,
             seed=recipe.seed,
         )
-        last_maps = self._last_maps(parent, batches[0].inputs)
-        # The first batches serve the correction, all of them training, the held-out ones the report.
-        given = min(recipe.tokens, self.record.data["tokens"] or recipe.tokens)
-        fitted = math.ceil((len(batches) - len(held_out)) * min(1.0, recipe.correction_tokens / given))
-        followed = range(len(batches)) if recipe.steps > 0 else [*range(fitted if last_maps else 0), *held_out]
-        teacher = [dense_recorded[1][i] for i in followed]
-        student = [student_recorded[1][i] for i in followed]
-        teacher_runner = self.recorder.runner([dense_recorded[0][i] for i in followed])
-        student_runner = self.recorder.runner([student_recorded[0][i] for i in followed])
-        # From here on the streams live in these lists alone.
-        dense_recorded[1].clear()
-        student_recorded[1].clear()
-        masks = [batches[i].masks.get(parent.blocks[0].stack) for i in followed]
-        held = [list(followed).index(i) for i in held_out]
+        last_maps = self._last_maps(parent, followed.batches[0])
+        teacher_runner, teacher = self.recorder.runner(dense_recorded[0]), dense_recorded[1]
+        student_runner, student = self.recorder.runner(student_recorded[0]), student_recorded[1]
+        masks = [batch.masks.get(parent.stack) for batch in followed.batches]
         self.progress.phase("Compressing blocks", len(parent.blocks))
         for block in parent.blocks:
             ranks = self.plan.of(block)
@@ -104,9 +121,9 @@ class StackCompressor:
                     dense,
                     ranks,
                     student_runner,
-                    BlockData(before, student, teacher, masks, held, pinned),
+                    BlockData(before, student, teacher, masks, followed.held_out, pinned),
                     last_maps.get(block.name),
-                    fitted,
+                    followed.fitted,
                     training,
                 )
             note = self.finished.note(block)
@@ -116,14 +133,14 @@ class StackCompressor:
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
             )
-        return [teacher[i] for i in held], [student[i] for i in held]
+        return teacher, student
 
-    def _last_maps(self, parent: Parent, inputs: Inputs) -> dict[str, tuple[Site, LinearMap]]:
+    def _last_maps(self, parent: Parent, batch: Samples) -> dict[str, tuple[Site, LinearMap]]:
         """The maps through which blocks can make up for what those below them have lost, by block."""
         if not (self.recipe.correction_tokens and self.initializer.corrects):
             return {}
         # How a block ends does not depend on what enters it.
-        calls, stream = self.recorder.record(parent, [{k: v[:2] for k, v in inputs.items()}])
+        calls, stream = self.recorder.record(parent, [batch.part(0, 2)])
         runner, found = self.recorder.runner(calls), {}
         for block in parent.blocks:
             module = self.source.block(block)

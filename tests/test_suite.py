@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,20 @@ def test_results_of_another_model_are_not_reused(tmp_path: Path, make_model: Any
     assert len((out / FILE).read_text().splitlines()) == 2 * len(before.splitlines())
     # The methods that were not asked for do not count.
     assert "2 of 2 cells succeeded" in run_process(*words, "--resume", "--reductions", "0.2").stdout
+
+
+def test_a_cell_that_fails_on_the_way_leaves_no_half_model(tmp_path: Path, make_model: Any) -> None:
+    """The largest file that may be written stands for the space that is left."""
+    model, out, size = tmp_path / "model", tmp_path / "out", 200_000
+    make_model(model, max_position_embeddings=512, hidden_size=128, intermediate_size=256)
+    words = ("benchmark", "--suite", "smoke", "--models", model, "--output", out)
+    done = run_process(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    assert done.status == 1, done
+    assert "1 of 2 cells succeeded" in done.stdout
+    error = read(out)["model", "fast", 0.2].error or ""
+    assert "compress: " in error
+    assert "too large" in error.lower()
+    assert sorted(p.name for p in (out / "cells" / "model" / "fast-0.2").iterdir()) == ["compress.log"]
 
 
 def test_a_model_that_cannot_be_made_ends_its_cells_alone(tmp_path: Path) -> None:
