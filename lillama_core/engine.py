@@ -31,7 +31,7 @@ from lillama_core.models import (
 from lillama_core.output import write_result
 from lillama_core.plan import RankPlan, describe_plan
 from lillama_core.preparation import Preparation, make_plan, prepare
-from lillama_core.profile import Profile, profile_blocks
+from lillama_core.profile import Profile, profile_blocks, tell_rare
 from lillama_core.progress import Progress, Verbosity
 from lillama_core.recipe import Recipe
 from lillama_core.record import RunRecord, versions
@@ -244,7 +244,9 @@ class _Run:
                 training = self._profile(parent, training, source, profile)
             # Of the rows that nothing else is fitted to, the frequencies of tokens are not taken either.
             self._profile_embedding(model, data.part(0, len(training) * recipe.batch_size), profile)
-        self._tell_rare(profile)
+        self.record.rows_seen = tell_rare(
+            [b for blocks in prepared.blocks.values() for b in blocks], profile, self.progress
+        )
         with self.record.timed("ranks"):
             plan = self._plan(parents, training, source, profile)
         self.record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
@@ -309,29 +311,6 @@ class _Run:
             self._install(model, parent.blocks, compressor.plan)
             dense, compressed = _after(parent, dense, leaving[0]), _after(parent, compressed, leaving[1])
         return [(followed.batches[i], leaving[0][i], leaving[1][i]) for i in followed.held_out], dense_tables
-
-    def _tell_rare(self, profile: Profile) -> None:
-        """Say which maps of a group saw too few rows to span their inputs, and note how many each one saw."""
-        seen: dict[str, float] = {}
-        rare, never = 0, []
-        for block in (b for stack in self.prepared.blocks.values() for b in stack):
-            if all(m.group is None for m in block.maps):
-                continue
-            counts = profile.counts(block)
-            for map_ in block.maps:
-                if map_.group is not None and map_.name in counts:
-                    seen[block.full_name(map_)] = counts[map_.name]
-                    rare += 0 < counts[map_.name] < map_.in_features
-                    never += [block.full_name(map_)] if not counts[map_.name] else []
-        self.record.rows_seen = seen
-        if rare:
-            self.progress.line(
-                f"{rare} of {len(seen)} maps of experts saw fewer rows than they have inputs: the others help out"
-            )
-        if never:
-            self.progress.line(
-                f"{len(never)} maps of experts saw no row, their weights alone decide; the first is {never[0]}"
-            )
 
     def _profile(
         self, parent: Parent, batches: list[Samples], source: ResidentSource, profile: Profile

@@ -129,3 +129,25 @@ def profile_blocks(
             profile.save(block, found, seen.get("output"), counts)
         release_memory()
         progress.step(block.name)
+
+
+def tell_rare(blocks: list[Block], profile: Profile, progress: Progress) -> dict[str, float]:
+    """How many rows each map of a group saw, by its path; says which saw too few to span their inputs."""
+    seen: dict[str, float] = {}
+    rare, never = 0, []
+    for block in blocks:
+        if all(m.group is None for m in block.maps):
+            continue
+        counts = profile.counts(block)
+        for map_ in block.maps:
+            if map_.group is not None and map_.name in counts:
+                seen[block.full_name(map_)] = counts[map_.name]
+                rare += 0 < counts[map_.name] < map_.in_features
+                never += [block.full_name(map_)] if not counts[map_.name] else []
+    if rare:
+        progress.line(
+            f"{rare} of {len(seen)} maps of experts saw fewer rows than they have inputs: the others help out"
+        )
+    if never:
+        progress.line(f"{len(never)} maps of experts saw no row, their weights alone decide; the first is {never[0]}")
+    return seen
