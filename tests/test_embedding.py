@@ -17,6 +17,7 @@ from test_generic import inputs_of, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lillama_core import Recipe, Request, compress
 from lillama_core.blocks import main_output
 from lillama_core.embedding import EmbeddingObserver, LowRankEmbedding, embedding_block, embedding_site, exchanged
 from lillama_core.formats import BUILT_IN
@@ -192,6 +193,29 @@ def test_without_sensitivity_the_frequencies_of_tokens_still_count(
         model = AutoModelForCausalLM.from_pretrained(tmp_path / init)
         tables.append(model.model.embed_tokens(torch.arange(100)).detach())
     assert (tables[0] - tables[1]).norm() > 0.01 * tables[1].norm()
+
+
+def test_frequencies_of_tokens_are_those_of_training_rows(
+    tiny_model: Path, tmp_path: Path, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is about rows that nothing was fitted to."""
+    seen: list[Samples] = []
+    take = EmbeddingObserver.statistics
+
+    def noting(observer: EmbeddingObserver, weight: torch.Tensor, data: Samples) -> MapStatistics:
+        seen.append(data)
+        return take(observer, weight, data)
+
+    monkeypatch.setattr(EmbeddingObserver, "statistics", noting)
+    recipe = Recipe(
+        calibration=(str(calibration_text),), self_share=0.0, tokens=512, sequence_length=32, batch_size=2,
+        held_out=0.25, steps=0, compress_embeddings=True, sensitivity_tokens=64, rescaling_tokens=0,
+        reduction=0.3, compute="float32",
+    )  # fmt: skip
+    record = compress(Request(str(tiny_model), tmp_path / "out", recipe), "quiet")
+    (data,) = seen
+    assert record.data["rows"] == 16
+    assert len(data) == 12
 
 
 def test_padding_counts_for_nothing(make_model: Callable[..., Path], tmp_path: Path) -> None:

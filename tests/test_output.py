@@ -244,6 +244,25 @@ def test_card_states_the_numbers_of_the_record(result: Path, local: Preparation)
     assert "lillama compress tiny --recipe lillama_recipe.yaml --output OUTPUT\n" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": 0, "correction_tokens": 0}, "come from the calibration data. They"),
+        ({"steps": 8, "correction_tokens": 0}, "and chose the checkpoint of each block. They"),
+        ({"steps": 0, "correction_tokens": 64}, "and chose how much of its correction each block took. They"),
+        (
+            {"steps": 8, "correction_tokens": 64},
+            "and chose the checkpoint of each block and how much of its correction each block took. They",
+        ),
+    ],
+)
+def test_card_says_what_the_held_out_rows_chose(
+    result: Path, local: Preparation, options: dict[str, int], said: str
+) -> None:
+    write_card(result, make_record(recipe=Recipe(**options).to_dict()), local)
+    assert said in " ".join((result / "README.md").read_text(encoding="utf-8").split())
+
+
 def test_card_leaks_no_folder(result: Path, local: Preparation) -> None:
     write_card(result, make_record(model=local.source.spec), local)
     for file in result.iterdir():

@@ -16,7 +16,7 @@ from lillama_core.architecture import Architecture, find_blocks
 from lillama_core.blocks import Parent
 from lillama_core.modality import Samples
 from lillama_core.recording import Recorder
-from lillama_core.stack import Followed
+from lillama_core.stack import Followed, StackCompressor
 from lillama_core.weights import ResidentSource
 
 CPU = torch.device("cpu")
@@ -196,3 +196,16 @@ def test_batches_that_are_followed(correction: float, trains: bool, expected: li
     assert [int(batch.inputs["x"]) for batch in found.batches] == expected
     assert found.fitted == fitted
     assert [expected[i] for i in found.held_out] == [8, 9]
+
+
+@pytest.mark.parametrize(("tokens", "corrects", "fitted"), [(320, True, 4), (99 * 32, True, 4), (320, False, 0)])
+def test_as_many_rows_are_corrected_by_as_were_asked_for(tokens: int, corrects: bool, fitted: int) -> None:
+    """Of data that is less than the recipe asks for (``--use-all-tokens``), too."""
+    compressor: Any = SimpleNamespace(
+        recipe=SimpleNamespace(tokens=tokens, correction_tokens=160, steps=0),
+        record=SimpleNamespace(data={"tokens": 320}),
+        initializer=SimpleNamespace(corrects=corrects),
+    )
+    batches = [Samples({"x": torch.tensor([[i]])}) for i in range(10)]
+    found = StackCompressor.follow(compressor, batches, 2)
+    assert (found.fitted, len(found.batches)) == (fitted, fitted + 2)
