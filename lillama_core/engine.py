@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from lillama_core.recording import Recorded, Recorder
 from lillama_core.rescaling import PARTS, Ranks, Trial, energies_left_out, kinds_of, measure_scales, parts_of
 from lillama_core.run_directory import RunDirectory, read_json, read_tensors, write_json, write_tensors
 from lillama_core.sensitivity import measure_sensitivity
-from lillama_core.stack import Followed, StackCompressor
+from lillama_core.stack import Ends, Followed, StackCompressor
 from lillama_core.strategies import all_losses, allocators, choose, initializers
 from lillama_core.weights import ResidentSource
 from lillama_registry import registry
@@ -228,17 +229,10 @@ class _Run:
         *_, last = parents.values()
         for parent in parents.values():
             self.recorder.check(parent, batches[0].inputs, source)
+            parent.earlier_hand_on = parent.earlier_hand_on and not hears_unchosen(parent, parents)
 
         with self.record.timed("profile"):
-            for parent in (p for p in stacks if p.stack not in parents):
-                # A stack of which nothing is chosen is run once, if what it gives is all that others get of it.
-                if any(parent in later.earlier and later.earlier_hand_on for later in parents.values()):
-                    self.progress.phase(f"Running {parent.stack}", len(batches))
-                    leaving = []
-                    for batch in batches:
-                        leaving.append(self.recorder.leaving(parent, batch.inputs, source).cpu())
-                        self.progress.step(parent.stack)
-                    batches = _after(parent, batches, leaving)
+            batches = self._run_unchosen(stacks, parents, batches, source)
             training = batches[:-held_out]
             for parent in parents.values():
                 training = self._profile(parent, training, source, profile)
@@ -271,16 +265,34 @@ class _Run:
             self.record,
             self.progress,
         )
-        del training
+        followed = compressor.follow(batches, held_out)
+        del training, batches
         with self.record.timed("blocks"):
-            ends, dense_tables = self._compress_stacks(model, parents, compressor, compressor.follow(batches, held_out))
+            ends, dense_tables = self._compress_stacks(model, parents, compressor, followed)
         with self.record.timed("report"):
             self.record.fidelity = measure_fidelity(last, ends, self.autocast, dense_tables)
-        del batches, ends, dense_tables
+        del followed, ends, dense_tables
         release_memory()
         with self.record.timed("output"):
             self._finish(model, plan)
         return self.record
+
+    def _run_unchosen(
+        self, stacks: list[Parent], parents: dict[str, Parent], batches: list[Samples], source: ResidentSource
+    ) -> list[Samples]:
+        """``batches``, and what the stacks give of which nothing is chosen, if that is all that others get of them."""
+        for parent in stacks:
+            if parent.stack in parents or not any(
+                parent in later.earlier and later.earlier_hand_on for later in parents.values()
+            ):
+                continue
+            self.progress.phase(f"Running {parent.stack}", len(batches))
+            leaving = []
+            for batch in batches:
+                leaving.append(self.recorder.leaving(parent, batch.inputs, source).cpu())
+                self.progress.step(parent.stack)
+            batches = _after(parent, batches, leaving)
+        return batches
 
     def _compress_stacks(
         self, model: nn.Module, parents: dict[str, Parent], compressor: StackCompressor, followed: Followed
@@ -299,17 +311,21 @@ class _Run:
         dense_tables = self._compress_embedding(model, compressor.plan, compressor.profile)
         # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
         compressed = dense
+        leaving: Ends = ([], [])
         for position, (name, parent) in enumerate(parents.items()):
             with exchanged(model, dense_tables):
                 teacher = recorded.pop(name, None) or self.recorder.record(parent, dense)
             same = position == 0 and not dense_tables
             student = (teacher[0], list(teacher[1])) if same else self.recorder.record(parent, compressed)
-            if position == len(parents) - 1:
-                # What the stacks below gave is in the recordings: two streams less in memory.
-                dense = compressed = followed.batches
+            final = position == len(parents) - 1
+            if final:
+                # What the stacks below gave is in the recordings: some streams less in memory.
+                dense, compressed, leaving = [], [], ([], [])
+                followed.batches[:] = [replace(batch, outputs={}) for batch in followed.batches]
             leaving = compressor.compress(parent, followed, teacher, student)
             self._install(model, parent.blocks, compressor.plan)
-            dense, compressed = _after(parent, dense, leaving[0]), _after(parent, compressed, leaving[1])
+            if not final:
+                dense, compressed = _after(parent, dense, leaving[0]), _after(parent, compressed, leaving[1])
         return [(followed.batches[i], leaving[0][i], leaving[1][i]) for i in followed.held_out], dense_tables
 
     def _profile(
@@ -477,6 +493,13 @@ class _Run:
                 f" {self.record.parameters['parameters_after']:,}; please report this"
             )
         write_result(model, self.processor, self.prepared, plan, self.record, self.directory, self.progress)
+
+
+def hears_unchosen(parent: Parent, chosen: Collection[str]) -> bool:
+    """Whether an earlier stack stays dense above one that does not: it will say something else, but only when run."""
+    return any(
+        other.stack not in chosen and any(below.stack in chosen for below in other.earlier) for other in parent.earlier
+    )
 
 
 def _after(parent: Parent, batches: list[Samples], leaving: list[torch.Tensor]) -> list[Samples]:

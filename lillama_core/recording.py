@@ -117,11 +117,12 @@ class Recorder:
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error; rounding alone makes some, a wrong argument one of the order of the values."""
-    found, expected = found.float(), expected.float().to(found.device)
+    found, expected = found.float(), expected.to(found.device).float()
     return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    expected = expected.to(found.device)
     # Equal infinities in a mask have no difference that is a number.
     return found.shape == expected.shape and (torch.equal(found, expected) or _relative(found, expected) < TOLERANCE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lillama_core import Request, compress, engine, load_recipe, recording
 from lillama_core.architecture import Architecture, find_blocks
 from lillama_core.blocks import Parent
+from lillama_core.engine import hears_unchosen
 from lillama_core.modality import Samples
 from lillama_core.recording import Recorder
 from lillama_core.stack import Followed, StackCompressor
@@ -179,6 +182,46 @@ def test_what_is_reported_is_what_the_whole_models_say(
     assert record.fidelity["tokens"] == size > 0
     assert record.fidelity["divergence"] == pytest.approx(divergence / size, rel=1e-3)
     assert record.fidelity["agreement"] == pytest.approx(agreement / size, abs=2 / size)
+
+
+@pytest.mark.parametrize("hand_on", [True, False])
+def test_streams_of_a_stack_end_with_it(
+    hand_on: bool, tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the last stack is compressed, what left those below it is in memory no more."""
+    tiny_t5().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    left: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    compress_stack = StackCompressor.compress
+
+    def watching(self: StackCompressor, *args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in left))
+        found = compress_stack(self, *args)
+        left.extend(weakref.ref(hidden) for stream in found for hidden in stream)
+        return found
+
+    monkeypatch.setattr(StackCompressor, "compress", watching)
+    if not hand_on:
+        monkeypatch.setattr(recording, "_same", lambda *_: False)
+    recipe = load_recipe("default").with_options({
+        "calibration": [str(calibration_text)], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "steps": 1,
+        "sensitivity_tokens": 128, "rescaling_tokens": 0, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
+    })  # fmt: skip
+    compress(Request(str(tmp_path / "dense"), tmp_path / "out", recipe, "auto"), "quiet")
+    assert len(left) >= 16
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("abc", False), ("c", False), ("bc", False), ("ab", False), ("ac", True)]
+)
+def test_a_dense_stack_above_a_compressed_one_has_to_be_run(chosen: str, expected: bool) -> None:
+    a: Any = SimpleNamespace(stack="a", earlier=())
+    b: Any = SimpleNamespace(stack="b", earlier=(a,))
+    c: Any = SimpleNamespace(stack="c", earlier=(a, b))
+    assert hears_unchosen(c, chosen) is expected
 
 
 @pytest.mark.parametrize(
