@@ -18,6 +18,7 @@ from lillama_core.architecture import Architecture, find_blocks
 from lillama_core.blocks import Parent
 from lillama_core.engine import hears_unchosen
 from lillama_core.modality import Samples
+from lillama_core.record import RunRecord
 from lillama_core.recording import Recorder
 from lillama_core.stack import Followed, StackCompressor
 from lillama_core.weights import ResidentSource
@@ -34,6 +35,18 @@ def tiny_t5() -> Any:
     )  # fmt: skip
     config.architectures = ["T5ForConditionalGeneration"]
     return T5ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def compress_t5(dense: Any, folder: Path, tokenizer: Any, text: Path, **options: Any) -> RunRecord:
+    """A small run on ``dense``; the result is in ``folder / "out"``."""
+    dense.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    recipe = load_recipe("default").with_options({
+        "calibration": [str(text)], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "steps": 4,
+        "sensitivity_tokens": 128, "rescaling_tokens": 64, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
+        **options,
+    })  # fmt: skip
+    return compress(Request(str(folder / "dense"), folder / "out", recipe, "auto"), "quiet")
 
 
 def parts(model: nn.Module, architecture: Architecture) -> tuple[Recorder, Parent, Parent, ResidentSource]:
@@ -73,7 +86,7 @@ def test_an_encoder_that_hands_on_is_not_run_again() -> None:
     assert len(runs) <= 2
     assert torch.equal(entering, hidden)
     for real, found, part in zip(calls, handed, again, strict=True):
-        expected = [v for v in [*real.args, *real.kwargs.values()] if isinstance(v, torch.Tensor)]
+        expected = tensors(real)
         assert expected
         for a, b in zip(expected, tensors(found), strict=True):
             torch.testing.assert_close(b, a)
@@ -147,8 +160,6 @@ def test_what_is_reported_is_what_the_whole_models_say(
 ) -> None:
     """The streams through both stacks, block by block, end where the dense and the written model end."""
     dense = tiny_t5()
-    dense.save_pretrained(tmp_path / "dense")
-    tiny_tokenizer.save_pretrained(tmp_path / "dense")
     held: list[Samples] = []
     measure = engine.measure_fidelity
 
@@ -160,12 +171,7 @@ def test_what_is_reported_is_what_the_whole_models_say(
     monkeypatch.setattr(engine, "measure_fidelity", noting)
     if not hand_on:
         monkeypatch.setattr(recording, "_same", lambda *_: False)
-    recipe = load_recipe("default").with_options({
-        "calibration": [str(calibration_text)], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "steps": 4,
-        "sensitivity_tokens": 128, "rescaling_tokens": 64, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
-        "dtype": "float32", **options,
-    })  # fmt: skip
-    record = compress(Request(str(tmp_path / "dense"), tmp_path / "out", recipe, "auto"), "quiet")
+    record = compress_t5(dense, tmp_path, tiny_tokenizer, calibration_text, dtype="float32", **options)
     assert record.fidelity is not None
 
     result = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
@@ -189,8 +195,6 @@ def test_streams_of_a_stack_end_with_it(
     hand_on: bool, tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the last stack is compressed, what left those below it is in memory no more."""
-    tiny_t5().save_pretrained(tmp_path / "dense")
-    tiny_tokenizer.save_pretrained(tmp_path / "dense")
     left: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
     compress_stack = StackCompressor.compress
@@ -205,11 +209,7 @@ def test_streams_of_a_stack_end_with_it(
     monkeypatch.setattr(StackCompressor, "compress", watching)
     if not hand_on:
         monkeypatch.setattr(recording, "_same", lambda *_: False)
-    recipe = load_recipe("default").with_options({
-        "calibration": [str(calibration_text)], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "steps": 1,
-        "sensitivity_tokens": 128, "rescaling_tokens": 0, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
-    })  # fmt: skip
-    compress(Request(str(tmp_path / "dense"), tmp_path / "out", recipe, "auto"), "quiet")
+    compress_t5(tiny_t5(), tmp_path, tiny_tokenizer, calibration_text, steps=1)
     assert len(left) >= 16
     assert alive == [0, 0]
 
