@@ -20,7 +20,7 @@ from typing import Any
 from lillama_benchmarks.methods import Method
 from lillama_benchmarks.results import DENSE, Result
 from lillama_benchmarks.suites import Options, SuiteModel
-from lillama_core.architecture import Architecture
+from lillama_core.architecture.base import Architecture
 from lillama_core.errors import LillamaError, one_line
 
 KEPT = ("lillama.json", "report.html", "README.md")
@@ -36,7 +36,7 @@ class Stopped(Exception):  # noqa: N818  the user wants no more
 
 
 @dataclass(frozen=True)
-class Workshop:
+class SuiteRunner:
     """Where cells are worked on, and how."""
 
     folder: Path
@@ -91,20 +91,20 @@ def planned_options(model: SuiteModel, method: Method | None, reduction: float) 
     return {"compress": compress, "evaluate": evaluations, **({"model": known} if (known := model.identity()) else {})}
 
 
-def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: float) -> Result:
+def run_cell(runner: SuiteRunner, model: SuiteModel, method: Method, reduction: float) -> Result:
     """Compress and measure, with the dense model's details, if there are any; what fails is in ``error``."""
     options = planned_options(model, method, reduction)
-    folder = workshop.cell(model.name, cell_name(method.name, reduction))
+    folder = runner.cell(model.name, cell_name(method.name, reduction))
     values = dict(vars(Result(model.name, "", method.name, reduction, options)))
     try:
-        source = workshop.fetch(model)
+        source = runner.fetch(model)
         architecture = _architecture(source)
         values |= {"architecture": architecture.name}
         compressed = folder / "model"
         _command(
-            workshop,
+            runner,
             folder / "compress.log",
-            *("compress", source, "-o", compressed, "--device", workshop.device, "--quiet"),
+            *("compress", source, "-o", compressed, "--device", runner.device, "--quiet"),
             *command_line(options["compress"]),
         )
         record = json.loads((compressed / "lillama.json").read_text(encoding="utf-8"))
@@ -119,32 +119,32 @@ def run_cell(workshop: Workshop, model: SuiteModel, method: Method, reduction: f
         for name in KEPT:
             if (compressed / name).is_file():
                 shutil.copy2(compressed / name, folder / name)
-        beside = source if architecture.evaluation.side_by_side else None
-        values["metrics"] = _evaluate(workshop, model, folder, compressed, options["evaluate"], beside)
+        beside = source if architecture.evaluation.needs_live_baseline else None
+        values["metrics"] = _evaluate(runner, model, folder, compressed, options["evaluate"], beside)
     except Stopped:
         raise
     except Exception as error:  # whatever it is, it ends this cell alone
         values["error"] = one_line(error)
     finally:
-        if not workshop.keep_models:
+        if not runner.keep_models:
             # A cell that failed is made anew: what it left unfinished is as large as a model, and of no use.
             for name in ("model", "model.partial"):
                 shutil.rmtree(folder / name, ignore_errors=True)
     return Result(**values)
 
 
-def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
+def run_dense(runner: SuiteRunner, model: SuiteModel) -> Result:
     """The model as it is, measured once: its details are what every cell is compared with, case by case."""
-    from lillama_core.record import versions
+    from lillama_core.output.record import versions
 
     options = planned_options(model, None, 0.0)
-    folder = workshop.cell(model.name, DENSE)
+    folder = runner.cell(model.name, DENSE)
     values = dict(vars(Result(model.name, "", DENSE, 0.0, options, versions=versions())))
     try:
-        source = workshop.fetch(model)
+        source = runner.fetch(model)
         values |= {"architecture": _architecture(source).name}
         values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
-        values["metrics"] = _evaluate(workshop, model, folder, source, options["evaluate"], None)
+        values["metrics"] = _evaluate(runner, model, folder, source, options["evaluate"], None)
     except Stopped:
         raise
     except Exception as error:  # whatever it is, it ends this cell alone
@@ -153,14 +153,17 @@ def run_dense(workshop: Workshop, model: SuiteModel) -> Result:
 
 
 def _architecture(source: Path) -> Architecture:
-    from lillama_core.models import find_architecture, load_config, locate
+    from lillama_core.architecture.find import find_architecture
+    from lillama_core.models.loading import load_config
+    from lillama_core.models.source import locate
 
     return find_architecture(load_config(locate(str(source))))
 
 
 def _parameters(source: Path) -> int:
     """All parameters of the model, by its config."""
-    from lillama_core.models import count_parameters, load_config, locate, meta_model
+    from lillama_core.models.loading import count_parameters, load_config, meta_model
+    from lillama_core.models.source import locate
 
     return count_parameters(meta_model(load_config(locate(str(source))), _architecture(source)))
 
@@ -171,7 +174,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _evaluate(
-    workshop: Workshop,
+    runner: SuiteRunner,
     model: SuiteModel,
     folder: Path,
     measured: Path,
@@ -182,15 +185,15 @@ def _evaluate(
     found: dict[str, Any] = {}
     for number, options in enumerate(evaluations, 1):
         file = folder / f"evaluation-{number}.json"
-        known = workshop.folder / "cells" / model.name / DENSE / f"details-{number}"
+        known = runner.folder / "cells" / model.name / DENSE / f"details-{number}"
         # A folder in it for each model of the run; the dense one was alone.
         kept = sorted(known.iterdir()) if known.is_dir() else []
         baseline = ("--baseline", beside) if beside else ("--baseline-details", kept[0]) if kept else ()
         _command(
-            workshop,
+            runner,
             folder / f"evaluation-{number}.log",
             *("evaluate", measured, *baseline),
-            *("--json", file, "--details", folder / f"details-{number}", "--device", workshop.device, "--quiet"),
+            *("--json", file, "--details", folder / f"details-{number}", "--device", runner.device, "--quiet"),
             *command_line(options),
         )
         for metric in json.loads(file.read_text(encoding="utf-8")).get(str(measured), []):
@@ -213,16 +216,16 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _command(workshop: Workshop, log: Path, *words: str | Path) -> None:
+def _command(runner: SuiteRunner, log: Path, *words: str | Path) -> None:
     """Run a command of lillama; what it writes goes to ``log``. Raises CellFailed when it fails."""
     command = [sys.executable, "-P", "-m", "lillama_core", *map(str, words)]
     env = {"HF_HUB_OFFLINE": "1", **os.environ}
-    if workshop.threads is not None:
-        env["OMP_NUM_THREADS"] = str(workshop.threads)
+    if runner.threads is not None:
+        env["OMP_NUM_THREADS"] = str(runner.threads)
     with log.open("w", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=env)
         while (status := process.poll()) is None:
-            if workshop.stopped.wait(0.1):
+            if runner.stopped.wait(0.1):
                 process.terminate()
                 process.wait()
                 raise Stopped
@@ -231,7 +234,7 @@ def _command(workshop: Workshop, log: Path, *words: str | Path) -> None:
         out.write(said)
     if status != 0:
         # Ctrl-C reaches the command too, perhaps sooner than this process.
-        if workshop.stopped.wait(0.5):
+        if runner.stopped.wait(0.5):
             raise Stopped
         lines = [line for line in said.splitlines() if line.strip()]
         last = lines[-1].removeprefix("lillama: error: ") if lines else f"ended with exit status {status}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lillama_registry import hookimpl
 
 if TYPE_CHECKING:
-    from lillama_benchmarks.cells import Workshop
+    from lillama_benchmarks.cells import SuiteRunner
     from lillama_benchmarks.methods import Method
     from lillama_benchmarks.suites import SuiteModel
 
@@ -45,13 +45,13 @@ def lillama_commands(subparsers: Any) -> None:
 
 def run_benchmark(options: argparse.Namespace) -> int:
     """A line a cell on stdout; 0 when every cell succeeded, 1 otherwise. Raises UserError before the first cell."""
-    from lillama_benchmarks.cells import Workshop
+    from lillama_benchmarks.cells import SuiteRunner
     from lillama_benchmarks.methods import find_methods
     from lillama_benchmarks.pages import write_pages
     from lillama_benchmarks.results import DENSE, read
     from lillama_benchmarks.suites import SUITES, choose_models
-    from lillama_core.calibration.cache import default_cache_dir
     from lillama_core.errors import UserError, nearest
+    from lillama_core.system.cache import default_cache_dir
 
     if options.suite not in SUITES:
         known = list(SUITES)
@@ -73,11 +73,11 @@ def run_benchmark(options: argparse.Namespace) -> int:
     read(folder)
     folder.mkdir(parents=True, exist_ok=True)
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    workshop = Workshop(folder, options.device, options.keep_models, threads)
+    runner = SuiteRunner(folder, options.device, options.keep_models, threads)
     writing = Lock()
 
     def run(model: SuiteModel) -> None:
-        _run_model(workshop, model, methods, reductions, writing)
+        _run_model(runner, model, methods, reductions, writing)
         with writing:
             write_pages(folder, suite.name, list(read(folder).values()))
 
@@ -86,7 +86,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
             # Asked for, so that what a thread raises is raised here.
             list(pool.map(run, models))
         except BaseException:
-            workshop.stopped.set()
+            runner.stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
     asked = {(m.name, method.name, reduction) for m in models for method in methods for reduction in reductions}
@@ -98,7 +98,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
 
 
 def _run_model(
-    workshop: Workshop, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...], writing: Lock
+    runner: SuiteRunner, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...], writing: Lock
 ) -> None:
     """Run the cells of one model that are missing, and append each to the results as it ends, holding ``writing``."""
     from lillama_benchmarks.cells import planned_options, run_cell, run_dense
@@ -106,22 +106,22 @@ def _run_model(
 
     def missing(key: tuple[str, str, float], method: Method | None) -> bool:
         with writing:
-            found = read(workshop.folder).get(key)
+            found = read(runner.folder).get(key)
         return found is None or found.error is not None or found.options != planned_options(model, method, key[2])
 
     def keep(result: Result) -> None:
         with writing:
-            append(workshop.folder, result)
+            append(runner.folder, result)
         name = f"{model.name}  {result.method}" + (f"  {100 * result.reduction:g} %" if result.reduction else "")
         first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
         print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)
 
     if missing((model.name, DENSE, 0.0), None):
-        keep(run_dense(workshop, model))
+        keep(run_dense(runner, model))
     for reduction in reductions:
         for method in methods:
             if missing((model.name, method.name, reduction), method):
-                keep(run_cell(workshop, model, method, reduction))
+                keep(run_cell(runner, model, method, reduction))
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:

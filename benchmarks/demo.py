@@ -26,7 +26,9 @@ def answer(spec: str) -> str:
     """The greedy answer of a model to QUESTION."""
     import torch
 
-    from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
+    from lillama_core.architecture.find import find_architecture
+    from lillama_core.models.loading import load_config, load_model, load_tokenizer
+    from lillama_core.models.source import locate
 
     source = locate(spec)
     architecture = find_architecture(load_config(source, allow_compressed=True))

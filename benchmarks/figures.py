@@ -27,20 +27,24 @@ import psutil
 import torch
 
 from lillama_core import Recipe
-from lillama_core.architecture import find_blocks
-from lillama_core.blocks import BlockRunner, Parent
-from lillama_core.calibration import Source, load_text_windows
-from lillama_core.compute import choose_autocast
-from lillama_core.formats import BUILT_IN as FORMATS
-from lillama_core.initialization import BUILT_IN as INITIALIZERS
-from lillama_core.metrics.perplexity import perplexity
-from lillama_core.modality import Samples
-from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
-from lillama_core.profile import Profile, profile_blocks
-from lillama_core.progress import Progress
-from lillama_core.sensitivity import measure_sensitivity
-from lillama_core.statistics import Masks
-from lillama_core.weights import ResidentSource
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import Samples
+from lillama_core.data.sources import Source
+from lillama_core.data.text.calibration import load_text_windows
+from lillama_core.evaluation.metrics.perplexity import perplexity
+from lillama_core.models.loading import load_config, load_model, load_tokenizer
+from lillama_core.models.source import locate
+from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.statistics.dense_pass import profile_blocks
+from lillama_core.statistics.moments import Masks
+from lillama_core.statistics.sensitivity import measure_sensitivity
+from lillama_core.statistics.store import DecompositionStore
+from lillama_core.strategies import make
+from lillama_core.system.devices import choose_autocast
+from lillama_core.system.progress import Progress
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -113,7 +117,7 @@ def speed(model_spec: str, compressed: dict[str, str]) -> dict[str, Any]:
     chains, multiply_adds = {}, {}
     for name, (model, _, architecture) in models.items():
         blocks = find_dense_blocks(architecture, model)
-        parent = Parent(model, architecture, blocks)
+        parent = StackHarness(model, architecture, blocks)
         hidden, calls = parent.record({"input_ids": tokens})
         runner = BlockRunner(architecture, [calls], CPU, None)
         modules = [model.get_submodule(block.path) for block in blocks]
@@ -159,7 +163,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
     source = ResidentSource(model, CPU)
     rows = load_text_windows(Source.parse(str(DATA / "wikitext2-valid.txt")), tokenizer, 512, tokens // 512)
     batches = [{"input_ids": r} for r in rows.split(4)]
-    parent = Parent(model, architecture, blocks)
+    parent = StackHarness(model, architecture, blocks)
     recorded = [parent.record(b) for b in batches]
     runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, autocast)
     stream = [hidden for hidden, _ in recorded]
@@ -176,7 +180,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         small = [Samples({"input_ids": r}) for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
         entering, small_calls = zip(*(parent.record(b.inputs) for b in small), strict=True)
         small_runner = BlockRunner(architecture, list(small_calls), CPU, autocast)
-        profile = Profile(Path(folder))
+        profile = DecompositionStore(Path(folder))
         for block, found in measure_sensitivity(
             parent, source, small_runner, small, list(entering), 0, Progress("quiet")
         ):
@@ -184,7 +188,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         backward_seconds = time.perf_counter() - started
 
         started = time.perf_counter()
-        initializer = INITIALIZERS["sensitivity"]
+        initializer = make("initializers", "sensitivity")
         masks: list[Masks] = [()] * len(stream)
         profile_blocks(blocks, source, runner, list(stream), initializer, masks, profile, Progress("quiet"))
         statistics_seconds = time.perf_counter() - started
@@ -192,12 +196,16 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         for block in blocks:
             module = source.block(block)
             decompositions, _ = profile.load(block)
-            for site in block.sites:
-                map_ = site.maps[0]
-                W = site.weight(module, map_)
-                rank = FORMATS["pivoted"].largest_rank(map_.out_features, map_.in_features, int(0.75 * map_.parameters))
+            for target in block.targets:
+                map_ = target.maps[0]
+                W = target.weight(module, map_)
+                rank = make("formats", "pivoted").largest_rank(
+                    map_.out_features, map_.in_features, int(0.75 * map_.parameters)
+                )
                 B, A = decompositions[map_.name].factors(W, rank)
-                site.put(module, {map_.name: FORMATS["pivoted"].from_factors(B, A, site.bias(module, map_))})
+                target.replace(
+                    module, {map_.name: make("formats", "pivoted").from_factors(B, A, target.bias(module, map_))}
+                )
         replacement_seconds = time.perf_counter() - started
         second_forward = median_seconds(forward, 1)
     forward_seconds = (forward_seconds + second_forward) / 2

@@ -47,7 +47,7 @@ def find_methods(names: tuple[str, ...]) -> list[Method]:
     Raises UserError for an unknown name.
     """
     from lillama_core.errors import UserError, nearest
-    from lillama_core.recipe import recipe_names
+    from lillama_core.recipe.loading import recipe_names
 
     known = {m.name: m for m in (*METHODS, *BASELINES)}
     recipes = {name: Method(name, name) for name in recipe_names() if name not in known}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, nearest
 
 DATA = Path(__file__).parent / "data"
@@ -84,12 +85,12 @@ def _held_out(folder: Path) -> Path:
 def cross_architecture(folder: Path) -> list[SuiteModel]:
     """The zoo: one trained model of each architecture."""
     from lillama_benchmarks import zoo
-    from lillama_core.metrics.speech import SETS
+    from lillama_core.data.shipped import SPEECH_SETS
 
     held_out = _held_out(folder)
     speech: tuple[Options, ...] = (
         {"data": SYNTHETIC_SPEECH / "evaluation" / "manifest.jsonl"},
-        {"data": Path(SETS["read"])},
+        {"data": Path(SPEECH_SETS["read"])},
     )
     data: dict[str, tuple[tuple[Path | str, ...], tuple[Options, ...]]] = {
         "mamba-tiny": ((CALIBRATION_TEXT,), _text(data=held_out)),
@@ -123,7 +124,7 @@ def cross_architecture(folder: Path) -> list[SuiteModel]:
 def smoke(_: Path) -> list[SuiteModel]:
     """A tiny random model of the first type of every registered architecture."""
     from lillama_registry import registry
-    from lillama_testing.tiny import MATERIALS, QUICK, make_specimen
+    from lillama_testing.tiny import MATERIALS, QUICK, make_tiny_model
 
     quick = {**QUICK, "steps": 1, "tokens": 512, "samples": 8}
     evaluations: tuple[Options, ...] = ({"sequence_length": 32, "windows": 2, "limit": 2},)
@@ -136,13 +137,13 @@ def smoke(_: Path) -> list[SuiteModel]:
             if not made_at:
                 path = Path(tempfile.mkdtemp())
                 atexit.register(shutil.rmtree, path, ignore_errors=True)
-                make_specimen(architecture, model_type, path)
+                make_tiny_model(architecture, model_type, path)
                 made_at.append(path)
             return made_at[0]
 
         made_at: list[Path] = []
 
-        materials = MATERIALS.get(architecture.modality.name)
+        materials = MATERIALS.get(modality_of(architecture).name)
         calibration = () if materials is None else materials.calibration
         options = {**quick, "stacks": tuple(architecture.stacks)}
         return SuiteModel(f"tiny-{model_type}", fetch, calibration, evaluations, options)
@@ -176,7 +177,7 @@ def choose_models(suite: Suite, names: tuple[str, ...], folder: Path) -> list[Su
 
 
 def _fingerprint(path: Path) -> str:
-    from lillama_core.models import locate, model_fingerprint
+    from lillama_core.models.source import locate, model_fingerprint
 
     try:
         return model_fingerprint(locate(str(path)))

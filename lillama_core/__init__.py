@@ -12,15 +12,16 @@ import os
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
-from lillama_core.architecture import Architecture
-from lillama_core.engine import Request, compress
+from lillama_core.allocation.plan import RankPlan
+from lillama_core.architecture.base import Architecture
+from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.evaluation import Evaluation, EvaluationOptions, Measurement, Metric, Subject
-from lillama_core.modality import Inputs, Modality, SampleRequest, Samples
-from lillama_core.plan import RankPlan
-from lillama_core.preparation import make_plan, prepare
-from lillama_core.quantizer import register
-from lillama_core.recipe import Recipe, load_recipe
+from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Measurement, Metric, Subject
+from lillama_core.output.quantizer import register
+from lillama_core.pipeline.engine import Request, compress
+from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.recipe.loading import load_recipe
+from lillama_core.recipe.model import Recipe
 from lillama_registry import hookimpl
 
 register()

@@ -2,6 +2,6 @@
 
 import sys
 
-from lillama_core.cli import main
+from lillama_core.cli.main import main
 
 sys.exit(main())

@@ -1,55 +1,50 @@
-"""Strategies by name: the built-in ones and those that plugins add."""
+"""Things that are chosen by name: the one place where a name becomes an object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import functools
+from typing import Any
 
-from lillama_core import allocation, losses
-from lillama_core import formats as formats_package
-from lillama_core import initialization as initialization_package
+import lillama_registry
 from lillama_core.errors import UserError, nearest
-from lillama_registry import registry
 
-T = TypeVar("T")
-
-
-def _merged(built_in: Mapping[str, T], kind: str) -> dict[str, T]:
-    return {**registry().strategies(kind), **built_in}
-
-
-def formats() -> dict[str, formats_package.Format]:
-    return _merged(formats_package.BUILT_IN, "formats")
+OPTIONS = {
+    "allocators": "--allocation",
+    "initializers": "--init",
+    "formats": "--format",
+    "losses": "--loss",
+    "recipes": "--recipe",
+}
+"""Kind of thing -> the option by which a user names one."""
 
 
-def allocators() -> dict[str, allocation.Allocator]:
-    return _merged(allocation.BUILT_IN, "allocators")
+def names(kind: str) -> list[str]:
+    """All names of one kind, those of plugins included."""
+    return lillama_registry.registry().names(kind)
 
 
-def initializers() -> dict[str, initialization_package.Initializer]:
-    return _merged(initialization_package.BUILT_IN, "initializers")
+def get(kind: str, name: str) -> Any:
+    """What is registered under ``name``: an object, or a class.
+
+    Raises UserError that suggests the nearest name when there is none, and that names the plugins when several claim it
+    or when it cannot be imported.
+    """
+    try:
+        return lillama_registry.registry().get(kind, name)
+    except KeyError:
+        known = names(kind)
+        what = OPTIONS.get(kind, f"one of the {kind}")
+        raise UserError(f"{what} must be one of {', '.join(known)}, not {name!r}{nearest(name, known)}") from None
+    except (lillama_registry.ConflictError, ImportError) as error:
+        raise UserError(str(error)) from None
 
 
-def all_losses() -> dict[str, losses.Loss]:
-    return _merged(losses.BUILT_IN, "losses")
+def make(kind: str, name: str) -> Any:
+    """The object registered under ``name``; a class is instantiated, once."""
+    found = get(kind, name)
+    return _instance(found) if isinstance(found, type) else found
 
 
-def built_in() -> dict[str, list[str]]:
-    """What the core itself brings, by kind: names that no plugin can take over."""
-    from lillama_core.recipe import built_in_recipes
-
-    return {
-        "allocators": sorted(allocation.BUILT_IN),
-        "initializers": sorted(initialization_package.BUILT_IN),
-        "formats": sorted(formats_package.BUILT_IN),
-        "losses": sorted(losses.BUILT_IN),
-        "recipes": built_in_recipes(),
-    }
-
-
-def choose(strategies: Mapping[str, T], name: str, option: str) -> T:
-    """The strategy called ``name``; raises UserError that suggests the nearest."""
-    if name not in strategies:
-        known = sorted(strategies)
-        raise UserError(f"{option} must be one of {', '.join(known)}, not {name!r}{nearest(name, known)}")
-    return strategies[name]
+@functools.cache
+def _instance(of: type) -> Any:
+    return of()

@@ -21,7 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lillama_core.cli import main
+from lillama_core.cli.main import main
+from lillama_registry import registry
 
 TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-valid.txt"
 VOCABULARY = 384
@@ -32,6 +33,12 @@ QUICK = (
     *("--steps", "3", "--self-share", "0"),
 )
 """Options of a run of a tiny model that takes about a second; the calibration data is still to be named."""
+
+
+def core_names(kind: str) -> list[str]:
+    """The names of one kind of strategy that lillama brings itself."""
+    (core,) = (plugin for plugin in registry().loaded if plugin.name == "core")
+    return sorted(core.named[kind])
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import core_names
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lillama_core import preparation
-from lillama_core.allocation import BUILT_IN, AllocationRequest, Allocator, Spectrum
+from lillama_core.allocation import AllocationRequest, Allocator, Spectrum
+from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, make_budget
 from lillama_core.allocation.spectrum import tail_errors
+from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.formats import BUILT_IN as FORMATS
-from lillama_core.maps import LinearMap
-from lillama_core.plan import PlannedMap, RankPlan, kept_parameters, make_budget
+from lillama_core.pipeline import spec as preparation
+from lillama_core.strategies import make
 
 
 def maps_of(shapes: list[tuple[int, int]], per_block: int = 2) -> list[PlannedMap]:
     return [
-        PlannedMap(f"layers.{i // per_block}.m{i % per_block}", "decoder", i // per_block, LinearMap("m", m, n))
+        PlannedMap(f"layers.{i // per_block}.m{i % per_block}", "decoder", i // per_block, TargetLinear("m", m, n))
         for i, (m, n) in enumerate(shapes)
     ]
 
@@ -37,15 +38,15 @@ def request(
         for m in maps
     }
     dense = sum(m.dense_parameters for m in maps)
-    budget = make_budget(maps, dense, fraction, FORMATS[format_name])
-    return AllocationRequest(maps, budget, FORMATS[format_name], 2, 1, spectra)
+    budget = make_budget(maps, dense, fraction, make("formats", format_name))
+    return AllocationRequest(maps, budget, make("formats", format_name), 2, 1, spectra)
 
 
 sizes = st.lists(st.tuples(st.integers(8, 60), st.integers(8, 60)), min_size=2, max_size=12)
 
 
-@pytest.mark.parametrize("format_name", sorted(FORMATS))
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("format_name", core_names("formats"))
+@pytest.mark.parametrize("name", core_names("allocators"))
 @given(shapes=sizes, fraction=st.floats(0.05, 0.6), seed=st.integers(0, 99), comparable=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_the_budget_is_kept_and_nearly_used(
@@ -53,7 +54,7 @@ def test_the_budget_is_kept_and_nearly_used(
 ) -> None:
     asked = request(maps_of(shapes), fraction, format_name, seed, comparable)
     try:
-        plan = BUILT_IN[name].allocate(asked)
+        plan = make("allocators", name).allocate(asked)
     except UserError:
         assume(False)  # the depth-ordered ones have a minimum rank, and say what they cannot remove
     kept = kept_parameters(asked.maps, plan, asked.format)
@@ -88,15 +89,15 @@ def brute_force(asked: AllocationRequest) -> float:
     )
 
 
-@pytest.mark.parametrize("format_name", sorted(FORMATS))
+@pytest.mark.parametrize("format_name", core_names("formats"))
 def test_spectrum_is_near_the_best_of_all_plans(format_name: str) -> None:
     """The hull's greedy choice is optimal but for the last segment; on three maps that is still close."""
     for seed in range(20):
         asked = request(maps_of([(12, 9), (8, 14), (10, 10)]), 0.3, format_name, seed)
-        plan = BUILT_IN["spectrum"].allocate(asked)
+        plan = make("allocators", "spectrum").allocate(asked)
         error = sum(tail_errors(asked.spectra[m.name])[plan.ranks[m.name]] for m in asked.maps if m.name in plan.ranks)
         best = brute_force(asked)
-        total = sum(float(s.energies.sum()) for s in asked.spectra.values())
+        total = sum(float(s.squared_singular_values.sum()) for s in asked.spectra.values())
         assert best <= error + 1e-9
         assert error - best <= 0.05 * total
 
@@ -104,22 +105,22 @@ def test_spectrum_is_near_the_best_of_all_plans(format_name: str) -> None:
 def test_spectrum_gives_ranks_where_the_energy_is() -> None:
     maps = maps_of([(40, 40), (40, 40)])
     flat, steep = torch.ones(40), torch.tensor([0.5**i for i in range(40)])
-    budget = make_budget(maps, 3200, 0.4, FORMATS["factored"])
+    budget = make_budget(maps, 3200, 0.4, make("formats", "factored"))
     asked = AllocationRequest(
         maps,
         budget,
-        FORMATS["factored"],
+        make("formats", "factored"),
         1,
         1,
         {maps[0].name: Spectrum(flat, True), maps[1].name: Spectrum(steep, True)},
     )
-    ranks = BUILT_IN["spectrum"].allocate(asked).ranks
+    ranks = make("allocators", "spectrum").allocate(asked).ranks
     assert ranks.get(maps[0].name, 40) > ranks[maps[1].name]
 
 
 def test_uniform_keeps_the_same_fraction_of_every_map() -> None:
     asked = request(maps_of([(64, 64), (64, 128), (128, 64), (32, 64)] * 3), 0.25, "pivoted")
-    plan = BUILT_IN["uniform"].allocate(asked)
+    plan = make("allocators", "uniform").allocate(asked)
     for m in asked.maps[:-2]:
         assert asked.cost(m, plan.ranks[m.name]) / m.dense_parameters == pytest.approx(0.75, abs=0.02)
 
@@ -127,8 +128,8 @@ def test_uniform_keeps_the_same_fraction_of_every_map() -> None:
 @pytest.mark.parametrize(("name", "touched"), [("bottom-first", 0), ("top-first", 5)])
 def test_depth_order_finishes_a_block_before_the_next(name: str, touched: int) -> None:
     maps = maps_of([(40, 40)] * 12)
-    budget = make_budget(maps, 12 * 1600, 0.15, FORMATS["factored"])
-    plan = BUILT_IN[name].allocate(AllocationRequest(maps, budget, FORMATS["factored"], 4, 4, {}))
+    budget = make_budget(maps, 12 * 1600, 0.15, make("formats", "factored"))
+    plan = make("allocators", name).allocate(AllocationRequest(maps, budget, make("formats", "factored"), 4, 4, {}))
     by_block = {b: [plan.ranks.get(m.name) for m in maps if m.block == b] for b in range(6)}
     order = range(6) if name == "bottom-first" else range(5, -1, -1)
     compressed = [b for b in order if any(by_block[b])]
@@ -140,9 +141,11 @@ def test_depth_order_finishes_a_block_before_the_next(name: str, touched: int) -
 
 def test_depth_order_that_cannot_reach_the_budget_says_so() -> None:
     maps = maps_of([(40, 40)] * 2)
-    budget = make_budget(maps, 3200, 0.9, FORMATS["factored"])
+    budget = make_budget(maps, 3200, 0.9, make("formats", "factored"))
     with pytest.raises(UserError, match="cannot remove"):
-        BUILT_IN["bottom-first"].allocate(AllocationRequest(maps, budget, FORMATS["factored"], 16, 4, {}))
+        make("allocators", "bottom-first").allocate(
+            AllocationRequest(maps, budget, make("formats", "factored"), 16, 4, {})
+        )
 
 
 def test_plan_json_round_trip_and_rejection() -> None:
@@ -158,7 +161,7 @@ def test_plan_json_round_trip_and_rejection() -> None:
 @settings(max_examples=200, deadline=None)
 def test_a_budget_is_refused_or_reachable(fraction: float) -> None:
     maps = maps_of([(30, 20), (20, 30)])
-    for format_ in FORMATS.values():
+    for format_ in (make("formats", name) for name in core_names("formats")):
         try:
             budget = make_budget(maps, 2000, fraction, format_)
         except UserError:
@@ -169,16 +172,16 @@ def test_a_budget_is_refused_or_reachable(fraction: float) -> None:
 def test_the_maximum_that_an_error_names_can_be_asked_for() -> None:
     maps = maps_of([(30, 20), (20, 30)])
     with pytest.raises(UserError, match="the maximum is") as caught:
-        make_budget(maps, 2000, 0.9, FORMATS["factored"])
+        make_budget(maps, 2000, 0.9, make("formats", "factored"))
     maximum = float(str(caught.value).rsplit(" ", 1)[1])
-    make_budget(maps, 2000, maximum, FORMATS["factored"])
+    make_budget(maps, 2000, maximum, make("formats", "factored"))
 
 
-@pytest.mark.parametrize("format_name", sorted(FORMATS))
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("format_name", core_names("formats"))
+@pytest.mark.parametrize("name", core_names("allocators"))
 def test_a_map_that_no_rank_makes_smaller_stays_dense(name: str, format_name: str) -> None:
     maps = maps_of([(16, 16), (1, 16), (16, 16), (16, 1)])
-    plan = BUILT_IN[name].allocate(request(maps, 0.3, format_name))
+    plan = make("allocators", name).allocate(request(maps, 0.3, format_name))
     assert plan.ranks
     assert not {"layers.0.m1", "layers.1.m1"} & set(plan.ranks)
 

@@ -14,8 +14,9 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama_core.calibration import audio
-from lillama_core.calibration.audio import RATE, decode_audio, read_audio, read_speech
+from lillama_core.data.speech import utterances as audio
+from lillama_core.data.speech.audio import RATE, decode_audio, read_audio
+from lillama_core.data.speech.utterances import read_speech
 from lillama_core.errors import UserError
 
 PITCH = 440.0
@@ -259,4 +260,4 @@ def test_a_transcript_may_end_in_a_word_in_parentheses(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named_with_the_extra() -> None:
     with pytest.raises(UserError, match=r"no_such_library: pip install 'lillama\[speech\]'"):
-        audio.need("no_such_library")
+        audio.require_extra("no_such_library")

@@ -8,11 +8,11 @@ import torch
 
 from lillama_benchmarks.baselines.liteasr import OutputComponents, VarianceThreshold
 from lillama_core.allocation import AllocationRequest, Spectrum
-from lillama_core.formats import BUILT_IN as FORMATS
+from lillama_core.allocation.plan import PlannedMap, kept_parameters, make_budget
+from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.initialization import MapStatistics
-from lillama_core.maps import LinearMap
-from lillama_core.plan import PlannedMap, kept_parameters, make_budget
-from lillama_core.statistics import SecondMoment, map_statistics  # noqa: F401
+from lillama_core.statistics.moments import SecondMoment
+from lillama_core.strategies import make
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(12, 20), (20, 12)])
@@ -38,13 +38,16 @@ def test_liteasr_is_principal_components_of_the_outputs(out_features: int, in_fe
 
 def test_one_threshold_for_all_maps() -> None:
     names = [f"layers.{i}.{kind}" for i in range(3) for kind in ("self_attn.q", "fc1")]
-    maps = [PlannedMap(name, "encoder", 0, LinearMap(name, 40, 40)) for name in names]
+    maps = [PlannedMap(name, "encoder", 0, TargetLinear(name, 40, 40)) for name in names]
     spectra = {m.name: Spectrum(0.9 ** (torch.arange(40.0) * (1 + i / 4)), False) for i, m in enumerate(maps)}
-    format_ = FORMATS["factored"]
+    format_ = make("formats", "factored")
     budget = make_budget(maps, 6 * 1600, 0.3, format_)
     plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, 1, 1, spectra))
     assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 80
-    dropped = {n: 1 - float(spectra[n].energies[:r].sum() / spectra[n].energies.sum()) for n, r in plan.ranks.items()}
+    dropped = {
+        n: 1 - float(spectra[n].squared_singular_values[:r].sum() / spectra[n].squared_singular_values.sum())
+        for n, r in plan.ranks.items()
+    }
     attention = [d for n, d in dropped.items() if "attn" in n]
     # Ranks are whole: the threshold lies between what each map drops and what it would with one less.
     assert max(attention) < 2.5 * min(attention)
@@ -54,9 +57,9 @@ def test_one_threshold_for_all_maps() -> None:
 @pytest.mark.parametrize("fraction", [0.5, 0.8])
 def test_a_threshold_is_found_where_mlps_have_to_lose_nearly_all(fraction: float) -> None:
     """Ten times as strict, they drop a tenth of their variance when attention has dropped all of its own."""
-    maps = [PlannedMap(name, "encoder", 0, LinearMap(name, 40, 40)) for name in ("self_attn.q", "fc1", "fc2")]
+    maps = [PlannedMap(name, "encoder", 0, TargetLinear(name, 40, 40)) for name in ("self_attn.q", "fc1", "fc2")]
     spectra = {m.name: Spectrum(torch.ones(40), False) for m in maps}
-    format_ = FORMATS["factored"]
+    format_ = make("formats", "factored")
     budget = make_budget(maps, 3 * 1600, fraction, format_)
     plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, 1, 1, spectra))
     assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 160

@@ -14,21 +14,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from lillama_core.calibration import (
-    CalibrationData,
-    CalibrationOptions,
-    Source,
-    check_sources,
-    files,
-    load_calibration,
-    load_text_windows,
-    sampling,
-)
-from lillama_core.calibration import named as named_module
-from lillama_core.calibration.cache import default_cache_dir
-from lillama_core.calibration.documents import document_of, mended, render_chat
+from lillama_core.data.self_generated import sampling
+from lillama_core.data.sources import Source
+from lillama_core.data.text import files
+from lillama_core.data.text import named as named_module
+from lillama_core.data.text.calibration import CalibrationData, load_calibration, load_text_windows
+from lillama_core.data.text.checks import check_sources
+from lillama_core.data.text.documents import document_of, render_chat, replace_surrogates
+from lillama_core.data.text.options import CalibrationOptions
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.progress import Progress
+from lillama_core.system.cache import default_cache_dir
+from lillama_core.system.progress import Progress
 
 WORDS = [f"w{i}" for i in range(200)]
 SPECIAL = ["<unk>", "<s>", "</s>", "<user>", "<assistant>", "<system>"]
@@ -361,7 +357,7 @@ def test_half_a_character_is_replaced(tmp_path: Path, tokenizer: Any, cache: Pat
     lines = '{"text": "w0 w1 \\ud83d w2 w3 w4 w5 w6 w7"}\n{"messages": [{"role": "user", "content": "\\udc4d w1"}]}\n'
     (tmp_path / "a.jsonl").write_text(lines * 20)
     assert load(options(tmp_path / "a.jsonl"), None, tokenizer, cache).rows.shape == (10, LENGTH)
-    assert mended("a\ud83d\udc4db\ud83d") == "a\N{THUMBS UP SIGN}b\N{REPLACEMENT CHARACTER}"
+    assert replace_surrogates("a\ud83d\udc4db\ud83d") == "a\N{THUMBS UP SIGN}b\N{REPLACEMENT CHARACTER}"
 
 
 def test_malformed_line_is_named(tmp_path: Path) -> None:
@@ -387,7 +383,7 @@ def test_wrong_type_is_named(tmp_path: Path, tokenizer: Any, cache: Path) -> Non
 
 
 def test_limit_cuts_between_lines(tmp_path: Path) -> None:
-    from lillama_core.calibration.files import json_rows
+    from lillama_core.data.text.files import json_rows
 
     path = jsonl_file(tmp_path, [{"text": "w1"}] * 10)
     assert len(list(json_rows(path, None, 40))) == 2

@@ -15,7 +15,7 @@ import pytest
 from conftest import QUICK, Ended, command, environment, tree
 
 from lillama_core import Recipe, load_recipe
-from lillama_core import cli as cli_module
+from lillama_core.cli import main as cli_module
 
 Cli = Callable[..., Ended]
 

@@ -13,10 +13,11 @@ from conftest import Ended, environment, run_process
 from torch import nn
 
 from lillama_core import Architecture
-from lillama_core.maps import LinearMap, MapChoice
-from lillama_core.sites import LinearSite, OnRows, Site
+from lillama_core.architecture.targets.base import OnRows, TargetModule
+from lillama_core.architecture.targets.linear import LinearTarget
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear
 from lillama_registry import registry
-from lillama_testing import CHECKS, Case, CheckFailed, cases, check_architecture, make_specimen, run_check
+from lillama_testing import CHECKS, Case, CheckFailed, cases, check_architecture, make_tiny_model, run_check
 
 STRANGER = """
 import lillama_core
@@ -97,59 +98,59 @@ class Contradicting(Architecture):
 
     exclude = ("mlp.up_proj",)
 
-    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
-        return [*super().sites(block, choice), LinearSite("mlp.up_proj", block.get_submodule("mlp.up_proj"))]
+    def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
+        return [*super().targets(block, choice), LinearTarget("mlp.up_proj", block.get_submodule("mlp.up_proj"))]
 
 
 class Doubling(Architecture):
     """Lists a map twice."""
 
-    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
-        found = super().sites(block, choice)
+    def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
+        found = super().targets(block, choice)
         return [*found, found[-1]]
 
 
-class Halved(LinearSite):
+class Halved(LinearTarget):
     """Shows half of the rows."""
 
     @contextlib.contextmanager
-    def watching(
+    def observe(
         self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
     ) -> Iterator[None]:
         def half(show: OnRows | None) -> OnRows | None:
             return None if show is None else lambda map_, rows: show(map_, rows[:, ::2])
 
-        with super().watching(block, half(on_input), half(on_output)):
+        with super().observe(block, half(on_input), half(on_output)):
             yield
 
 
-class Repeating(LinearSite):
+class Repeating(LinearTarget):
     """Shows the rows twice."""
 
     @contextlib.contextmanager
-    def watching(
+    def observe(
         self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
     ) -> Iterator[None]:
-        with super().watching(block, on_input, on_output), super().watching(block, on_input):
+        with super().observe(block, on_input, on_output), super().observe(block, on_input):
             yield
 
 
-class Misplacing(LinearSite):
+class Misplacing(LinearTarget):
     """Forgets the bias when it puts a layer in place."""
 
-    def bias(self, block: nn.Module, map_: LinearMap) -> torch.Tensor | None:
+    def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
         return None
 
 
 class WithSites(Architecture):
     """Llama-like models with another kind of site."""
 
-    def __init__(self, kind: type[LinearSite]) -> None:
+    def __init__(self, kind: type[LinearTarget]) -> None:
         super().__init__(name=kind.__name__, model_types=("qwen2",), stacks={"decoder": "model.layers"})
         self.kind = kind
 
-    def sites(self, block: nn.Module, choice: MapChoice) -> list[Site]:
-        return [self.kind(s.name, block.get_submodule(s.name)) for s in super().sites(block, choice)]
+    def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
+        return [self.kind(s.name, block.get_submodule(s.name)) for s in super().targets(block, choice)]
 
 
 class Deaf(Architecture):
@@ -207,7 +208,7 @@ LLAMA: dict[str, Any] = {"model_types": ("llama",), "stacks": {"decoder": "model
     ids=lambda value: getattr(value, "name", None),
 )  # fmt: skip
 def test_what_is_wrong_is_found(architecture: Architecture, check: str, complaint: str, tmp_path: Path) -> None:
-    outcome = run_check(check, make_specimen(architecture, architecture.model_types[0], tmp_path / "tiny"))
+    outcome = run_check(check, make_tiny_model(architecture, architecture.model_types[0], tmp_path / "tiny"))
     assert not outcome.passed
     assert complaint in (outcome.error or "")
 
@@ -232,7 +233,7 @@ def test_an_architecture_under_test_is_the_one_that_is_tried() -> None:
 def test_tiny_models_are_the_same_each_time(tmp_path: Path) -> None:
     architecture = Architecture(**LLAMA)
     architecture.tiny_config = {"num_hidden_layers": 3}
-    first, second = (make_specimen(architecture, "llama", tmp_path / name).load() for name in "ab")
+    first, second = (make_tiny_model(architecture, "llama", tmp_path / name).load() for name in "ab")
     assert len(first.model.layers) == 3
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -14,17 +14,19 @@ from conftest import QUICK, Ended
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
-from lillama_core import Recipe, Request, compress, correction
-from lillama_core.architecture import Architecture, Block, find_blocks
-from lillama_core.blocks import BlockCall, BlockRunner, Parent
-from lillama_core.correction import Corrected, LastMap, correct, find_last_map
-from lillama_core.distillation import BlockData
-from lillama_core.formats import BUILT_IN as FORMATS
-from lillama_core.initialization import BUILT_IN as INITIALIZERS
+from lillama_core import Recipe, Request, compress
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import Block, find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.architecture.targets.linear import linear_targets
+from lillama_core.distillation import correction
+from lillama_core.distillation.correction import Corrected, LastMap, correct, find_last_map
+from lillama_core.distillation.training import BlockData
 from lillama_core.initialization import MapStatistics
-from lillama_core.models import find_architecture
-from lillama_core.sites import linear_sites
-from lillama_core.weights import ResidentSource
+from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.strategies import make
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -52,7 +54,7 @@ def test_the_last_map_is_found_where_its_output_is_added(
     model.requires_grad_(False)
     architecture = find_architecture(model.config)
     (blocks,) = find_blocks(architecture, model).values()
-    parent, source = Parent(model, architecture, blocks), ResidentSource(model, CPU)
+    parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, CPU)
     hidden, calls = parent.record({"input_ids": torch.arange(20).view(2, 10)})
     runner = BlockRunner(architecture, [calls], CPU, None)
     for block in blocks:
@@ -79,8 +81,8 @@ class Layer(nn.Module):
 def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRunner, BlockData]:
     torch.manual_seed(3)
     dense = Layer(bias).requires_grad_(False)
-    block = Block("decoder", 0, "layers.0", tuple(linear_sites(dense)))
-    runner = BlockRunner(Architecture(), [[BlockCall((), {})] for _ in range(7)], CPU, None)
+    block = Block("decoder", 0, "layers.0", tuple(linear_targets(dense)))
+    runner = BlockRunner(Architecture(), [[BlockInputs((), {})] for _ in range(7)], CPU, None)
     teacher = [torch.randn(4, 8, WIDTH) for _ in range(7)]
     # What is lost below can be told in part from what is left.
     change = torch.eye(WIDTH) - 0.3 * torch.rand(WIDTH, WIDTH)
@@ -88,11 +90,11 @@ def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRun
     masks = [torch.rand(4, 8).round(decimals=1).clamp(min=0.2) - 0.2 if masked else None for _ in range(7)]
     targets = runner.over(dense, block, teacher)
     student = copy.deepcopy(dense)
-    for site in block.sites:
-        map_ = site.maps[0]
-        W = site.weight(student, map_)
-        B, A = INITIALIZERS["svd"].decompose(W, MapStatistics()).factors(W, 3)
-        site.put(student, {map_.name: FORMATS["factored"].from_factors(B, A, site.bias(student, map_))})
+    for target in block.targets:
+        map_ = target.maps[0]
+        W = target.weight(student, map_)
+        B, A = make("initializers", "svd").decompose(W, MapStatistics()).factors(W, 3)
+        target.replace(student, {map_.name: make("formats", "factored").from_factors(B, A, target.bias(student, map_))})
     return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6])
 
 
@@ -104,11 +106,11 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     # A small ridge, so that few rows are followed too closely.
     monkeypatch.setattr(correction, "RIDGE", 1e-3)
     dense, student, block, runner, data = setting(bias, masked)
-    site = block.sites[1]
-    last = LastMap.of(site, site.maps[0], dense)
-    metric = torch.randn(WIDTH, WIDTH)
-    fitted = [1]
-    found = correct(last, block, student, runner, data, fitted, metric)
+    target = block.targets[1]
+    last = LastMap.of(target, target.maps[0], dense)
+    fisher_factor = torch.randn(WIDTH, WIDTH)
+    correction_batches = [1]
+    found = correct(last, block, student, runner, data, correction_batches, fisher_factor)
 
     def rows(batches: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, what the map lacks, and weights."""
@@ -119,7 +121,7 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
         w = torch.cat([torch.ones(32) if m is None else m.flatten() for m in kept])
         return x.double(), lacking.double(), w.double()
 
-    x, lacking, w = rows(fitted)
+    x, lacking, w = rows(correction_batches)
     center = (w[:, None] * x).sum(0) / w.sum()
     torch.testing.assert_close(found.center.double(), center, rtol=1e-4, atol=1e-5)
     spread = x - center if bias else x
@@ -134,19 +136,19 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     x, lacking, w = rows(data.held_out)
     offered = torch.cat([x, torch.ones(len(x), 1)], 1) @ solution if bias else x @ solution
 
-    def error(share: float) -> float:
-        return (((lacking - share * offered) @ metric.double()).square().sum(1) * w).sum().item()
+    def error(shrinkage: float) -> float:
+        return (((lacking - shrinkage * offered) @ fisher_factor.double()).square().sum(1) * w).sum().item()
 
     best = min((i / 1000 for i in range(1001)), key=error)
-    assert found.share == pytest.approx(best, abs=6e-4)
-    assert 0.05 < found.share < 1
+    assert found.shrinkage == pytest.approx(best, abs=6e-4)
+    assert 0.05 < found.shrinkage < 1
     K = solution[: x.shape[1]].T
-    expected = dense.down.weight.double() + found.share * K
+    expected = dense.down.weight.double() + found.shrinkage * K
     # Moments are summed in fp32.
     assert (found.weight - expected).norm() < 2e-3 * K.norm()
     if bias:
         assert found.bias is not None
-        shifted = dense.down.bias.double() + found.share * solution[-1]
+        shifted = dense.down.bias.double() + found.shrinkage * solution[-1]
         torch.testing.assert_close(found.bias.double(), shifted, rtol=1e-2, atol=1e-4)
 
 
@@ -165,8 +167,8 @@ def test_nothing_lost_nothing_corrected() -> None:
     dense, _, block, runner, data = setting(True, False)
     data.student[:] = [h.clone() for h in data.student]
     data.targets[:] = runner.over(dense, block, data.student)
-    site = block.sites[1]
-    found = correct(LastMap.of(site, site.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
+    target = block.targets[1]
+    found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
     assert found.bias is not None
     torch.testing.assert_close(found.weight, dense.down.weight, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.bias, dense.down.bias, rtol=0, atol=1e-4)
@@ -177,7 +179,7 @@ def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
     W, b = torch.randn(4, 6), torch.randn(4)
     x = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.5, 0.1, 0.1])) + 2
     corrected = Corrected(W, b, x.T @ x / 500, x.mean(0), 0.5)
-    layer = corrected.factored(2, INITIALIZERS["activation"], None, 0.0, torch.Generator())
+    layer = corrected.factored(2, make("initializers", "activation"), None, 0.0, torch.Generator())
     y = x @ W.T + b
     # No affine map of rank 2 does better: that is the principal components of the outputs.
     S = torch.linalg.svdvals(y - y.mean(0))
@@ -216,6 +218,6 @@ def test_a_block_that_ends_in_a_norm_is_left_alone() -> None:
     model = BertModel(BertConfig(vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
                                  intermediate_size=48)).eval()  # fmt: skip
     layer = model.encoder.layer[0]
-    block = Block("encoder", 0, "encoder.layer.0", tuple(linear_sites(layer)))
+    block = Block("encoder", 0, "encoder.layer.0", tuple(linear_targets(layer)))
     hidden = torch.randn(2, 5, 24)
     assert find_last_map(block, layer, lambda: layer(hidden)[0]) is None

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import core_names
 from torch import nn
 
-from lillama_core.architecture import Architecture, Block
-from lillama_core.blocks import BlockCall, BlockRunner
-from lillama_core.distillation import (
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.linear import linear_targets
+from lillama_core.distillation.training import (
     BlockData,
     TrainingOptions,
     distill_block,
@@ -20,11 +22,9 @@ from lillama_core.distillation import (
     trained_parameters,
 )
 from lillama_core.errors import LillamaError
-from lillama_core.formats import BUILT_IN as FORMATS
-from lillama_core.initialization import BUILT_IN as INITIALIZERS
 from lillama_core.initialization import MapStatistics
-from lillama_core.losses import BUILT_IN as LOSSES
-from lillama_core.sites import linear_sites
+from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
+from lillama_core.strategies import make
 
 WIDTH = 16
 
@@ -43,36 +43,38 @@ class Layer(nn.Module):
 
 
 OPTIONS = TrainingOptions(
-    loss=LOSSES["mse"], mode="student", train="factors", steps=60, learning_rate=1e-2, schedule="cosine", warmup=0.1,
-    weight_decay=0.0, gradient_clip=0.0, seed=0,
+    loss=make("losses", "mse"), mode="student", train="factors", steps=60, learning_rate=1e-2, schedule="cosine",
+    warmup=0.1, weight_decay=0.0, gradient_clip=0.0, seed=0,
 )  # fmt: skip
 
 
 def setting(rank: int = 4) -> tuple[nn.Module, Block, BlockRunner, BlockData]:
     torch.manual_seed(0)
     dense = Layer().requires_grad_(False)
-    block = Block("decoder", 0, "layers.0", tuple(linear_sites(dense)))
-    calls = [[BlockCall((), {})] for _ in range(6)]
+    block = Block("decoder", 0, "layers.0", tuple(linear_targets(dense)))
+    calls = [[BlockInputs((), {})] for _ in range(6)]
     runner = BlockRunner(Architecture(), calls, torch.device("cpu"), None)
     teacher = [torch.randn(4, 8, WIDTH) for _ in range(6)]
     student_stream = [h + 0.1 * torch.randn_like(h) for h in teacher]
     targets = runner.over(dense, block, teacher)
     student = copy.deepcopy(dense)
-    for site in block.sites:
-        map_ = site.maps[0]
-        W = site.weight(student, map_)
-        B, A = INITIALIZERS["svd"].decompose(W, MapStatistics()).factors(W, rank)
-        site.put(student, {map_.name: FORMATS["factored"].from_factors(B, A, site.bias(student, map_))})
+    for target in block.targets:
+        map_ = target.maps[0]
+        W = target.weight(student, map_)
+        B, A = make("initializers", "svd").decompose(W, MapStatistics()).factors(W, rank)
+        target.replace(student, {map_.name: make("formats", "factored").from_factors(B, A, target.bias(student, map_))})
     data = BlockData(teacher, student_stream, targets, [None] * 6, [4, 5])
     return student, block, runner, data
 
 
 @pytest.mark.parametrize("mode", ["teacher", "student", "teacher+student"])
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", core_names("losses"))
 def test_training_lowers_the_loss_on_rows_it_never_saw(mode: str, loss: str) -> None:
     student, block, runner, data = setting()
-    metric = torch.eye(WIDTH)
-    result = distill_block(student, block, runner, data, metric, replace(OPTIONS, mode=mode, loss=LOSSES[loss]))
+    fisher_factor = torch.eye(WIDTH)
+    result = distill_block(
+        student, block, runner, data, fisher_factor, replace(OPTIONS, mode=mode, loss=make("losses", loss))
+    )
     assert result.kept_step > 0
     assert result.loss_after < result.loss_before
     assert result.error_after < result.error_before

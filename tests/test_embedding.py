@@ -18,12 +18,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama_core import Recipe, Request, compress
-from lillama_core.blocks import main_output
-from lillama_core.embedding import EmbeddingObserver, LowRankEmbedding, embedding_block, embedding_site, exchanged
-from lillama_core.formats import BUILT_IN
-from lillama_core.initialization import MapStatistics, SensitivityAware
-from lillama_core.modality import Samples
-from lillama_core.models import count_parameters
+from lillama_core.architecture.targets.embedding import embedding_block, embedding_target
+from lillama_core.architecture.targets.embedding_modules import LowRankEmbedding
+from lillama_core.data.modality import Samples
+from lillama_core.initialization import Fisher, MapStatistics
+from lillama_core.models.loading import count_parameters
+from lillama_core.models.outputs import main_output
+from lillama_core.runtime.modules import swapped_modules
+from lillama_core.statistics.embedding import EmbeddingObserver
+from lillama_core.strategies import make
 
 
 @pytest.mark.parametrize("format_name", ["factored", "pivoted"])
@@ -45,20 +48,20 @@ def test_a_table_of_full_rank_changes_nothing(model_type: str, paths: set[str], 
                 module.bias is not None and module.bias.normal_()
     inputs = inputs_of(model.config)
     expected = main_output(model(**inputs))
-    site = embedding_site(embedding_block(model))
-    (map_,) = site.maps
-    dense = site.modules(model)
+    target = embedding_target(embedding_block(model))
+    (map_,) = target.maps
+    dense = target.modules(model)
     assert set(dense) == paths
-    W = site.weight(model, map_).detach()
+    W = target.weight(model, map_).detach()
     U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
-    layer = BUILT_IN[format_name].from_factors((U * S).float(), Vt.float(), None)
+    layer = make("formats", format_name).from_factors((U * S).float(), Vt.float(), None)
     before = count_parameters(model)
-    site.put(model, {site.name: layer})
-    assert before - count_parameters(model) == W.numel() - BUILT_IN[format_name].parameters(*W.shape, W.shape[1])
+    target.replace(model, {target.name: layer})
+    assert before - count_parameters(model) == W.numel() - make("formats", format_name).parameters(*W.shape, W.shape[1])
     torch.testing.assert_close(main_output(model(**inputs)), expected, rtol=1e-3, atol=1e-4)
     for path in paths:
         assert model.get_submodule(path).weight is model.get_input_embeddings().weight
-    with exchanged(model, dense):
+    with swapped_modules(model, dense):
         assert torch.equal(main_output(model(**inputs)), expected)
     assert isinstance(model.get_input_embeddings(), LowRankEmbedding)
 
@@ -77,8 +80,8 @@ def test_compress_a_tied_model(
     tensors = load_file(out / "model.safetensors")
     assert tensors["model.embed_tokens.weight"].shape == (vocabulary, rank)
     assert not any(name.startswith("lm_head") for name in tensors)
-    site = json.loads((out / "config.json").read_text())["quantization_config"]["sites"]["model.embed_tokens"]
-    assert site == {"kind": "embedding", "format": format_name, "rank": rank}
+    target = json.loads((out / "config.json").read_text())["quantization_config"]["sites"]["model.embed_tokens"]
+    assert target == {"kind": "embedding", "format": format_name, "rank": rank}
 
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     dense = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -120,19 +123,19 @@ def test_compress_a_tied_model(
 def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path], tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "tiny")).requires_grad_(False)
-    site = embedding_site(embedding_block(model))
-    (map_,) = site.maps
-    observer = EmbeddingObserver(site)
+    target = embedding_target(embedding_block(model))
+    (map_,) = target.maps
+    observer = EmbeddingObserver(target)
     ids = torch.randint(0, 40, (6, 12))
     x = torch.randn(72, 32) @ torch.randn(32, 32)
     rows = x.clone().requires_grad_(True)
-    with observer.watching(model):
+    with observer.observe(model):
         logits = model.lm_head(rows)
         gradient = logits.softmax(-1) - nn.functional.one_hot(torch.randint(0, 384, (72,)), 384)
         logits.backward(gradient)
     entry = torch.randn(50, 32) @ torch.randn(32, 32)
     observer.entry.add(entry)
-    W = site.weight(model, map_)
+    W = target.weight(model, map_)
     statistics = observer.statistics(W, Samples({"input_ids": ids}))
 
     frequency = torch.bincount(ids.flatten(), minlength=384) / ids.numel()
@@ -147,7 +150,7 @@ def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path
         d = W - approximation
         return torch.trace(weights @ d @ inputs @ d.T).item()
 
-    found = SensitivityAware().decompose(W, statistics)
+    found = Fisher().decompose(W, statistics)
     for rank in (4, 16):
         B, A = found.factors(W, rank)
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
@@ -169,16 +172,16 @@ def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
         table = Gemma2TextScaledWordEmbedding(60, 16, 0, embed_scale=scale)
         table.weight.data = W / scale
         model.set_input_embeddings(table)
-        site = embedding_site(embedding_block(model))
-        observer = EmbeddingObserver(site)
+        target = embedding_target(embedding_block(model))
+        observer = EmbeddingObserver(target)
         observer.entry.add(entry)
         statistics = observer.statistics(table.weight, Samples({"input_ids": ids}))
-        decomposed = SensitivityAware().decompose(table.weight.detach(), statistics)
+        decomposed = Fisher().decompose(table.weight.detach(), statistics)
         B, A = decomposed.factors(table.weight.detach(), 6)
-        found.append((scale * B @ A, decomposed.spectrum.energies))
+        found.append((scale * B @ A, decomposed.spectrum.squared_singular_values))
     torch.testing.assert_close(*(factors for factors, _ in found), rtol=1e-3, atol=1e-4)
     # And what is lost by cutting it off is the same number of nats.
-    torch.testing.assert_close(*(energies for _, energies in found), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(*(squared_singular_values for _, squared_singular_values in found), rtol=1e-3, atol=1e-6)
 
 
 def test_without_sensitivity_the_frequencies_of_tokens_still_count(
@@ -221,16 +224,16 @@ def test_frequencies_of_tokens_are_those_of_training_rows(
 def test_padding_counts_for_nothing(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Rows filled up with a token that is masked give what the rows alone give."""
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "tiny")).requires_grad_(False)
-    site = embedding_site(embedding_block(model))
+    target = embedding_target(embedding_block(model))
     torch.manual_seed(2)
     x, gradient = torch.randn(3, 5, 32), torch.randn(3, 5, 384)
     ids = torch.randint(2, 40, (3, 5))
 
     def statistics(padding: int) -> MapStatistics:
-        observer = EmbeddingObserver(site)
+        observer = EmbeddingObserver(target)
         mask = nn.functional.pad(torch.ones(3, 5), (0, padding))
         rows = torch.cat((x, torch.randn(3, padding, 32)), 1).requires_grad_(True)
-        with observer.watching(model):
+        with observer.observe(model):
             model.lm_head(rows).backward(nn.functional.pad(gradient, (0, 0, 0, padding)))
         filled = nn.functional.pad(ids, (0, padding), value=1)
         samples = Samples({"decoder_input_ids": filled}, masks={"decoder": mask})

@@ -12,17 +12,18 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from lillama_core.architecture import Architecture, Block, find_blocks
-from lillama_core.distillation import trained_parameters
+from lillama_core.allocation.plan import PlannedMap, RankPlan, describe_plan
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import Block, find_blocks
+from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.expert_modules import LowRankExperts, SharedExperts
+from lillama_core.architecture.targets.experts import ExpertsTarget, SharedExpertsTarget, find_targets
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear
+from lillama_core.distillation.training import trained_parameters
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.expert_modules import LowRankExperts, SharedExperts
-from lillama_core.experts import ExpertsSite, SharedExpertsSite, find_sites
-from lillama_core.formats import BUILT_IN
-from lillama_core.maps import LinearMap, MapChoice
-from lillama_core.plan import PlannedMap, RankPlan, describe_plan
-from lillama_core.preparation import check_choice
-from lillama_core.sites import KINDS, Site
-from lillama_core.statistics import GradientObserver, InputObserver, map_statistics
+from lillama_core.pipeline.spec import check_choice
+from lillama_core.statistics.observers import GradientObserver, InputObserver, map_statistics
+from lillama_core.strategies import get, make
 
 EXPERTS, CHOSEN, WIDTH, UNITS, TOKENS = 4, 2, 8, 10, 15
 
@@ -77,31 +78,31 @@ def call() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def site_of(layer: nn.Module, share: bool = False) -> Site:
-    (site,) = find_sites(layer, choice=MapChoice(share_experts=share))
-    return site
+def site_of(layer: nn.Module, share: bool = False) -> TargetModule:
+    (target,) = find_targets(layer, choice=MapChoice(share_experts=share))
+    return target
 
 
-def full_rank_layers(site: Site, block: nn.Module, format_name: str = "factored") -> dict[str, nn.Module]:
+def full_rank_layers(target: TargetModule, block: nn.Module, format_name: str = "factored") -> dict[str, nn.Module]:
     """For every map a low-rank module that computes the same: all ranks that the format can have less none."""
     layers = {}
-    for map_ in site.maps:
-        U, S, Vt = torch.linalg.svd(site.weight(block, map_).detach(), full_matrices=False)
-        layers[map_.name] = BUILT_IN[format_name].from_factors(U * S, Vt, None)
+    for map_ in target.maps:
+        U, S, Vt = torch.linalg.svd(target.weight(block, map_).detach(), full_matrices=False)
+        layers[map_.name] = make("formats", format_name).from_factors(U * S, Vt, None)
     return layers
 
 
 def test_maps_are_the_matrices_of_the_experts(layer: Layer) -> None:
-    site = site_of(layer)
-    assert isinstance(site, ExpertsSite)
-    assert [m.name for m in site.maps] == [
+    target = site_of(layer)
+    assert isinstance(target, ExpertsTarget)
+    assert [m.name for m in target.maps] == [
         f"experts.{part}.{e}" for part in ("gate_up", "down") for e in range(EXPERTS)
     ]
-    assert {m.group for m in site.maps} == {"experts.gate_up", "experts.down"}
+    assert {m.group for m in target.maps} == {"experts.gate_up", "experts.down"}
     experts: Any = layer.experts
     for e in range(EXPERTS):
-        assert torch.equal(site.weight(layer, site.maps[e]), experts.gate_up_proj[e])
-        assert torch.equal(site.weight(layer, site.maps[EXPERTS + e]), experts.down_proj[e])
+        assert torch.equal(target.weight(layer, target.maps[e]), experts.gate_up_proj[e])
+        assert torch.equal(target.weight(layer, target.maps[EXPERTS + e]), experts.down_proj[e])
 
 
 @pytest.mark.parametrize("format_name", ["factored", "pivoted"])
@@ -109,8 +110,8 @@ def test_maps_are_the_matrices_of_the_experts(layer: Layer) -> None:
 def test_full_rank_equals_dense_forward_and_backward(layer: Layer, call: Any, share: bool, format_name: str) -> None:
     hidden, index, weights = call
     compressed = copy.deepcopy(layer)
-    site = site_of(compressed, share)
-    site.put(compressed, full_rank_layers(site, compressed, format_name))
+    target = site_of(compressed, share)
+    target.replace(compressed, full_rank_layers(target, compressed, format_name))
     assert isinstance(compressed.experts, SharedExperts if share else LowRankExperts)
     found = []
     for module in (layer, compressed.train()):
@@ -121,41 +122,44 @@ def test_full_rank_equals_dense_forward_and_backward(layer: Layer, call: Any, sh
         found.append((out, x.grad, w.grad))
     for dense, low in zip(*found, strict=True):
         torch.testing.assert_close(low, dense, rtol=1e-3, atol=1e-3)
-    again = KINDS[site.kind].at(site.name, compressed.experts)
+    again = get("targets", target.kind).at(target.name, compressed.experts)
     assert [(m.name, m.out_features, m.in_features) for m in again.maps] == [
-        (m.name, m.out_features, m.in_features) for m in site.maps
+        (m.name, m.out_features, m.in_features) for m in target.maps
     ]
-    for map_ in site.maps:
-        torch.testing.assert_close(site.weight(compressed, map_), site.weight(layer, map_), rtol=1e-3, atol=1e-4)
+    for map_ in target.maps:
+        torch.testing.assert_close(target.weight(compressed, map_), target.weight(layer, map_), rtol=1e-3, atol=1e-4)
     # Factors alone are trained, and all of them.
     if format_name == "factored":
-        assert len(trained_parameters(compressed, "factors")) == 2 * len(site.maps)
+        assert len(trained_parameters(compressed, "factors")) == 2 * len(target.maps)
 
 
 def test_only_the_maps_named_are_replaced_and_may_be_replaced_again(layer: Layer, call: Any) -> None:
     expected = layer(*call)
-    site = site_of(layer)
-    site.put(layer, {})
+    target = site_of(layer)
+    target.replace(layer, {})
     assert isinstance(layer.experts, Experts)
-    layers = full_rank_layers(site, layer)
-    site.put(layer, {"experts.down.1": layers["experts.down.1"]})
-    assert site.layer(layer, site.maps[EXPERTS + 1]) is layers["experts.down.1"]
-    assert type(site.layer(layer, site.maps[0])) is nn.Linear
+    layers = full_rank_layers(target, layer)
+    target.replace(layer, {"experts.down.1": layers["experts.down.1"]})
+    assert target.layer(layer, target.maps[EXPERTS + 1]) is layers["experts.down.1"]
+    assert type(target.layer(layer, target.maps[0])) is nn.Linear
     torch.testing.assert_close(layer(*call), expected, rtol=1e-3, atol=1e-4)
-    changed = BUILT_IN["factored"].from_factors(torch.zeros(WIDTH, 1), torch.zeros(1, UNITS), None)
+    changed = make("formats", "factored").from_factors(torch.zeros(WIDTH, 1), torch.zeros(1, UNITS), None)
     for e in range(EXPERTS):
-        site.put(layer, {f"experts.down.{e}": changed})
+        target.replace(layer, {f"experts.down.{e}": changed})
     assert not layer(*call).any()
 
 
 def test_each_expert_has_a_rank_of_its_own_on_the_meta_device_too(layer: Layer) -> None:
     with torch.device("meta"):
         empty = Layer()
-    site = site_of(empty)
-    for e, map_ in enumerate(site.maps[:EXPERTS]):
-        site.put(empty, {map_.name: BUILT_IN["factored"].module(2 * UNITS, WIDTH, e + 1, False, torch.float32, "meta")})
+    target = site_of(empty)
+    for e, map_ in enumerate(target.maps[:EXPERTS]):
+        target.replace(
+            empty,
+            {map_.name: make("formats", "factored").module(2 * UNITS, WIDTH, e + 1, False, torch.float32, "meta")},
+        )
     assert {p.device.type for p in empty.parameters()} == {"meta"}
-    assert [site.layer(empty, m).down.out_features for m in site.maps[:EXPERTS]] == [1, 2, 3, 4]
+    assert [target.layer(empty, m).down.out_features for m in target.maps[:EXPERTS]] == [1, 2, 3, 4]
 
 
 def by_token(layer: Layer, call: Any) -> dict[str, list[torch.Tensor]]:
@@ -171,11 +175,11 @@ def by_token(layer: Layer, call: Any) -> dict[str, list[torch.Tensor]]:
 
 
 def test_each_map_is_shown_its_own_rows_and_outputs(layer: Layer, call: Any) -> None:
-    site = site_of(layer)
+    target = site_of(layer)
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
-    with site.watching(layer, on_input=lambda m, x: inputs.update({m.name: x})):
-        with site.watching(layer, on_output=lambda m, y: outputs.update({m.name: y})):
+    with target.observe(layer, on_input=lambda m, x: inputs.update({m.name: x})):
+        with target.observe(layer, on_output=lambda m, y: outputs.update({m.name: y})):
             watched = layer(*call)
         layer(*call)
     torch.testing.assert_close(watched, layer(*call), rtol=1e-4, atol=1e-4)
@@ -183,17 +187,17 @@ def test_each_map_is_shown_its_own_rows_and_outputs(layer: Layer, call: Any) -> 
     expected = by_token(layer, call)
     assert set(inputs) == set(outputs) == set(expected)
     assert not any(name.endswith(".3") for name in inputs)
-    for map_ in site.maps:
+    for map_ in target.maps:
         if map_.name in expected:
             rows = torch.stack(expected[map_.name])
             torch.testing.assert_close(inputs[map_.name], rows)
-            torch.testing.assert_close(outputs[map_.name], rows @ site.weight(layer, map_).T, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(outputs[map_.name], rows @ target.weight(layer, map_).T, rtol=1e-4, atol=1e-4)
 
 
 def test_moments_equal_those_of_single_tokens_and_borrow_from_the_group(layer: Layer, call: Any) -> None:
-    site = site_of(layer)
-    observer = InputObserver(Block("decoder", 0, "", (site,)))
-    with observer.watching(layer), torch.no_grad():
+    target = site_of(layer)
+    observer = InputObserver(Block("decoder", 0, "", (target,)))
+    with observer.observe(layer), torch.no_grad():
         for part in range(3):
             observer.next_batch()
             layer(*(t[5 * part : 5 * part + 5] for t in call))
@@ -216,11 +220,11 @@ def test_moments_equal_those_of_single_tokens_and_borrow_from_the_group(layer: L
 
 def test_gradient_moments_equal_those_of_single_tokens(layer: Layer, call: Any) -> None:
     hidden, index, weights = call
-    site = site_of(layer)
-    observer = GradientObserver(Block("decoder", 0, "", (site,)))
+    target = site_of(layer)
+    observer = GradientObserver(Block("decoder", 0, "", (target,)))
     target = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
     observer.output.add(target)
-    with observer.watching(layer):
+    with observer.observe(layer):
         layer(hidden.clone().requires_grad_(True), index, weights).backward(target)
     found = observer.statistics()
 
@@ -235,16 +239,16 @@ def test_gradient_moments_equal_those_of_single_tokens(layer: Layer, call: Any) 
             (w * z @ g).backward()
             gradients[f"experts.gate_up.{e}"].append(y.grad)
             gradients[f"experts.down.{e}"].append(z.grad)
-    inputs = InputObserver(Block("decoder", 0, "", (site,)))
-    with inputs.watching(layer), torch.no_grad():
+    inputs = InputObserver(Block("decoder", 0, "", (target,)))
+    with inputs.observe(layer), torch.no_grad():
         layer(*call)
-    for map_ in site.maps:
+    for map_ in target.maps:
         part, e = map_.name.removeprefix("experts.").split(".")
         own = gradients.get(map_.name)
         group = torch.cat([torch.stack(gradients[f"experts.{part}.{i}"]) for i in range(EXPERTS - 1)])
         F = group.T @ group / len(group)
         scale = F.diagonal().mean()
-        W = site.weight(layer, map_).detach()
+        W = target.weight(layer, map_).detach()
         seen = map_statistics(map_, W, inputs, found, 3, torch.device("cpu"))
         assert seen.gradient_scale == pytest.approx(scale.item(), rel=1e-4)
         if part == "gate_up":
@@ -260,13 +264,13 @@ def test_gradient_moments_equal_those_of_single_tokens(layer: Layer, call: Any) 
 
 
 def test_shared_projections_see_tokens_and_weighted_units_of_their_experts(layer: Layer, call: Any) -> None:
-    site = site_of(layer, share=True)
-    assert isinstance(site, SharedExpertsSite)
-    gate_up, down = site.maps
+    target = site_of(layer, share=True)
+    assert isinstance(target, SharedExpertsTarget)
+    gate_up, down = target.maps
     assert (gate_up.out_features, gate_up.in_features) == (EXPERTS * 2 * UNITS, WIDTH)
     assert (down.out_features, down.in_features) == (WIDTH, EXPERTS * UNITS)
     inputs: dict[str, torch.Tensor] = {}
-    with site.watching(layer, on_input=lambda m, x: inputs.update({m.name: x})):
+    with target.observe(layer, on_input=lambda m, x: inputs.update({m.name: x})):
         watched = layer(*call)
     torch.testing.assert_close(watched, layer(*call), rtol=1e-4, atol=1e-4)
     assert torch.equal(inputs["experts.gate_up"], call[0])
@@ -277,7 +281,7 @@ def test_shared_projections_see_tokens_and_weighted_units_of_their_experts(layer
             gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
             expected[t, e] = w * functional.silu(gate) * up
     torch.testing.assert_close(inputs["experts.down"], expected.flatten(1))
-    torch.testing.assert_close(expected.flatten(1) @ site.weight(layer, down).T, watched, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expected.flatten(1) @ target.weight(layer, down).T, watched, rtol=1e-4, atol=1e-4)
 
 
 def test_a_format_without_a_matrix_to_cut_up_is_refused(layer: Layer) -> None:
@@ -287,16 +291,16 @@ def test_a_format_without_a_matrix_to_cut_up_is_refused(layer: Layer) -> None:
             self.gate_up_proj = nn.Parameter(torch.randn(2, 4, 16))
             self.down_proj = nn.Parameter(torch.randn(2, 16, 2))
 
-    site = SharedExpertsSite("experts", Wide())
-    site.check(BUILT_IN["factored"])
+    target = SharedExpertsTarget("experts", Wide())
+    target.check(make("formats", "factored"))
     with pytest.raises(UserError, match="--format factored"):
-        site.check(BUILT_IN["pivoted"])
+        target.check(make("formats", "pivoted"))
 
 
 def test_autocast_changes_the_products_and_not_the_stream(layer: Layer, call: Any) -> None:
     expected = layer(*call)
-    site = site_of(layer)
-    site.put(layer, full_rank_layers(site, layer))
+    target = site_of(layer)
+    target.replace(layer, full_rank_layers(target, layer))
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(*call)
     assert found.dtype == torch.float32
@@ -319,10 +323,10 @@ def test_other_layouts_are_refused(layer: Layer, change: str) -> None:
     else:
         setattr(experts, change, True)
     with pytest.raises(UserError, match="layout is not known"):
-        find_sites(layer)
-    assert find_sites(layer, exclude=("experts",)) == []
+        find_targets(layer)
+    assert find_targets(layer, exclude=("experts",)) == []
     with pytest.raises(LillamaError, match="concatenated gate"):
-        ExpertsSite.at("experts", layer.experts)
+        ExpertsTarget.at("experts", layer.experts)
 
 
 class Both(Layer):
@@ -345,7 +349,7 @@ class Both(Layer):
     ],
 )
 def test_experts_of_an_unknown_layout_may_stay_dense(only: Any, exclude: Any, choice: MapChoice) -> None:
-    names = [m.name for site in find_sites(Both(), only, exclude, choice) for m in site.maps]
+    names = [m.name for target in find_targets(Both(), only, exclude, choice) for m in target.maps]
     assert names == ([] if "*" in choice.exclude else ["attention"])
 
 
@@ -362,7 +366,7 @@ def test_experts_of_an_unknown_layout_that_are_asked_for_are_refused(
     only: Any, exclude: Any, choice: MapChoice
 ) -> None:
     with pytest.raises(UserError, match=r"layout is not known.*leave them dense with --exclude experts"):
-        find_sites(Both(), only, exclude, choice)
+        find_targets(Both(), only, exclude, choice)
 
 
 def test_the_experts_of_a_model_can_be_left_out_by_their_module() -> None:
@@ -385,8 +389,8 @@ def test_the_experts_of_a_model_can_be_left_out_by_their_module() -> None:
     del model.layers[0].experts.gate_up_proj_bias
     with pytest.raises(UserError, match="cannot compress 'experts'"):
         check_choice(architecture, model, MapChoice(include=("experts.down.*",)))
-    assert find_sites(Layer(), choice=MapChoice(exclude=("experts",))) == []
-    assert len(find_sites(Layer(), ("else",), choice=MapChoice(include=("experts",)))[0].maps) == 2 * EXPERTS
+    assert find_targets(Layer(), choice=MapChoice(exclude=("experts",))) == []
+    assert len(find_targets(Layer(), ("else",), choice=MapChoice(include=("experts",)))[0].maps) == 2 * EXPERTS
 
 
 @pytest.mark.parametrize(("share", "format_name"), [(False, "factored"), (True, "factored"), (True, "pivoted")])
@@ -395,10 +399,10 @@ def test_multiply_adds_are_those_that_a_forward_pass_does(
     layer: Layer, call: Any, share: bool, format_name: str, left_dense: tuple[str, ...]
 ) -> None:
     layer.top_k = CHOSEN  # what a router beside the experts says
-    site = site_of(layer, share)
-    maps = [PlannedMap(m.name, "decoder", 0, m) for m in site.maps]
-    ranks = {m.name: 3 for m in site.maps if m.group not in left_dense and m.name not in left_dense}
-    plan, format_ = RankPlan(format_name, ranks), BUILT_IN[format_name]
+    target = site_of(layer, share)
+    maps = [PlannedMap(m.name, "decoder", 0, m) for m in target.maps]
+    ranks = {m.name: 3 for m in target.maps if m.group not in left_dense and m.name not in left_dense}
+    plan, format_ = RankPlan(format_name, ranks), make("formats", format_name)
     found = describe_plan(maps, plan, format_, sum(p.numel() for p in layer.parameters()), 4)
 
     def counted() -> float:
@@ -410,11 +414,11 @@ def test_multiply_adds_are_those_that_a_forward_pass_does(
     dense = CHOSEN * (2 * UNITS * WIDTH + WIDTH * UNITS)
     assert found["multiply_adds_per_token_before"] == dense
     B, A = torch.randn(1000, 3), torch.randn(3, 1000)
-    site.put(
+    target.replace(
         layer,
         {
             m.name: format_.from_factors(B[: m.out_features], A[:, : m.in_features], None)
-            for m in site.maps
+            for m in target.maps
             if m.name in ranks
         },
     )
@@ -422,18 +426,18 @@ def test_multiply_adds_are_those_that_a_forward_pass_does(
 
 
 def test_maps_of_experts_can_be_left_out(layer: Layer) -> None:
-    (site,) = find_sites(layer, choice=MapChoice(exclude=("experts.down.*", "experts.gate_up.2")))
-    assert [m.name for m in site.maps] == ["experts.gate_up.0", "experts.gate_up.1", "experts.gate_up.3"]
-    assert find_sites(layer, choice=MapChoice(exclude=("experts.*.*",))) == []
-    assert [m.name for m in find_sites(layer, only=("experts.down.*",))[0].maps] == [
+    (target,) = find_targets(layer, choice=MapChoice(exclude=("experts.down.*", "experts.gate_up.2")))
+    assert [m.name for m in target.maps] == ["experts.gate_up.0", "experts.gate_up.1", "experts.gate_up.3"]
+    assert find_targets(layer, choice=MapChoice(exclude=("experts.*.*",))) == []
+    assert [m.name for m in find_targets(layer, only=("experts.down.*",))[0].maps] == [
         f"experts.down.{e}" for e in range(EXPERTS)
     ]
 
 
 def test_a_map_without_a_group_borrows_nothing() -> None:
-    site = site_of(Layer())
-    observer = InputObserver(Block("decoder", 0, "", (site,)))
-    lone = LinearMap("experts.gate_up.0", 2 * UNITS, WIDTH)
+    target = site_of(Layer())
+    observer = InputObserver(Block("decoder", 0, "", (target,)))
+    lone = TargetLinear("experts.gate_up.0", 2 * UNITS, WIDTH)
     statistics = map_statistics(lone, torch.zeros(2 * UNITS, WIDTH), observer, {}, 1, torch.device("cpu"))
     assert statistics.inputs is None
     assert statistics.gradients is None

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from lillama_core import Recipe, Request, compress
-from lillama_core.architecture import find_blocks
-from lillama_core.blocks import BlockRunner, Parent
-from lillama_core.models import count_parameters, find_architecture
-from lillama_core.weights import ResidentSource
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.models.loading import count_parameters
+from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
 
 SMALL = {"vocab_size": 160, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 56, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -60,11 +62,11 @@ def test_all_linear_weights_of_the_blocks_are_found(model_type: str) -> None:
     for block in find_blocks(find_architecture(model.config), model)["decoder"]:
         module = model.get_submodule(block.path)
         assert {m.name for m in block.maps} == linear_weights(module)
-        for site in block.sites:
-            x = torch.randn(3, site.maps[0].in_features)
-            y = module.get_submodule(site.name)(x)
-            bias = site.bias(module, site.maps[0])
-            expected = x @ site.weight(module, site.maps[0]).T + (0 if bias is None else bias)
+        for target in block.targets:
+            x = torch.randn(3, target.maps[0].in_features)
+            y = module.get_submodule(target.name)(x)
+            bias = target.bias(module, target.maps[0])
+            expected = x @ target.weight(module, target.maps[0]).T + (0 if bias is None else bias)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +75,7 @@ def test_chained_blocks_equal_the_whole_forward(model_type: str) -> None:
     model = tiny(model_type)
     architecture = find_architecture(model.config)
     blocks = find_blocks(architecture, model)["decoder"]
-    parent, source = Parent(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+    parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
     inputs = {"input_ids": torch.randint(3, 160, (2, 20))}
     hidden, calls = parent.record(inputs)
     runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)

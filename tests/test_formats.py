@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import core_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama_core.formats import BUILT_IN, Format
+from lillama_core.formats import Format
+from lillama_core.strategies import make
 
-FORMATS = list(BUILT_IN.values())
+FORMATS = [make("formats", name) for name in core_names("formats")]
 shapes = st.tuples(st.integers(2, 40), st.integers(2, 40))
 
 
@@ -64,7 +66,7 @@ def test_pivoted_is_bounded_where_the_leading_columns_are_singular() -> None:
     """The identity must not be built on dependent columns: the first half of A repeats one column."""
     A = torch.randn(8, 20)
     A[:, :10] = A[:, :1]
-    layer = BUILT_IN["pivoted"].from_factors(torch.randn(30, 8), A, None)
+    layer = make("formats", "pivoted").from_factors(torch.randn(30, 8), A, None)
     assert layer.mix.weight.abs().max() < 20
 
 
@@ -87,7 +89,7 @@ def test_pivoted_of_factors_that_are_singular(shape: tuple[int, int], rank: int)
     B, A = B.double(), A.double()
     A[rank:] = 0
     B[:, rank:] = 0
-    layer = BUILT_IN["pivoted"].from_factors(B, A, None)
+    layer = make("formats", "pivoted").from_factors(B, A, None)
     assert all(p.abs().max() < 100 for p in layer.parameters())
     x = torch.randn(4, n, dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ (B @ A).T, rtol=1e-9, atol=1e-9)

@@ -19,21 +19,24 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from lillama_core.architecture import find_blocks
-from lillama_core.blocks import BlockRunner, Parent, class_logits, main_output
-from lillama_core.calibration.images import choose_images, read_pixels
+from lillama_core.architecture.auto import discover, find_stacks
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.data.images.files import choose_images, read_pixels
+from lillama_core.data.images.modality import Images
+from lillama_core.data.modality import SampleRequest, Samples, modality_of
+from lillama_core.data.text.encoder import EncoderDecoderText, EncoderText, with_special_ends
 from lillama_core.errors import UserError
-from lillama_core.evaluation import EvaluationOptions, Subject
-from lillama_core.generic import discover, find_stacks
-from lillama_core.metrics import Perplexity
-from lillama_core.metrics.output_error import OutputError
-from lillama_core.modalities import Images
-from lillama_core.modalities.text import EncoderDecoderText, EncoderText, with_special_ends
-from lillama_core.modality import SampleRequest, Samples
-from lillama_core.models import count_parameters, load_model, locate
-from lillama_core.progress import Progress
-from lillama_core.recipe import Recipe
-from lillama_core.weights import ResidentSource
+from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.metrics import Perplexity
+from lillama_core.evaluation.metrics.output_error import OutputError
+from lillama_core.models.loading import count_parameters, load_model
+from lillama_core.models.outputs import class_logits, main_output
+from lillama_core.models.source import locate
+from lillama_core.recipe.model import Recipe
+from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.system.progress import Progress
 
 VOCABULARY = 384
 ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -118,7 +121,7 @@ def data_options(model_type: str, calibration_text: Path, images: Path) -> list[
 
 
 def inputs_of(config: Any) -> dict[str, torch.Tensor]:
-    return discover(config).modality.probe(config)
+    return modality_of(discover(config)).dummy_inputs(config)
 
 
 @pytest.mark.parametrize("model_type", sorted(CLASSES))
@@ -133,7 +136,7 @@ def test_stacks_maps_and_chain(model_type: str) -> None:
         for block in blocks:
             linears = {n for n, m in model.get_submodule(block.path).named_modules() if isinstance(m, nn.Linear)}
             assert {m.name for m in block.maps} == linears
-        parent = Parent(model, architecture, blocks)
+        parent = StackHarness(model, architecture, blocks)
         hidden, calls = parent.record(inputs)
         runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
         for block in blocks:
@@ -162,12 +165,13 @@ def test_compress_load_save_evaluate(
 
     code = (
         "import sys, torch, transformers, lillama_core\n"
-        "from lillama_core.blocks import main_output\n"
-        "from lillama_core.generic import discover\n"
+        "from lillama_core.models.outputs import main_output\n"
+        "from lillama_core.data.modality import modality_of\n"
+        "from lillama_core.architecture.auto import discover\n"
         "name, folder, again = sys.argv[1:]\n"
         "load = getattr(transformers, name).from_pretrained\n"
         "model = load(folder).eval()\n"
-        "inputs = discover(model.config).modality.probe(model.config)\n"
+        "inputs = modality_of(discover(model.config)).dummy_inputs(model.config)\n"
         "model.save_pretrained(again)\n"
         "with torch.no_grad():\n"
         "    a, b = main_output(model(**inputs)), main_output(load(again).eval()(**inputs))\n"
@@ -234,20 +238,20 @@ def test_rwkv_without_rescaling_gives_the_same() -> None:
 
 
 def test_halves_of_rows() -> None:
-    class Ends:
+    class StackOutputs:
         """Puts 7 after a text."""
 
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [20, 21, *([7] if add_special_tokens else [])]}
 
     rows = torch.arange(100, 116).view(2, 8)
-    samples = EncoderDecoderText().rows(rows, tiny("t5"), Ends())
+    samples = EncoderDecoderText().rows(rows, tiny("t5"), StackOutputs())
     assert samples.inputs["input_ids"].tolist() == [[100, 101, 102, 7], [108, 109, 110, 7]]
     assert samples.inputs["decoder_input_ids"].tolist() == [[1, 104, 105, 106], [1, 112, 113, 114]]
     assert samples.targets is not None
     assert samples.targets.tolist() == [[104, 105, 106, 107], [112, 113, 114, 115]]
     with pytest.raises(UserError, match="no room"):
-        with_special_ends(rows[:, :1], Ends())
+        with_special_ends(rows[:, :1], StackOutputs())
 
 
 class _Two(nn.Module):
@@ -555,7 +559,7 @@ def test_rows_longer_than_the_model_knows(
 
 
 def test_other_special_tokens_make_other_data_of_the_same_text(calibration_text: Path, tiny_tokenizer: Any) -> None:
-    class Ends:
+    class StackOutputs:
         """The tokenizer with another token in front of a text, or behind it."""
 
         def __init__(self, before: list[int], after: list[int]) -> None:
@@ -569,7 +573,7 @@ def test_other_special_tokens_make_other_data_of_the_same_text(calibration_text:
             return getattr(tiny_tokenizer, name)
 
     def sha256(modality: EncoderText, *ends: list[int]) -> str:
-        return modality.load(text_request(model, Ends(*ends), calibration_text, 16)).sha256
+        return modality.load(text_request(model, StackOutputs(*ends), calibration_text, 16)).sha256
 
     model = tiny("bert")
     first, again = (sha256(EncoderText(), [2], []) for _ in range(2))

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import core_names
 
-from lillama_core.initialization import BUILT_IN, MapStatistics
+from lillama_core.initialization import MapStatistics
 from lillama_core.initialization.second_moments import GRADIENT_DAMPING, INPUT_DAMPING
+from lillama_core.strategies import make
 
 
-def make(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_map(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W [m, n], inputs X [tokens, n] and output gradients Y [tokens, m], all correlated."""
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(m, n, generator=g, dtype=torch.float64)
@@ -49,12 +51,12 @@ def best_by_descent(objective, m: int, n: int, r: int) -> float:
 @pytest.mark.parametrize(("m", "n"), [(5, 7), (7, 5), (6, 6)])
 @pytest.mark.parametrize("r", [1, 3])
 def test_activation_aware_reaches_the_optimum_of_the_output_error(m: int, n: int, r: int) -> None:
-    W, X, Y = make(m, n)
+    W, X, Y = random_map(m, n)
 
     def error(product: torch.Tensor) -> torch.Tensor:
         return (X @ (W - product).T).square().sum() / len(X)
 
-    init = BUILT_IN["activation"]
+    init = make("initializers", "whitened")
     B, A = init.decompose(W, statistics(W, X, Y)).factors(W, r)
     reached = error((B @ A).double()).item()
     # The ridge on G costs a trace of optimality.
@@ -64,7 +66,7 @@ def test_activation_aware_reaches_the_optimum_of_the_output_error(m: int, n: int
 @pytest.mark.parametrize(("m", "n"), [(5, 7), (7, 5), (6, 6)])
 @pytest.mark.parametrize("r", [1, 3])
 def test_sensitivity_aware_reaches_the_optimum_of_the_weighted_error(m: int, n: int, r: int) -> None:
-    W, X, Y = make(m, n)
+    W, X, Y = random_map(m, n)
     F = Y.T @ Y / len(Y)
     F = F + GRADIENT_DAMPING * F.diagonal().mean() * torch.eye(m, dtype=torch.float64)
     G = X.T @ X / len(X)
@@ -72,52 +74,52 @@ def test_sensitivity_aware_reaches_the_optimum_of_the_weighted_error(m: int, n: 
     def error(product: torch.Tensor) -> torch.Tensor:
         return torch.trace(F @ (W - product) @ G @ (W - product).T)
 
-    init = BUILT_IN["sensitivity"]
+    init = make("initializers", "fisher")
     found = init.decompose(W, statistics(W, X, Y))
     B, A = found.factors(W, r)
     reached = error((B @ A).double()).item()
     assert reached == pytest.approx(best_by_descent(error, m, n, r), rel=5 * INPUT_DAMPING)
     # What the allocator is told is what leaving the components out really costs.
-    assert float(found.spectrum.energies[r:].sum()) == pytest.approx(reached, rel=1e-2)
+    assert float(found.spectrum.squared_singular_values[r:].sum()) == pytest.approx(reached, rel=1e-2)
 
 
 def test_plain_svd_equals_a_truncated_svd() -> None:
     for m, n in ((5, 9), (9, 5)):
         W = torch.randn(m, n, dtype=torch.float64)
         U, s, Vt = torch.linalg.svd(W, full_matrices=False)
-        B, A = BUILT_IN["svd"].decompose(W, MapStatistics()).factors(W, 3)
+        B, A = make("initializers", "svd").decompose(W, MapStatistics()).factors(W, 3)
         expected = (U[:, :3] * s[:3]) @ Vt[:3]
         torch.testing.assert_close((B @ A).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("name", core_names("initializers"))
 @pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
 def test_full_rank_gives_the_matrix_back(name: str, m: int, n: int) -> None:
     if name == "random":
         pytest.skip("random factors approximate nothing")
-    W, X, Y = make(m, n)
-    B, A = BUILT_IN[name].decompose(W, statistics(W, X, Y)).factors(W, min(m, n))
+    W, X, Y = random_map(m, n)
+    B, A = make("initializers", name).decompose(W, statistics(W, X, Y)).factors(W, min(m, n))
     torch.testing.assert_close((B @ A).double(), W, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["activation", "sensitivity"])
+@pytest.mark.parametrize("name", ["whitened", "sensitivity"])
 @pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
 def test_degenerate_statistics_give_finite_factors(name: str, m: int, n: int) -> None:
-    W, X, Y = make(m, n)
+    W, X, Y = random_map(m, n)
     nothing_in = MapStatistics(torch.zeros(n, n), statistics(W, X, Y).gradients, 1.0)
     one_token = X[:1]
     singular = MapStatistics(one_token.T @ one_token, statistics(W, X, Y).gradients, 1.0)
     side = min(m, n)
     no_gradient = MapStatistics(X.T @ X, torch.zeros(side, side), 0.0)
     for case in (nothing_in, singular, no_gradient):
-        B, A = BUILT_IN[name].decompose(W, case).factors(W, 2)
+        B, A = make("initializers", name).decompose(W, case).factors(W, 2)
         assert torch.isfinite(B).all()
         assert torch.isfinite(A).all()
 
 
 def test_random_init_has_the_stated_scale_and_is_seeded() -> None:
     W = torch.zeros(200, 300)
-    init = BUILT_IN["random"]
+    init = make("initializers", "random")
     d = init.decompose(torch.randn(200, 300), MapStatistics())
     B, A = init.factors(W, 50, d, torch.Generator().manual_seed(1))
     again, _ = init.factors(W, 50, d, torch.Generator().manual_seed(1))
@@ -126,8 +128,8 @@ def test_random_init_has_the_stated_scale_and_is_seeded() -> None:
 
 
 def test_components_are_balanced() -> None:
-    W, X, Y = make(6, 9)
-    B, A = BUILT_IN["sensitivity"].decompose(W, statistics(W, X, Y)).factors(W, 4)
+    W, X, Y = random_map(6, 9)
+    B, A = make("initializers", "fisher").decompose(W, statistics(W, X, Y)).factors(W, 4)
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
 
 
@@ -143,14 +145,14 @@ def test_a_bias_makes_up_for_what_all_inputs_share(shape: tuple[int, int]) -> No
         + 5
     )
     with_bias = MapStatistics(X.T @ X / len(X), center=X.mean(0), has_bias=True)
-    found = BUILT_IN["activation"].decompose(W, with_bias)
+    found = make("initializers", "whitened").decompose(W, with_bias)
     B, A = found.factors(W, 4)
     bias = found.bias(b, W, B, A)
     assert bias is not None
     error = ((X @ W.T + b) - (X @ A.T @ B.T + bias)).square().sum(1).mean()
-    assert error == pytest.approx(float(found.spectrum.energies[4:].sum()), rel=2e-2)
+    assert error == pytest.approx(float(found.spectrum.squared_singular_values[4:].sum()), rel=2e-2)
 
-    plain = BUILT_IN["activation"].decompose(W, replace(with_bias, has_bias=False))
+    plain = make("initializers", "whitened").decompose(W, replace(with_bias, has_bias=False))
     B, A = plain.factors(W, 4)
     assert plain.bias(b, W, B, A) is b
     assert error < ((X @ W.T) - (X @ A.T @ B.T)).square().sum(1).mean()

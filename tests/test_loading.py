@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from lillama_core import LillamaError, Recipe, Request, compress
-from lillama_core.models import count_parameters
+from lillama_core.models.loading import count_parameters
 from lillama_core.output import verify
 
 
@@ -160,7 +160,7 @@ def first_site(config: dict[str, Any]) -> dict[str, Any]:
         (lambda c: first_site(c).update(format="nobody's"), "install the lillama plugin"),
         (lambda c: first_site(c).update(kind="nobody's"), "kind"),
         (lambda c: first_site(c).update(code="import os"), "exactly"),
-        (lambda c: c.update(sites=[]), "sites"),
+        (lambda c: c.update(targets=[]), "sites"),
         (lambda c: c.update(version=99), "version"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_hostile_config_is_refused(compressed: Path, tmp_path: Path, change: A
 
 
 def test_registering_twice_does_nothing() -> None:
-    from lillama_core.quantizer import register
+    from lillama_core.output.quantizer import register
 
     register()
     register()

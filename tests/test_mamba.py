@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import core_names
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lillama_core import LillamaError, Recipe, Request, UserError, compress
-from lillama_core.architecture import find_blocks
-from lillama_core.formats import BUILT_IN, LowRankLinear
-from lillama_core.maps import MapChoice
-from lillama_core.models import count_parameters, find_architecture, locate
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.architecture.targets.linear_map import MapChoice
+from lillama_core.formats import LowRankLinear
+from lillama_core.models.loading import count_parameters
+from lillama_core.models.source import locate
+from lillama_core.strategies import make
 from lillama_plugins.mamba.mixer import call_maps_as_modules
 from lillama_plugins.mamba.native import MambaSsmCheckpoint
 
@@ -341,13 +345,13 @@ def test_code_that_reads_the_weight_gets_the_product_and_its_gradients(
     assert kernels.calls == ["fused"] * 4
 
 
-@pytest.mark.parametrize("format_name", sorted(BUILT_IN))
+@pytest.mark.parametrize("format_name", core_names("formats"))
 def test_a_low_rank_x_proj_runs_in_training_mode(family: str, format_name: str, kernels: StandIns) -> None:
     model = tiny(family)
     for block in model.backbone.layers:
         weight = block.mixer.x_proj.weight.detach()
         U, s, V = torch.linalg.svd(weight, full_matrices=False)
-        block.mixer.x_proj = BUILT_IN[format_name].from_factors(U[:, :5] * s[:5], V[:5], None)
+        block.mixer.x_proj = make("formats", format_name).from_factors(U[:, :5] * s[:5], V[:5], None)
     call_maps_as_modules(model)
     expected, wanted = logits(model), gradients(model)
     model.train()
@@ -557,8 +561,8 @@ def test_a_compressed_config_of_another_mixer_is_refused(compressed: Path, tmp_p
     """A site that the model does not have as a linear map."""
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    sites = config["quantization_config"]["sites"]
-    sites["backbone.layers.0.mixer.conv1d"] = next(iter(sites.values()))
+    targets = config["quantization_config"]["sites"]
+    targets["backbone.layers.0.mixer.conv1d"] = next(iter(targets.values()))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LillamaError, match="conv1d"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

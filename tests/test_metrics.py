@@ -15,12 +15,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lillama_core.calibration import Source, load_text_windows
-from lillama_core.comparison import Evaluated, by_model
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.shipped import OFFLINE_TEXT
+from lillama_core.data.sources import Source
+from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.errors import UserError
-from lillama_core.evaluation import EvaluationOptions, Measurement, Subject
-from lillama_core.metrics import (
-    OFFLINE_TEXT,
+from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject
+from lillama_core.evaluation.comparison import Evaluated, by_model
+from lillama_core.evaluation.metrics import (
     DecodeSpeed,
     Footprint,
     Perplexity,
@@ -28,8 +30,7 @@ from lillama_core.metrics import (
     language_model_evaluation,
     zero_shot,
 )
-from lillama_core.metrics.perplexity import perplexity, window_losses
-from lillama_core.models import find_architecture
+from lillama_core.evaluation.metrics.perplexity import perplexity, window_losses
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("continuation", "cloze")

@@ -18,12 +18,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama_core import EvaluationOptions, LillamaError, Subject
-from lillama_core.architecture import find_blocks
-from lillama_core.expert_modules import LowRankExperts
-from lillama_core.formats import BUILT_IN
-from lillama_core.maps import MapChoice
-from lillama_core.models import count_parameters, find_architecture
-from lillama_core.quantizer import LillamaConfig, LillamaHfQuantizer
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.architecture.targets.expert_modules import LowRankExperts
+from lillama_core.architecture.targets.linear_map import MapChoice
+from lillama_core.models.loading import count_parameters
+from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer
+from lillama_core.strategies import make
 from lillama_plugins.mixtral.evaluation import Routing, agreement, choices, token_shares
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -85,14 +86,14 @@ def test_full_rank_equals_dense_and_generates_the_same(family: str, dense: Calla
     names = set()
     for block in blocks:
         module = compressed.get_submodule(block.path)
-        for site in block.sites:
+        for target in block.targets:
             layers = {}
-            for map_ in site.maps:
+            for map_ in target.maps:
                 names.add(map_.name)
-                U, S, Vt = torch.linalg.svd(site.weight(module, map_).double().detach(), full_matrices=False)
-                bias = site.bias(module, map_)
-                layers[map_.name] = BUILT_IN["factored"].from_factors((U * S).float(), Vt.float(), bias)
-            site.put(module, layers)
+                U, S, Vt = torch.linalg.svd(target.weight(module, map_).double().detach(), full_matrices=False)
+                bias = target.bias(module, map_)
+                layers[map_.name] = make("formats", "factored").from_factors((U * S).float(), Vt.float(), bias)
+            target.replace(module, layers)
     assert not any("gate" in name.split(".") or "shared_expert_gate" in name for name in names)
     assert ("mlp.shared_expert.up_proj" in names) == (family == "qwen2_moe")
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_compress_load_save_again_and_fail_without_lillama(
     ranks = {n: r for n, r in record["plan"]["ranks"].items() if ".experts." in n}
     assert ranks
     assert len(set(ranks.values())) > 1 or "svd" in options
-    kinds = {entry["kind"] for entry in loaded.config.quantization_config.sites.values()}
+    kinds = {entry["kind"] for entry in loaded.config.quantization_config.targets.values()}
     assert ("shared-experts" if "--share-experts" in options else "experts") in kinds
 
     # The names of the fused parameters, as the family has them on disk, go to matrices of two dimensions.
@@ -259,7 +260,8 @@ def test_routing_is_counted_and_compared(
     entering: list[torch.Tensor] = []
     gate = model.model.layers[0].mlp.gate
     with gate.register_forward_pre_hook(lambda _, x: entering.append(x[0])), torch.no_grad():
-        from lillama_core.calibration import Source, load_text_windows
+        from lillama_core.data.sources import Source
+        from lillama_core.data.text.calibration import load_text_windows
 
         rows = load_text_windows(Source(str(calibration_text)), tiny_tokenizer, 32, 3)
         for row in rows:
@@ -270,7 +272,7 @@ def test_routing_is_counted_and_compared(
     same = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=first), options, lambda line: None)
     assert [m.value for m in same if m.name == "routing/agreement"] == [100.0]
     # What was written says the same; other text of the same length is no ground for a comparison.
-    known = Subject("1-dense", None, None, notes=Routing().recall(tmp_path / "1-dense"))
+    known = Subject("1-dense", None, None, notes=Routing().load_saved(tmp_path / "1-dense"))
     kept_apart = Routing().measure(Subject("same", model, tiny_tokenizer, baseline=known), options, print)
     assert kept_apart == same
     known.notes["routed_tokens"] += 1

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core import Architecture, Recipe, Request, compress, load_recipe
-from lillama_core.formats import BUILT_IN
-from lillama_core.models import ModelSource
+from lillama_core.allocation.plan import Budget
+from lillama_core.models.source import ModelSource
 from lillama_core.output import card
 from lillama_core.output.card import write_card
+from lillama_core.output.record import RunRecord
 from lillama_core.output.report import stacks, write_report
-from lillama_core.plan import Budget
-from lillama_core.preparation import Preparation
-from lillama_core.record import RunRecord
+from lillama_core.pipeline.spec import CompressionSpec
+from lillama_core.strategies import make
 
 MAPS = {"attention.query": (8, 8), "mlp.up": (16, 8), "mlp.down": (8, 16)}
 HOSTILE = "<script>alert(1)</script>$\\frac$|`&\"'"
@@ -100,8 +100,8 @@ def make_record(
     return RunRecord(**(values | fields))
 
 
-def make_preparation(source: ModelSource, **fields: Any) -> Preparation:
-    return Preparation(
+def make_preparation(source: ModelSource, **fields: Any) -> CompressionSpec:
+    return CompressionSpec(
         source=source,
         config=SimpleNamespace(model_type="tiny"),
         architecture=Architecture(name="transformer", model_types=("tiny",), stacks={"decoder": "model.layers"}),
@@ -109,7 +109,7 @@ def make_preparation(source: ModelSource, **fields: Any) -> Preparation:
         maps=[],
         total_parameters=1,
         budget=Budget(1, 1, 0),
-        format=BUILT_IN["pivoted"],
+        format=make("formats", "pivoted"),
         minimum_rank=1,
         rank_step=1,
         **fields,
@@ -117,7 +117,7 @@ def make_preparation(source: ModelSource, **fields: Any) -> Preparation:
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Preparation:
+def local(tmp_path: Path) -> CompressionSpec:
     """A model in a directory that has no README."""
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
@@ -125,7 +125,7 @@ def local(tmp_path: Path) -> Preparation:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Preparation:
+def hub(monkeypatch: pytest.MonkeyPatch) -> CompressionSpec:
     """A model of the Hub, out of reach."""
 
     def unreachable(*_: Any, **__: Any) -> str:
@@ -192,7 +192,7 @@ def report_of(result: Path, record: RunRecord) -> tuple[str, Page]:
 # Card
 
 
-def test_card_front_matter_of_a_hub_model(result: Path, hub: Preparation) -> None:
+def test_card_front_matter_of_a_hub_model(result: Path, hub: CompressionSpec) -> None:
     write_card(result, make_record(model="maker/tiny"), hub)
     data = ModelCard.load(result / "README.md").data
     assert data.base_model == "maker/tiny"
@@ -203,12 +203,12 @@ def test_card_front_matter_of_a_hub_model(result: Path, hub: Preparation) -> Non
     assert data.license is None
 
 
-def test_card_of_a_local_model_has_no_base_model(result: Path, local: Preparation) -> None:
+def test_card_of_a_local_model_has_no_base_model(result: Path, local: CompressionSpec) -> None:
     write_card(result, make_record(model=local.source.spec), local)
     assert ModelCard.load(result / "README.md").data.base_model is None
 
 
-def test_card_takes_the_license_of_the_base_model(result: Path, local: Preparation) -> None:
+def test_card_takes_the_license_of_the_base_model(result: Path, local: CompressionSpec) -> None:
     readme = "---\nlicense: other\nlicense_name: own\nlicense_link: [1]\n---\ntext\n"
     (Path(local.source.location) / "README.md").write_text(readme)
     write_card(result, make_record(), local)
@@ -217,13 +217,13 @@ def test_card_takes_the_license_of_the_base_model(result: Path, local: Preparati
 
 
 @pytest.mark.parametrize("readme", [b"---\n[: {\n---\n", b"\xff\xfe", b"", b"---\nlicense: [mit]\n---\n"])
-def test_card_omits_a_license_that_cannot_be_read(result: Path, local: Preparation, readme: bytes) -> None:
+def test_card_omits_a_license_that_cannot_be_read(result: Path, local: CompressionSpec, readme: bytes) -> None:
     (Path(local.source.location) / "README.md").write_bytes(readme)
     write_card(result, make_record(), local)
     assert ModelCard.load(result / "README.md").data.license is None
 
 
-def test_card_states_the_numbers_of_the_record(result: Path, local: Preparation) -> None:
+def test_card_states_the_numbers_of_the_record(result: Path, local: CompressionSpec) -> None:
     record = make_record()
     write_card(result, record, local)
     text = (result / "README.md").read_text(encoding="utf-8")
@@ -257,13 +257,13 @@ def test_card_states_the_numbers_of_the_record(result: Path, local: Preparation)
     ],
 )
 def test_card_says_what_the_held_out_rows_chose(
-    result: Path, local: Preparation, options: dict[str, int], said: str
+    result: Path, local: CompressionSpec, options: dict[str, int], said: str
 ) -> None:
     write_card(result, make_record(recipe=Recipe(**options).to_dict()), local)
     assert said in " ".join((result / "README.md").read_text(encoding="utf-8").split())
 
 
-def test_card_leaks_no_folder(result: Path, local: Preparation) -> None:
+def test_card_leaks_no_folder(result: Path, local: CompressionSpec) -> None:
     write_card(result, make_record(model=local.source.spec), local)
     for file in result.iterdir():
         text = file.read_text(encoding="utf-8")
@@ -272,14 +272,14 @@ def test_card_leaks_no_folder(result: Path, local: Preparation) -> None:
         assert str(result.parent) not in text
 
 
-def test_card_states_what_a_gpu_needed(result: Path, local: Preparation) -> None:
+def test_card_states_what_a_gpu_needed(result: Path, local: CompressionSpec) -> None:
     record = make_record(device="cuda:0")
     record.peak_device_memory_bytes = 3_200_000_000
     write_card(result, record, local)
     assert "| peak memory of the GPU | 3.2 GB |" in (result / "README.md").read_text()
 
 
-def test_card_without_measurements(result: Path, local: Preparation) -> None:
+def test_card_without_measurements(result: Path, local: CompressionSpec) -> None:
     empty = {"tokens": 0, "relative_error": 0.5}
     fidelity = dict.fromkeys(("perplexity_before", "perplexity_after", "divergence", "agreement")) | empty
     encoder = Architecture(name="e", model_types=("tiny",), stacks={"encoder": "layers"})
@@ -295,7 +295,7 @@ def test_card_without_measurements(result: Path, local: Preparation) -> None:
         assert ("0.5" in text) == ("relative error" in text) or measured is None
 
 
-def test_card_escapes_names(result: Path, hub: Preparation) -> None:
+def test_card_escapes_names(result: Path, hub: CompressionSpec) -> None:
     recipe = make_record().recipe | {"name": HOSTILE + "\n# heading"}
     source = replace(hub.source, spec=HOSTILE, location=HOSTILE)
     write_card(result, make_record(model=HOSTILE, recipe=recipe), replace(hub, source=source))
@@ -308,7 +308,7 @@ def test_card_escapes_names(result: Path, hub: Preparation) -> None:
     assert "\n# heading" not in loaded.text
 
 
-def test_command_repeats_the_choices_outside_the_recipe(local: Preparation) -> None:
+def test_command_repeats_the_choices_outside_the_recipe(local: CompressionSpec) -> None:
     source = replace(local.source, gguf_file="my model.gguf", trust_remote_code=True)
     other = replace(local, source=source, config=SimpleNamespace(model_type="other"))
     assert card.reproduce_command(make_record(tokenizer="/home/someone/words"), other) == (
@@ -317,7 +317,7 @@ def test_command_repeats_the_choices_outside_the_recipe(local: Preparation) -> N
     )
 
 
-def test_recipe_file_is_the_recipe(result: Path, local: Preparation) -> None:
+def test_recipe_file_is_the_recipe(result: Path, local: CompressionSpec) -> None:
     record = make_record()
     write_card(result, record, local)
     loaded = load_recipe(str(result / "lillama_recipe.yaml"))

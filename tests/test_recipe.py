@@ -14,8 +14,9 @@ import yaml
 from conftest import Ended
 
 from lillama_core import Recipe, UserError, load_recipe
-from lillama_core.cli import _recipe, build_parser
-from lillama_core.recipe import dashed, recipe_names
+from lillama_core.cli.main import _recipe, build_parser
+from lillama_core.recipe.loading import recipe_names
+from lillama_core.recipe.model import dashed
 
 OTHER: dict[str, Any] = {
     "reduction": 0.35,

@@ -13,15 +13,18 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lillama_core import Request, compress, engine, load_recipe, recording
-from lillama_core.architecture import Architecture, find_blocks
-from lillama_core.blocks import Parent
-from lillama_core.engine import hears_unchosen
-from lillama_core.modality import Samples
-from lillama_core.record import RunRecord
-from lillama_core.recording import Recorder
-from lillama_core.stack import Followed, StackCompressor
-from lillama_core.weights import ResidentSource
+from lillama_core import Request, compress, load_recipe
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.data.modality import Samples
+from lillama_core.output.record import RunRecord
+from lillama_core.pipeline import engine
+from lillama_core.pipeline.engine import has_stale_upstream
+from lillama_core.pipeline.stack import CalibrationSplit, StackCompressor
+from lillama_core.runtime import recording
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.recording import Recorder
+from lillama_core.runtime.weight_source import ResidentSource
 
 CPU = torch.device("cpu")
 T5 = Architecture(name="t", stacks={"encoder": "encoder.block", "decoder": "decoder.block"})
@@ -49,10 +52,10 @@ def compress_t5(dense: Any, folder: Path, tokenizer: Any, text: Path, **options:
     return compress(Request(str(folder / "dense"), folder / "out", recipe, "auto"), "quiet")
 
 
-def parts(model: nn.Module, architecture: Architecture) -> tuple[Recorder, Parent, Parent, ResidentSource]:
+def parts(model: nn.Module, architecture: Architecture) -> tuple[Recorder, StackHarness, StackHarness, ResidentSource]:
     blocks = find_blocks(architecture, model)
-    encoder = Parent(model, architecture, blocks["encoder"])
-    decoder = Parent(model, architecture, blocks["decoder"], (encoder,))
+    encoder = StackHarness(model, architecture, blocks["encoder"])
+    decoder = StackHarness(model, architecture, blocks["decoder"], (encoder,))
     return Recorder(architecture, CPU, None), encoder, decoder, ResidentSource(model, CPU)
 
 
@@ -67,7 +70,7 @@ def test_an_encoder_that_hands_on_is_not_run_again() -> None:
     batch = batch_of()
     recorder.check(encoder, batch.inputs, source)
     recorder.check(decoder, batch.inputs, source)
-    assert decoder.earlier_hand_on
+    assert decoder.depends_only_on_upstream_output
     seen: list[torch.Tensor] = []
     handle = model.encoder.block[-1].register_forward_hook(lambda _m, _i, out: seen.append(out[0]))
     ((calls,), (hidden,)) = recorder.record(decoder, [batch])
@@ -132,7 +135,7 @@ def test_what_is_told_of_other_blocks_cannot_be_handed_on(listens: bool) -> None
     recorder, _, decoder, source = parts(model, architecture)
     batch = Samples({"x": torch.randn(3, 4, 8)})
     recorder.check(decoder, batch.inputs, source)
-    assert decoder.earlier_hand_on is not listens
+    assert decoder.depends_only_on_upstream_output is not listens
     # The real thing is run then, whatever is known.
     known = batch.after("encoder", torch.zeros(3, 4, 8))
     ((calls,), _) = recorder.record(decoder, [known])
@@ -163,9 +166,9 @@ def test_what_is_reported_is_what_the_whole_models_say(
     held: list[Samples] = []
     measure = engine.measure_fidelity
 
-    def noting(parent: Parent, found: list[tuple[Samples, Any, Any]], *rest: Any) -> dict[str, Any]:
+    def noting(parent: StackHarness, found: list[tuple[Samples, Any, Any]], *rest: Any) -> dict[str, Any]:
         held.extend(batch for batch, _, _ in found)
-        assert parent.earlier_hand_on is hand_on
+        assert parent.depends_only_on_upstream_output is hand_on
         return measure(parent, found, *rest)
 
     monkeypatch.setattr(engine, "measure_fidelity", noting)
@@ -199,14 +202,14 @@ def test_streams_of_a_stack_end_with_it(
     alive: list[int] = []
     compress_stack = StackCompressor.compress
 
-    def watching(self: StackCompressor, *args: Any) -> Any:
+    def observe(self: StackCompressor, *args: Any) -> Any:
         gc.collect()
         alive.append(sum(ref() is not None for ref in left))
         found = compress_stack(self, *args)
         left.extend(weakref.ref(hidden) for stream in found for hidden in stream)
         return found
 
-    monkeypatch.setattr(StackCompressor, "compress", watching)
+    monkeypatch.setattr(StackCompressor, "compress", observe)
     if not hand_on:
         monkeypatch.setattr(recording, "_same", lambda *_: False)
     compress_t5(tiny_t5(), tmp_path, tiny_tokenizer, calibration_text, steps=1)
@@ -221,7 +224,7 @@ def test_a_dense_stack_above_a_compressed_one_has_to_be_run(chosen: str, expecte
     a: Any = SimpleNamespace(stack="a", earlier=())
     b: Any = SimpleNamespace(stack="b", earlier=(a,))
     c: Any = SimpleNamespace(stack="c", earlier=(a, b))
-    assert hears_unchosen(c, chosen) is expected
+    assert has_stale_upstream(c, chosen) is expected
 
 
 @pytest.mark.parametrize(
@@ -233,16 +236,18 @@ def test_a_dense_stack_above_a_compressed_one_has_to_be_run(chosen: str, expecte
         (0.1, True, list(range(10)), 1),
     ],
 )
-def test_batches_that_are_followed(correction: float, trains: bool, expected: list[int], fitted: int) -> None:
+def test_batches_that_are_followed(
+    correction: float, trains: bool, expected: list[int], correction_batches: int
+) -> None:
     batches = [Samples({"x": torch.tensor([[i]])}) for i in range(10)]
-    found = Followed.of(batches, 2, correction, trains)
+    found = CalibrationSplit.of(batches, 2, correction, trains)
     assert [int(batch.inputs["x"]) for batch in found.batches] == expected
-    assert found.fitted == fitted
+    assert found.correction_batches == correction_batches
     assert [expected[i] for i in found.held_out] == [8, 9]
 
 
 @pytest.mark.parametrize(("tokens", "corrects", "fitted"), [(320, True, 4), (99 * 32, True, 4), (320, False, 0)])
-def test_as_many_rows_are_corrected_by_as_were_asked_for(tokens: int, corrects: bool, fitted: int) -> None:
+def test_as_many_rows_are_corrected_by_as_were_asked_for(tokens: int, corrects: bool, correction_batches: int) -> None:
     """Of data that is less than the recipe asks for (``--use-all-tokens``), too."""
     compressor: Any = SimpleNamespace(
         recipe=SimpleNamespace(tokens=tokens, correction_tokens=160, steps=0),
@@ -251,4 +256,4 @@ def test_as_many_rows_are_corrected_by_as_were_asked_for(tokens: int, corrects: 
     )
     batches = [Samples({"x": torch.tensor([[i]])}) for i in range(10)]
     found = StackCompressor.follow(compressor, batches, 2)
-    assert (found.fitted, len(found.batches)) == (fitted, fitted + 2)
+    assert (found.correction_batches, len(found.batches)) == (correction_batches, correction_batches + 2)

@@ -15,10 +15,9 @@ from lillama_registry import Registry, registry
 
 WORKING = """
 import lillama_core
-from lillama_core.allocation import BUILT_IN
 
 
-class First(type(BUILT_IN["uniform"])):
+class First(type(make("allocators", "uniform"))):
     name = "firstborn"
 
 
@@ -75,17 +74,17 @@ def test_working_plugin(
     tmp_path: Path, make_model: Callable[..., Path], calibration_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found beside broken ones; the architecture, the allocator, and the recipe that it adds all work."""
-    site = tmp_path / "site"
-    install(site, "stranger", WORKING)
-    install(site, "broken", "import a_module_that_is_not_there")
-    install(site, "leaving", "raise SystemExit('goodbye')")
-    install(site, "absent", "", module="absent")
-    (site / "absent.py").unlink()
-    install(site, "misspelt", WORKING.replace("lillama_recipes", "lillama_recipies"))
-    install(site, "clumsy", WORKING.replace("@lillama", "# @"))
-    install(site, "late", LATE)
+    target = tmp_path / "site"
+    install(target, "stranger", WORKING)
+    install(target, "broken", "import a_module_that_is_not_there")
+    install(target, "leaving", "raise SystemExit('goodbye')")
+    install(target, "absent", "", module="absent")
+    (target / "absent.py").unlink()
+    install(target, "misspelt", WORKING.replace("lillama_recipes", "lillama_recipies"))
+    install(target, "clumsy", WORKING.replace("@lillama", "# @"))
+    install(target, "late", LATE)
 
-    listed = run_with(site, "plugins", "--json")
+    listed = run_with(target, "plugins", "--json")
     assert (listed.status, listed.stderr) == (0, "")
     found = json.loads(listed.stdout)
     plugins = {p["plugin"]: p for p in found["plugins"]}
@@ -112,7 +111,7 @@ def test_working_plugin(
 
     make_model(tmp_path / "olmo", family="olmo")
     done = run_with(
-        *(site, "compress", tmp_path / "olmo", "-o", tmp_path / "o", "--calibration", calibration_text),
+        *(target, "compress", tmp_path / "olmo", "-o", tmp_path / "o", "--calibration", calibration_text),
         *("--recipe", "hasty", *QUICK),
     )
     assert done.status == 0, done
@@ -122,16 +121,16 @@ def test_working_plugin(
     assert record["recipe"]["name"] == "hasty"
 
     # Without it, the same model is refused, and the plugin that might have helped is named.
-    without = run_with(site, "plan", tmp_path / "olmo", LILLAMA_PLUGINS="transformer,broken")
+    without = run_with(target, "plan", tmp_path / "olmo", LILLAMA_PLUGINS="transformer,broken")
     assert "no plugin handles model type 'olmo'" in without.error
     assert "not loaded: broken" in without.error
 
 
 def test_two_plugins_claim_one_model_type(tmp_path: Path, tiny_model: Path) -> None:
-    site = tmp_path / "site"
-    install(site, "rival", RIVAL)
+    target = tmp_path / "site"
+    install(target, "rival", RIVAL)
     before = tree(tmp_path / "tiny")
-    said = run_with(site, "plan", tiny_model).error
+    said = run_with(target, "plan", tiny_model).error
     assert "model type 'llama' is claimed by the plugins" in said
     assert "'rival' (rival 1.0)" in said
     assert "'transformer' (lillama " in said
@@ -214,7 +213,7 @@ def test_the_core_keeps_its_names(monkeypatch: pytest.MonkeyPatch, run_cli: Call
     added = Registry()
     added.load_entry_points()
     added.add(Plugin(lillama_allocators=lambda: {"uniform": object()}), "usurper", "u", "1")
-    for place in ("lillama_core.strategies.registry", "lillama_core.cli.registry"):
+    for place in ("lillama_core.strategies.registry", "lillama_core.cli.main.registry"):
         monkeypatch.setattr(place, lambda: added)
     assert allocators()["uniform"].name == "uniform"
     assert "uniform (hidden by the core's)" in run_cli("plugins").stdout
@@ -232,7 +231,7 @@ def test_commands_of_plugins(monkeypatch: pytest.MonkeyPatch, run_cli: Callable[
     added = Registry()
     added.add(Plugin(lillama_commands=clash), "clashing")
     added.add(Plugin(lillama_commands=greet), "polite")
-    monkeypatch.setattr("lillama_core.cli.registry", lambda: added)
+    monkeypatch.setattr("lillama_core.cli.main.registry", lambda: added)
     assert run_cli("greet", "--loudly") == Ended(0, "HELLO\n", "")
     assert "unknown option '--loudy'; did you mean '--loudly'?" in run_cli("greet", "--loudy").error
     assert [f.name for f in added.failures] == ["clashing"]

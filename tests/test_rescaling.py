@@ -16,16 +16,17 @@ from torch import nn
 
 from lillama_core import Recipe, Request, compress, load_recipe
 from lillama_core.allocation import Spectrum
-from lillama_core.architecture import Block, find_blocks
-from lillama_core.blocks import BlockRunner, Parent
+from lillama_core.architecture.blocks import Block, find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import Samples
 from lillama_core.initialization import Decomposition
-from lillama_core.modality import Samples
-from lillama_core.models import find_architecture
-from lillama_core.preparation import make_plan, prepare
-from lillama_core.profile import Profile
-from lillama_core.record import RunRecord
-from lillama_core.rescaling import PARTS, Trial, kinds_of, measure_scales, parts_of, quotient
-from lillama_core.weights import ResidentSource
+from lillama_core.output.record import RunRecord
+from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.statistics.loss_calibration import PARTS, Ablation, kinds_of, measure_scales, parts_of, safe_ratio
+from lillama_core.statistics.store import DecompositionStore
 
 CPU = torch.device("cpu")
 
@@ -60,7 +61,7 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     model = tiny_llama()
     architecture = find_architecture(model.config)
     blocks = find_blocks(architecture, model)["decoder"]
-    parent, source = Parent(model, architecture, blocks), ResidentSource(model, CPU)
+    parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, CPU)
     # One map of each block is left whole, and one block altogether; the energies say what they like.
     whole, spared = "mlp.up_proj", blocks[4].name
     ranks = {b.name: {m.name: 7 for m in b.maps if m.name != whole} for b in blocks if b.name != spared}
@@ -79,7 +80,7 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     recorded = [parent.record(batch.inputs) for batch in batches]
     runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, None)
     heard: list[str] = []
-    trial = Trial(parent, source, runner, batches, [hidden for hidden, _ in recorded], low_rank)
+    trial = Ablation(parent, source, runner, batches, [hidden for hidden, _ in recorded], low_rank)
     scales = measure_scales(trial, ranks, left_out, heard.append)
 
     dense = model(tokens).logits.double().log_softmax(-1)
@@ -115,27 +116,29 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
 
 
 def test_where_nothing_is_left_out_nothing_is_scaled() -> None:
-    assert quotient(0.0, 2.0, 5.0) == quotient(2.0, 0.0, 5.0) == quotient(math.nan, 2.0, 5.0) == 5.0
-    assert quotient(3.0, 2.0, 5.0) == 1.5
+    assert safe_ratio(0.0, 2.0, 5.0) == safe_ratio(2.0, 0.0, 5.0) == safe_ratio(math.nan, 2.0, 5.0) == 5.0
+    assert safe_ratio(3.0, 2.0, 5.0) == 1.5
 
 
 def test_a_block_that_counts_more_gets_higher_ranks(tmp_path: Path, make_model: Callable[..., Path]) -> None:
     dense = make_model(tmp_path / "dense", num_hidden_layers=3)
     prepared = prepare(str(dense), load_recipe("fast").with_options({"stacks": ["decoder"], "reduction": 0.3}))
-    profile = Profile(tmp_path / "profile")
-    profile.folder.mkdir()
+    store = DecompositionStore(tmp_path / "profile")
+    store.folder.mkdir()
     for block in prepared.all_blocks:
         found = {}
         for map_ in block.maps:
             side = min(map_.out_features, map_.in_features)
-            energies = torch.linspace(2.0, 0.1, side)
-            found[map_.name] = Decomposition(Spectrum(energies, True), torch.zeros(1, 1), torch.zeros(1, 1), True)
-        profile.save(block, found, None, {})
+            squared_singular_values = torch.linspace(2.0, 0.1, side)
+            found[map_.name] = Decomposition(
+                Spectrum(squared_singular_values, True), torch.zeros(1, 1), torch.zeros(1, 1), True
+            )
+        store.save(block, found, None, {})
     paths = {b.name: [b.full_name(m) for m in b.maps] for b in prepared.all_blocks}
     first, *others = paths
 
     def kept(scales: dict[str, float]) -> list[int]:
-        plan = make_plan(prepared, "spectrum", profile, scales)
+        plan = make_plan(prepared, "spectrum", store, scales)
         return [
             sum(
                 prepared.format.parameters(m.out_features, m.in_features, plan.ranks[block.full_name(m)])
@@ -179,7 +182,7 @@ def test_a_run_measures_every_part_and_says_so(
     def spare(*measured: Any) -> dict[str, float]:
         return {name: 1e3 * scale if ".1." in name else scale for name, scale in measure_scales(*measured).items()}
 
-    monkeypatch.setattr("lillama_core.engine.measure_scales", spare)
+    monkeypatch.setattr("lillama_core.pipeline.engine.measure_scales", spare)
     spared = run("spared", recipe).plan["ranks"]
 
     def removed(ranks: dict[str, int]) -> int:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from conftest import QUICK, Ended, command, environment, run_process, tree
 
-from lillama_core.cli import main
+from lillama_core.cli.main import main
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.run_directory import RunDirectory
+from lillama_core.output.run_directory import RunDirectory
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 

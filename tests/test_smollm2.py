@@ -40,8 +40,9 @@ def test_smollm2_loses_a_fifth_of_its_parameters_and_little_of_its_sense(tmp_pat
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lillama_core.calibration import Source, load_text_windows
-    from lillama_core.metrics.perplexity import perplexity
+    from lillama_core.data.sources import Source
+    from lillama_core.data.text.calibration import load_text_windows
+    from lillama_core.evaluation.metrics.perplexity import perplexity
 
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -13,8 +13,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lillama_core.calibration.audio import RATE, read_audio, read_speech
-from lillama_core.metrics.speech import SETS
+from lillama_core.data.shipped import SPEECH_SETS
+from lillama_core.data.speech.audio import RATE, read_audio
+from lillama_core.data.speech.utterances import read_speech
 
 ROOT = Path(__file__).resolve().parents[1]
 SYNTHETIC = ROOT / "benchmarks" / "data" / "speech" / "synthetic"
@@ -60,13 +61,13 @@ def test_every_utterance_is_there_and_can_be_read(half: str) -> None:
 
 
 def test_what_ships_is_the_start_of_the_evaluation_half_and_five_read_sentences() -> None:
-    whole, shipped = rows(SYNTHETIC / "evaluation"), rows(SETS["synthetic"])
+    whole, shipped = rows(SYNTHETIC / "evaluation"), rows(SPEECH_SETS["synthetic"])
     assert shipped == whole[: len(shipped)]
     assert len(shipped) == 20
     for row in shipped:
         name = str(row["audio"])
-        assert (SETS["synthetic"] / name).read_bytes() == (SYNTHETIC / "evaluation" / name).read_bytes()
-    read = read_speech(SETS["read"])
+        assert (SPEECH_SETS["synthetic"] / name).read_bytes() == (SYNTHETIC / "evaluation" / name).read_bytes()
+    read = read_speech(SPEECH_SETS["read"])
     assert len(read) == 5
     assert all(u.text and 2.0 < len(u.sound()) / RATE < 8.0 for u in read)
 

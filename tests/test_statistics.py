@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core.architecture import Architecture, find_blocks
-from lillama_core.blocks import BlockRunner, Parent, share_equal
-from lillama_core.modality import Samples
-from lillama_core.models import find_architecture
-from lillama_core.progress import Progress
-from lillama_core.sensitivity import measure_sensitivity, output_gradient
-from lillama_core.statistics import InputObserver, SecondMoment
-from lillama_core.weights import ResidentSource
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import find_blocks
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import Samples
+from lillama_core.runtime.block_runner import BlockRunner, share_equal
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.statistics.moments import SecondMoment
+from lillama_core.statistics.observers import InputObserver
+from lillama_core.statistics.sensitivity import measure_sensitivity, output_gradient
+from lillama_core.system.progress import Progress
 
 
 def tiny_llama() -> nn.Module:
@@ -49,7 +52,7 @@ def test_second_moment_is_not_rounded_by_autocast() -> None:
 def parts(model: nn.Module):
     architecture = find_architecture(model.config)
     blocks = find_blocks(architecture, model)["decoder"]
-    return architecture, blocks, Parent(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+    return architecture, blocks, StackHarness(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
 
 
 def test_chained_blocks_equal_the_whole_forward() -> None:
@@ -89,11 +92,11 @@ def test_maps_that_read_one_tensor_share_a_moment() -> None:
     module = source.block(blocks[0])
     observer = InputObserver(blocks[0])
     seen: dict[str, torch.Tensor] = {}
-    for site in blocks[0].sites:
-        module.get_submodule(site.name).register_forward_pre_hook(
-            lambda _m, inputs, name=site.name: seen.update({name: inputs[0].reshape(-1, inputs[0].shape[-1])})
+    for target in blocks[0].targets:
+        module.get_submodule(target.name).register_forward_pre_hook(
+            lambda _m, inputs, name=target.name: seen.update({name: inputs[0].reshape(-1, inputs[0].shape[-1])})
         )
-    with observer.watching(module):
+    with observer.observe(module):
         module(hidden, *calls[0].args, **calls[0].kwargs)
     assert len(observer.moments) == 4  # q k v | o | gate up | down
     for name, rows in seen.items():
@@ -125,8 +128,8 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     for block in blocks:
         module = model.get_submodule(block.path)
         module.register_forward_hook(keep(block.name))
-        for site in block.sites:
-            module.get_submodule(site.name).register_forward_hook(keep(f"{block.name}/{site.name}"))
+        for target in block.targets:
+            module.get_submodule(target.name).register_forward_hook(keep(f"{block.name}/{target.name}"))
     embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
     logits = model(inputs_embeds=embedded).logits
     labels = torch.multinomial(
@@ -138,13 +141,13 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
         g = gradients[block.name]
         torch.testing.assert_close(statistics["output"], g.T @ g / 18, rtol=1e-3, atol=1e-6)
         module = source.block(block)
-        for site in block.sites:
-            g = gradients[f"{block.name}/{site.name}"]
-            assert statistics[f"scale.{site.name}"].item() == pytest.approx(g.square().mean().item(), rel=1e-3)
-            W = site.weight(module, site.maps[0])
+        for target in block.targets:
+            g = gradients[f"{block.name}/{target.name}"]
+            assert statistics[f"scale.{target.name}"].item() == pytest.approx(g.square().mean().item(), rel=1e-3)
+            W = target.weight(module, target.maps[0])
             if W.shape[0] > W.shape[1]:
                 g = g @ W
-            torch.testing.assert_close(statistics[f"gradients.{site.name}"], g.T @ g / 18, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(statistics[f"gradients.{target.name}"], g.T @ g / 18, rtol=1e-3, atol=1e-5)
 
 
 def test_output_gradient_is_that_of_the_log_likelihood() -> None:
@@ -185,7 +188,7 @@ def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
     model = WhisperForConditionalGeneration(config).eval().requires_grad_(False)
     architecture = find_architecture(config)
     blocks = find_blocks(architecture, model)["decoder"]
-    parent, source = Parent(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+    parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
     inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, 5))}
     kept = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).float()
     samples = Samples(inputs, masks={"encoder": kept})
@@ -220,15 +223,15 @@ def test_what_comes_after_the_decoder_needs_no_encoder(reads_encoder: bool) -> N
     model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
     architecture = Architecture(name="t", stacks={"encoder": "encoder.block", "decoder": "decoder.block"})
     blocks = find_blocks(architecture, model)
-    encoder = Parent(model, architecture, blocks["encoder"])
-    decoder = Parent(model, architecture, blocks["decoder"], (encoder,))
+    encoder = StackHarness(model, architecture, blocks["encoder"])
+    decoder = StackHarness(model, architecture, blocks["decoder"], (encoder,))
     inputs = {"input_ids": torch.randint(2, 60, (2, 7)), "decoder_input_ids": torch.randint(2, 60, (2, 5))}
     if reads_encoder:
         seen: list[torch.Tensor] = []
         model.encoder.register_forward_hook(lambda *call: seen.append(call[2][0]))
         model.lm_head.register_forward_hook(lambda _m, _i, out: out + seen[-1].sum())
     last = torch.randn(2, 5, 16)
-    expected = Parent(model, architecture, blocks["decoder"]).outputs(inputs, last).logits
+    expected = StackHarness(model, architecture, blocks["decoder"]).outputs(inputs, last).logits
     calls: list[int] = []
     model.encoder.block[0].layer[0].register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):

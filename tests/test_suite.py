@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from conftest import Ended, command, environment, run_process
 
-from lillama_benchmarks.cells import Workshop, command_line, compress_options, planned_options, run_dense
+from lillama_benchmarks.cells import SuiteRunner, command_line, compress_options, planned_options, run_dense
 from lillama_benchmarks.methods import METHODS, Method, find_methods
 from lillama_benchmarks.pages import markdown, page, quality_metric, write_pages
 from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read
 from lillama_benchmarks.suites import DATA, SUITES, SuiteModel, choose_models
-from lillama_core.cli import _recipe, build_parser
+from lillama_core.cli.main import _recipe, build_parser
 from lillama_core.errors import UserError
 from lillama_registry import registry
 
@@ -306,7 +306,7 @@ def test_a_model_that_cannot_be_made_ends_its_cells_alone(tmp_path: Path) -> Non
     def broken() -> Path:
         raise RuntimeError("no such wheel")
 
-    found = run_dense(Workshop(tmp_path), SuiteModel("broken", broken))
+    found = run_dense(SuiteRunner(tmp_path), SuiteModel("broken", broken))
     assert found.error == "no such wheel"
 
 

@@ -19,13 +19,15 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, WhisperConfig, WhisperForConditionalGeneration
 
 from lillama_benchmarks.zoo import fetch
-from lillama_core.calibration.audio import RATE, read_speech
-from lillama_core.comparison import Evaluated, EvaluationRequest, compare, show_comparison
+from lillama_core.data.speech.audio import RATE
+from lillama_core.data.speech.utterances import read_speech
 from lillama_core.errors import UserError
-from lillama_core.evaluation import EvaluationOptions, Subject
-from lillama_core.metrics import speech
-from lillama_core.metrics.speech import SETS, Scored, WordErrorRate, paired_difference, transcribe
-from lillama_core.models import locate
+from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.comparison import Evaluated, show_comparison
+from lillama_core.evaluation.metrics import speech
+from lillama_core.evaluation.metrics.speech import SPEECH_SETS, Scored, WordErrorRate, paired_difference, transcribe
+from lillama_core.models.source import locate
+from lillama_core.pipeline.evaluate import EvaluationRequest, compare
 from lillama_plugins.whisper import ctranslate2
 from lillama_plugins.whisper.evaluation import evaluation, normalizer
 from lillama_plugins.whisper.model_file import read_model_file
@@ -461,7 +463,7 @@ def test_a_paired_difference_ignores_what_is_hard_for_both() -> None:
 
 
 def test_transcripts_do_not_depend_on_the_batch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    sounds = [u.sound() for u in read_speech(SETS["synthetic"], 5)]
+    sounds = [u.sound() for u in read_speech(SPEECH_SETS["synthetic"], 5)]
     together = transcribe(subject, sounds)
     monkeypatch.setattr(speech, "BATCH", 2)
     assert transcribe(subject, sounds[::-1]) == together[::-1]
@@ -520,7 +522,7 @@ def test_the_evaluation_measures_both_sets_and_the_change(
     table = (tmp_path / "out" / "read.txt").read_text()
     assert table.startswith(f"read: {by_hand:.2f} % word errors, 2 utterances")
     assert all(s.name in table for s in noted["read"])
-    assert evaluation.recall(tmp_path / "out") == {speech.NOTES: {"read": noted["read"]}}
+    assert evaluation.load_saved(tmp_path / "out") == {speech.NOTES: {"read": noted["read"]}}
 
 
 @pytest.mark.parametrize(
@@ -553,7 +555,7 @@ def _set(folder: Path, *texts: str | None) -> Path:
     import shutil
 
     folder.mkdir()
-    shutil.copy(SETS["read"] / "0880.flac", folder / "a.flac")
+    shutil.copy(SPEECH_SETS["read"] / "0880.flac", folder / "a.flac")
     rows = [{"audio": "a.flac"} | ({} if t is None else {"text": t}) for t in texts]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -596,7 +598,7 @@ def test_tiny_en_reads_the_five_sentences() -> None:
     folder = fetch("whisper-tiny.en", Path(str(ZOO)))
     model = AutoModelForSpeechSeq2Seq.from_pretrained(str(folder), dtype=torch.float32).eval()
     subject = Subject("tiny.en", model, AutoProcessor.from_pretrained(str(folder)))
-    options = EvaluationOptions(data=str(SETS["read"]))
+    options = EvaluationOptions(data=str(SPEECH_SETS["read"]))
     evaluation.metrics[0].measure(subject, options, lambda line: None)
     errors = {s.name: s.word_errors for s in subject.notes[speech.NOTES]["read"]}
     # One real mistake of two words ("old sposed"), and the slip in the fourth transcript.

@@ -13,25 +13,27 @@ import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 from lillama_core import Recipe, SampleRequest, Samples
-from lillama_core.calibration.audio import Utterance
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import IGNORE_INDEX, modality_of
+from lillama_core.data.speech.utterances import Utterance
 from lillama_core.errors import UserError
-from lillama_core.evaluation import EvaluationOptions, Subject
-from lillama_core.metrics.speech import NOTES
-from lillama_core.modality import IGNORED
-from lillama_core.models import find_architecture, load_config, load_model, locate
-from lillama_core.progress import Progress
+from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.metrics.speech import NOTES
+from lillama_core.models.loading import load_config, load_model
+from lillama_core.models.source import locate
+from lillama_core.system.progress import Progress
 from lillama_plugins.whisper import speech
 from lillama_plugins.whisper.evaluation import evaluation
 from lillama_plugins.whisper.speech import HOP, PADDING_WEIGHT, Speech, decoder_rows, disturbed
 from lillama_registry import registry
-from lillama_testing import make_specimen
+from lillama_testing import make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whisper") / "model"
     (architecture,) = registry().architectures_for("whisper")
-    make_specimen(architecture, "whisper", folder)
+    make_tiny_model(architecture, "whisper", folder)
     return folder
 
 
@@ -53,9 +55,9 @@ def load(model_directory: Path, data: Path, **options: Any) -> Samples:
     architecture = find_architecture(load_config(source))
     recipe = Recipe(calibration=(str(data),), **options)
     model = load_model(source, architecture, torch.float32)
-    processor = architecture.modality.load_processor(source, None)
+    processor = modality_of(architecture).load_processor(source, None)
     request = SampleRequest(recipe, model, processor, "", torch.device("cpu"), None, Progress("quiet"))
-    return architecture.modality.load(request)
+    return modality_of(architecture).load(request)
 
 
 def test_what_was_said_counts_most(model_directory: Path, tmp_path: Path) -> None:
@@ -69,13 +71,13 @@ def test_what_was_said_counts_most(model_directory: Path, tmp_path: Path) -> Non
     assert found.targets is not None
     assert found.output_mask is not None
     # Every token behind the prompt is predicted once, the end of the text included; padding never.
-    assert torch.equal(found.output_mask, (found.targets != IGNORED).float())
+    assert torch.equal(found.output_mask, (found.targets != IGNORE_INDEX).float())
     tokens = found.inputs["decoder_input_ids"]
     for row, counted, target in zip(tokens, found.masks["decoder"], found.targets, strict=True):
         length = int(counted.sum())
-        kept = target[: length - 1] != IGNORED
+        kept = target[: length - 1] != IGNORE_INDEX
         assert torch.equal(row[1:length][kept], target[: length - 1][kept])
-        assert (target[length:] == IGNORED).all()
+        assert (target[length:] == IGNORE_INDEX).all()
     assert load(model_directory, tmp_path / "data", batch_size=2).sha256 == found.sha256
     assert load(model_directory, tmp_path / "data", batch_size=2, seed=1).sha256 != found.sha256
 
@@ -85,7 +87,7 @@ def test_without_a_text_the_model_says_what_it_heard(model_directory: Path, tmp_
     (description,) = found.description.values()
     assert description["transcribed by the model"] == 4
     assert found.targets is not None
-    assert ((found.targets != IGNORED).sum(1) >= 1).all()
+    assert ((found.targets != IGNORE_INDEX).sum(1) >= 1).all()
 
 
 SPOKEN = ["<|en|>", "<|fr|>", "<|transcribe|>", "<|translate|>"]
@@ -128,8 +130,8 @@ def test_the_decoder_is_told_the_language(multilingual: Path, tmp_path: Path) ->
     for row, target, number in zip(found.inputs["decoder_input_ids"], found.targets, order, strict=True):
         begin = ["<|startoftranscript|>", f"<|{spoken[number]}|>", "<|transcribe|>", "<|notimestamps|>"]
         assert tokenizer.convert_ids_to_tokens(row[:4].tolist()) == begin
-        assert (target[:3] == IGNORED).all()
-        assert target[3] != IGNORED
+        assert (target[:3] == IGNORE_INDEX).all()
+        assert target[3] != IGNORE_INDEX
     (description,) = found.description.values()
     assert sum(description["languages"].values()) == 4
     assert description["languages"]["fr"] >= 2
@@ -174,7 +176,7 @@ def test_rows_of_tokens_by_hand() -> None:
 
     tokens, targets = decoder_rows([[1, 2, 5, 6, 3], [1, 2, 3]], Model, prompt=2)
     assert tokens.tolist() == [[1, 2, 5, 6], [1, 2, 9, 9]]
-    assert targets.tolist() == [[IGNORED, 5, 6, 3], [IGNORED, 3, IGNORED, IGNORED]]
+    assert targets.tolist() == [[IGNORE_INDEX, 5, 6, 3], [IGNORE_INDEX, 3, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_a_disturbed_recording_still_holds_the_voice() -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from lillama_core.allocation import AllocationRequest, Allocator, Spectrum, spend_remainder
+from lillama_core.allocation.plan import PlannedMap, RankPlan
 from lillama_core.initialization import Decomposition, Initializer, MapStatistics
-from lillama_core.plan import PlannedMap, RankPlan
 
 MLP_STRICTNESS = 0.1
 """The paper's code drops 0.01 of the variance of attention's maps and 0.001 of the MLP's."""
@@ -30,11 +30,14 @@ class OutputComponents(Initializer):
         covariance = torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
         if statistics.inputs is not None and statistics.center is not None:
             covariance = statistics.inputs.double() - torch.outer(statistics.center, statistics.center).double()
-        energies, V = torch.linalg.eigh(W @ covariance @ W.T)
+        squared_singular_values, V = torch.linalg.eigh(W @ covariance @ W.T)
         # A product W' = V V^T W has at most as many components as W has inputs.
         k = min(W.shape)
-        energies, V = energies.flip(0)[:k].clamp(min=0), V.flip(1)[:, :k].float().contiguous()
-        return Decomposition(Spectrum(energies, False), V, V.T.contiguous(), True, statistics.center)
+        squared_singular_values, V = (
+            squared_singular_values.flip(0)[:k].clamp(min=0),
+            V.flip(1)[:, :k].float().contiguous(),
+        )
+        return Decomposition(Spectrum(squared_singular_values, False), V, V.T.contiguous(), True, statistics.center)
 
 
 class VarianceThreshold(Allocator):
@@ -65,8 +68,8 @@ class VarianceThreshold(Allocator):
 
     @staticmethod
     def _rank(request: AllocationRequest, map_: PlannedMap, dropped: float) -> int | None:
-        energies = request.spectra[map_.name].energies.double()
-        kept = energies.cumsum(0) / energies.sum().clamp(min=1e-300)
+        squared_singular_values = request.spectra[map_.name].squared_singular_values.double()
+        kept = squared_singular_values.cumsum(0) / squared_singular_values.sum().clamp(min=1e-300)
         rank = max(1, int((kept < 1 - dropped).sum().item()) + 1)
         largest = request.largest_rank(map_, map_.dense_parameters - 1)
         return rank if rank <= largest else None

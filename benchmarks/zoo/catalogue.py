@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lillama_core.calibration.cache import default_cache_dir
 from lillama_core.errors import LillamaError, UserError, nearest
+from lillama_core.system.cache import default_cache_dir
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 

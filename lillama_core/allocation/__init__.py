@@ -7,10 +7,7 @@ from lillama_core.allocation.depth import BottomFirst, TopFirst
 from lillama_core.allocation.spectrum import SpectrumAllocator
 from lillama_core.allocation.uniform import Uniform
 
-BUILT_IN: dict[str, Allocator] = {a.name: a for a in (Uniform(), BottomFirst(), TopFirst(), SpectrumAllocator())}
-
 __all__ = [
-    "BUILT_IN",
     "AllocationRequest",
     "Allocator",
     "BottomFirst",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters
 from lillama_core.formats import Format
-from lillama_core.plan import Budget, PlannedMap, RankPlan, kept_parameters
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Spectrum:
     different maps are in one unit (the model's loss), so that they may be traded against each other as they are.
     """
 
-    energies: torch.Tensor
+    squared_singular_values: torch.Tensor
     comparable: bool
 
 

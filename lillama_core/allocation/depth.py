@@ -8,8 +8,8 @@ the minimum rank k before the next one is touched. Blocks never reached stay den
 from __future__ import annotations
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, spend_remainder
+from lillama_core.allocation.plan import PlannedMap, RankPlan
 from lillama_core.errors import UserError
-from lillama_core.plan import PlannedMap, RankPlan
 
 
 class _DepthOrder(Allocator):

@@ -12,7 +12,7 @@ import itertools
 from dataclasses import dataclass
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
-from lillama_core.plan import PlannedMap, RankPlan
+from lillama_core.allocation.plan import PlannedMap, RankPlan
 
 RANK_FLOOR = 0.5
 """Smallest rank, as a part of the uniform one, when spectra are not in one unit: relative errors are a poor
@@ -30,10 +30,10 @@ class Point:
 
 def tail_errors(spectrum: Spectrum) -> list[float]:
     """Error at rank 0, 1, …, k: the sum of the energies that are dropped, relative if not comparable."""
-    energies = spectrum.energies.double().clamp(min=0)
+    squared_singular_values = spectrum.squared_singular_values.double().clamp(min=0)
     if not spectrum.comparable:
-        energies = energies / energies.sum().clamp(min=1e-300)
-    tails: list[float] = energies.flip(0).cumsum(0).flip(0).tolist()
+        squared_singular_values = squared_singular_values / squared_singular_values.sum().clamp(min=1e-300)
+    tails: list[float] = squared_singular_values.flip(0).cumsum(0).flip(0).tolist()
     return [*tails, 0.0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, spend_remainder
-from lillama_core.plan import RankPlan
+from lillama_core.allocation.plan import RankPlan
 
 
 class Uniform(Allocator):

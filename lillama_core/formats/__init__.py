@@ -6,10 +6,7 @@ from lillama_core.formats.base import Format, LowRankLinear
 from lillama_core.formats.factored import Factored, FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, Pivoted
 
-BUILT_IN: dict[str, Format] = {f.name: f for f in (Factored(), Pivoted())}
-
 __all__ = [
-    "BUILT_IN",
     "Factored",
     "FactoredLinear",
     "Format",

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics, balance
-from lillama_core.initialization.second_moments import ActivationAware, SensitivityAware, root
+from lillama_core.initialization.second_moments import Fisher, Whitened, root
 from lillama_core.initialization.weights_only import PlainSVD, RandomInit
 
-BUILT_IN: dict[str, Initializer] = {
-    i.name: i for i in (PlainSVD(), RandomInit(), ActivationAware(), SensitivityAware())
-}
-
 __all__ = [
-    "BUILT_IN",
-    "ActivationAware",
     "Decomposition",
+    "Fisher",
     "Initializer",
     "MapStatistics",
     "PlainSVD",
     "RandomInit",
-    "SensitivityAware",
+    "Whitened",
     "balance",
     "root",
 ]

@@ -1,4 +1,4 @@
-"""Initialisers that weigh errors by what the model does: ``activation`` and ``sensitivity``.
+"""Initialisers that weigh errors by what the model does: ``whitened`` and ``fisher``.
 
 Both solve min over rank r of |L^T (W - W') C|_F^2 in closed form, with C C^T = G = E[x x^T] the second moment of the
 inputs and L L^T = F a weight on the outputs. With M = L^T W C and its singular vectors U, V:
@@ -44,13 +44,13 @@ def root(moment: torch.Tensor, damping: float) -> torch.Tensor:
         damping *= 10
 
 
-class ActivationAware(Initializer):
+class Whitened(Initializer):
     """The smallest error of the map's outputs, min E|W x - W' x|^2 (SVD-LLM, arXiv 2403.07378).
 
     When the outputs are the smaller side no factor of G is needed: U are the eigenvectors of W G W^T.
     """
 
-    name = "activation"
+    name = "whitened"
     needs_inputs = True
     corrects = True
 
@@ -66,16 +66,16 @@ class ActivationAware(Initializer):
         if W.shape[0] <= W.shape[1]:
             L = self.output_root(statistics, W)
             LW = W if L is None else L.T @ W
-            energies, U = descending_eigenpairs(LW @ G @ LW.T)
+            squared_singular_values, U = descending_eigenpairs(LW @ G @ LW.T)
             left = U if L is None else torch.linalg.solve_triangular(L.T, U, upper=True)
             right = U.T if L is None else U.T @ L.T
         else:
             C = root(G, INPUT_DAMPING)
-            energies, V = descending_eigenpairs(C.T @ self.weighted_gram(statistics, W) @ C)
+            squared_singular_values, V = descending_eigenpairs(C.T @ self.weighted_gram(statistics, W) @ C)
             left = C @ V
             right = torch.linalg.solve_triangular(C.T, V, upper=True).T
         return Decomposition(
-            Spectrum(energies.clamp(min=0), comparable=self.needs_gradients),
+            Spectrum(squared_singular_values.clamp(min=0), comparable=self.needs_gradients),
             left.float().contiguous(),
             right.float().contiguous(),
             W.shape[0] <= W.shape[1],
@@ -91,7 +91,7 @@ class ActivationAware(Initializer):
         return W.T @ W
 
 
-class SensitivityAware(ActivationAware):
+class Fisher(Whitened):
     """The smallest change of the model's predictions: errors of the outputs weighed by F = E[g g^T].
 
     With g the gradient of the log-likelihood of the model's own predictions, E[(e^T g)^2] is to second order twice the
@@ -100,7 +100,7 @@ class SensitivityAware(ActivationAware):
     for all maps of the model, which is what lets ``spectrum`` trade ranks between them.
     """
 
-    name = "sensitivity"
+    name = "fisher"
     needs_gradients = True
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
@@ -108,7 +108,7 @@ class SensitivityAware(ActivationAware):
         # A map that no gradient reached has no effect on the loss: any rank is as good as another. And an error counts
         # as often as the map is used.
         rows = statistics.rows if statistics.gradient_scale > 0 else 0.0
-        return replace(found, spectrum=Spectrum(found.spectrum.energies * rows, comparable=True))
+        return replace(found, spectrum=Spectrum(found.spectrum.squared_singular_values * rows, comparable=True))
 
     def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
         return None if statistics.gradients is None else root(statistics.gradients, GRADIENT_DAMPING)
@@ -123,5 +123,5 @@ class SensitivityAware(ActivationAware):
 
 def descending_eigenpairs(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues, largest first, and their eigenvectors as columns; rounding's asymmetry is averaged away."""
-    energies, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    return energies.flip(0), vectors.flip(1)
+    squared_singular_values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    return squared_singular_values.flip(0), vectors.flip(1)

@@ -19,9 +19,11 @@ class PlainSVD(Initializer):
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         W = weight.double()
         on_outputs = W.shape[0] <= W.shape[1]
-        energies, vectors = torch.linalg.eigh(W @ W.T if on_outputs else W.T @ W)
-        energies, vectors = energies.flip(0), vectors.flip(1).float().contiguous()
-        return Decomposition(Spectrum(energies.float(), False), vectors, vectors.T.contiguous(), on_outputs)
+        squared_singular_values, vectors = torch.linalg.eigh(W @ W.T if on_outputs else W.T @ W)
+        squared_singular_values, vectors = squared_singular_values.flip(0), vectors.flip(1).float().contiguous()
+        return Decomposition(
+            Spectrum(squared_singular_values.float(), False), vectors, vectors.T.contiguous(), on_outputs
+        )
 
 
 class RandomInit(PlainSVD):

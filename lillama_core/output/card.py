@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 
-from lillama_core.calibration import Source
-from lillama_core.recipe import Recipe
-from lillama_core.record import RunRecord
+from lillama_core.data.modality import modality_of
+from lillama_core.data.sources import Source
+from lillama_core.output.record import RunRecord
+from lillama_core.recipe.model import Recipe
 
 if TYPE_CHECKING:
-    from lillama_core.preparation import Preparation
+    from lillama_core.pipeline.spec import CompressionSpec
 
 RECIPE_FILE = "lillama_recipe.yaml"
 
@@ -40,7 +41,7 @@ STAGE_LABELS = {
 }
 
 
-def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
+def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> None:
     """Write README.md, whose front matter the Hugging Face Hub reads, and the recipe as YAML, to ``result``."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -54,7 +55,7 @@ def write_card(result: Path, record: RunRecord, prepared: Preparation) -> None:
         tags=["lillama", "low-rank"],
         **find_license(prepared),
     )
-    processor_class = prepared.architecture.modality.processor_class
+    processor_class = modality_of(prepared.architecture).processor_class
     trained = bool(record.recipe.get("steps"))
     name = source.short_name if source.is_local else record.model
     text = (
@@ -107,7 +108,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
     )
 
 
-def find_license(prepared: Preparation) -> dict[str, Any]:
+def find_license(prepared: CompressionSpec) -> dict[str, Any]:
     """``license`` and its companions from the front matter of the base model's README; empty when unknown."""
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -125,7 +126,7 @@ def find_license(prepared: Preparation) -> dict[str, Any]:
     return {k: found[k] for k in keys if isinstance(found.get(k), str) and 0 < len(found[k]) <= 200}
 
 
-def reproduce_command(record: RunRecord, prepared: Preparation) -> str:
+def reproduce_command(record: RunRecord, prepared: CompressionSpec) -> str:
     """The command line that repeats the run, given the recipe file."""
     source = prepared.source
     model = (source.gguf_file or source.short_name) if source.is_local else record.model

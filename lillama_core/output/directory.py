@@ -10,26 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lillama_core.blocks import main_output
+from lillama_core.allocation.plan import RankPlan
+from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError
-from lillama_core.modality import Inputs, as_dtype
+from lillama_core.models.outputs import main_output
 from lillama_core.output.card import public_name, public_recipe, write_card
+from lillama_core.output.quantizer import LillamaConfig, attach, target_entries
+from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
+from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import TRUST
-from lillama_core.plan import RankPlan
-from lillama_core.progress import Progress
-from lillama_core.quantizer import LillamaConfig, attach, site_entries
-from lillama_core.record import RunRecord
-from lillama_core.run_directory import RunDirectory, write_json, write_tensors
+from lillama_core.system.files import write_json, write_tensors
+from lillama_core.system.progress import Progress
 
 if TYPE_CHECKING:
-    from lillama_core.preparation import Preparation
+    from lillama_core.pipeline.spec import CompressionSpec
 
 
 def write_result(
     model: Any,
     processor: Any,
-    prepared: Preparation,
+    prepared: CompressionSpec,
     plan: RankPlan,
     record: RunRecord,
     directory: RunDirectory,
@@ -37,9 +38,9 @@ def write_result(
 ) -> None:
     """Write ``model``, whose maps are low rank already, and publish the directory once it has been loaded back."""
     result = directory.result
-    sites = site_entries(prepared.all_blocks, plan)
+    targets = target_entries(prepared.all_blocks, plan)
     model.config.dtype = next(model.parameters()).dtype
-    attach(model, LillamaConfig(sites))
+    attach(model, LillamaConfig(targets))
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -47,7 +48,7 @@ def write_result(
         model.save_pretrained(str(result))
     finally:
         logger.setLevel(level)
-    modality = prepared.architecture.modality
+    modality = modality_of(prepared.architecture)
     modality.save_processor(processor, result)
     record.bytes = {
         "dense": prepared.total_parameters * next(model.parameters()).dtype.itemsize,
@@ -55,7 +56,7 @@ def write_result(
     }
     progress.line("Checking that a fresh process loads the result")
     trusted = prepared.source.trust_remote_code
-    check_reload(model, result, prepared.architecture.auto_class, modality.probe(prepared.config), trusted)
+    check_reload(model, result, prepared.architecture.auto_class, modality.dummy_inputs(prepared.config), trusted)
     record.stop()
     write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)

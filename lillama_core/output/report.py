@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lillama_core.allocation.plan import rank_range
 from lillama_core.output.card import (
     Change,
     changes,
@@ -43,9 +44,8 @@ from lillama_core.output.plots import (
     style,
     svg,
 )
-from lillama_core.plan import rank_range
-from lillama_core.record import RunRecord
-from lillama_core.strategies import formats
+from lillama_core.output.record import RunRecord
+from lillama_core.strategies import make
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,7 +191,7 @@ def stacks(record: RunRecord) -> list[Stack]:
         maps.append((stack, position, inner, name, out, in_))
     found = {**{f"{path} (outside)": s for path, s in outside.items()}, **found}
     crowded = {s.name for s in found.values() if len({m[2] for m in maps if m[0] is s}) > MOST_ROWS}
-    format_ = formats()[record.plan["format"]]
+    format_ = make("formats", record.plan["format"])
     for stack, position, inner, name, out, in_ in maps:
         row = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner) if stack.name in crowded else inner
         rank = record.plan["ranks"].get(name)

@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lillama_core.blocks import main_output
-from lillama_core.modality import as_dtype
+from lillama_core.data.modality import as_dtype
+from lillama_core.models.outputs import main_output
 
 TOLERANCE = 1e-3
 """On ||y - y0|| / ||y0||, for fp32: kernels may differ with the number of threads."""

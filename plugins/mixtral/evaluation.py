@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from lillama_core import Evaluation, EvaluationOptions, Measurement, Subject
-from lillama_core.calibration import Source, load_text_windows
-from lillama_core.evaluation import Report
-from lillama_core.metrics import OFFLINE_TEXT, language_model_evaluation
+from lillama_core.data.shipped import OFFLINE_TEXT
+from lillama_core.data.sources import Source
+from lillama_core.data.text.calibration import load_text_windows
+from lillama_core.evaluation import language_model_evaluation
+from lillama_core.evaluation.base import Report
 
 ROUTER = "mlp.gate"
 """Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
@@ -109,7 +111,7 @@ class Routing:
             )
         return found
 
-    def recall(self, folder: Path) -> dict[str, Any]:
+    def load_saved(self, folder: Path) -> dict[str, Any]:
         """The choices that `measure` wrote into ``folder``; none is no error."""
         try:
             return dict(load_file(folder / FILE)) if (folder / FILE).is_file() else {}
@@ -117,4 +119,4 @@ class Routing:
             raise ValueError(f"{FILE} is damaged: {error}") from None
 
 
-evaluation = Evaluation(*language_model_evaluation.metrics, Routing())
+evaluation = Evaluation(*language_model_evaluation.declared, Routing())

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lillama_core import Evaluation
-from lillama_core.evaluation import Subject
-from lillama_core.metrics import Footprint, RealTimeFactor, WordErrorRate
-from lillama_core.metrics.speech import transcribe_one
+from lillama_core.evaluation.base import Subject
+from lillama_core.evaluation.metrics import Footprint, RealTimeFactor, WordErrorRate
+from lillama_core.evaluation.metrics.speech import transcribe_one
 
 from .ctranslate2 import NORMALIZER
 from .languages import is_multilingual, language_code, usual_language

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from lillama_core import Inputs, Modality, Recipe, SampleRequest, Samples, UserError
-from lillama_core.calibration.audio import DATASETS, RATE, Sound, Utterance, read_speech
-from lillama_core.modality import IGNORED, random_tokens
+from lillama_core.data.modality import IGNORE_INDEX
+from lillama_core.data.speech.audio import RATE, Sound
+from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
+from lillama_core.data.text.modality import random_tokens
 
 from .ctranslate2 import save_processor
 from .languages import is_multilingual, language_code, prompt, usual_language
@@ -64,7 +66,7 @@ class Speech(Modality):
     def save_processor(self, processor: Any, folder: Path) -> None:
         save_processor(processor, folder)
 
-    def probe(self, config: Any) -> Inputs:
+    def dummy_inputs(self, config: Any) -> Inputs:
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
         sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return {"input_features": sound, "decoder_input_ids": random_tokens(config)}
@@ -108,7 +110,7 @@ class Speech(Modality):
             int(sum(frames)),
             masks,
             targets,
-            (targets != IGNORED).float(),
+            (targets != IGNORE_INDEX).float(),
         )
 
 
@@ -230,7 +232,7 @@ def decoder_rows(written: list[list[int]], model: Any, prompt: int) -> tuple[tor
     """What the decoder reads and what it is to predict, both [rows, length], from token rows of different lengths."""
     length = max(len(row) for row in written) - 1
     tokens = torch.full((len(written), length), model.config.pad_token_id)
-    targets = torch.full((len(written), length), IGNORED)
+    targets = torch.full((len(written), length), IGNORE_INDEX)
     for i, row in enumerate(written):
         tokens[i, : len(row) - 1] = torch.tensor(row[:-1])
         targets[i, prompt - 1 : len(row) - 1] = torch.tensor(row[prompt:])

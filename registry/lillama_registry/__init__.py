@@ -1,10 +1,12 @@
-"""Plugins of lillama: the hooks, the manager, and the lookup from a model's config to its architecture."""
+"""Plugins of lillama: the hooks, the manager, and the lookup from a name to what a plugin gives under it."""
 
 from lillama_registry.hooks import ENTRY_POINT_GROUP, hookimpl, hookspec
-from lillama_registry.manager import LoadedPlugin, PluginFailure, Registry, registry
+from lillama_registry.manager import Conflict, ConflictError, LoadedPlugin, PluginFailure, Registry, registry
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "Conflict",
+    "ConflictError",
     "LoadedPlugin",
     "PluginFailure",
     "Registry",

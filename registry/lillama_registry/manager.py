@@ -1,27 +1,37 @@
-"""Loads plugins one by one, so that a broken one is reported and the others work."""
+"""Load plugins one by one, so that a broken one is reported and the others work."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from lillama_registry import hooks
 
+if TYPE_CHECKING:
+    from lillama_core.architecture import Architecture
+
+CORE = "core"
+"""Name of the plugin with which lillama registers its own strategies; it is always loaded, and first."""
 NAMED_HOOKS = {
+    "targets": "lillama_targets",
+    "modalities": "lillama_modalities",
+    "metrics": "lillama_metrics",
     "allocators": "lillama_allocators",
     "initializers": "lillama_initializers",
     "formats": "lillama_formats",
     "losses": "lillama_losses",
+    "stages": "lillama_stages",
     "recipes": "lillama_recipes",
     "checkpoints": "lillama_checkpoints",
 }
-"""Kinds of strategy that plugins add by name, and the hook that gives them."""
+"""Kinds of thing that plugins add by name, and the hook that gives them."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +41,12 @@ class LoadedPlugin:
     name: str
     distribution: str
     version: str
-    architectures: tuple[Any, ...]
-    strategies: Mapping[str, Mapping[str, Any]]
-    """Kind (a key of ``NAMED_HOOKS``) -> name -> strategy."""
+    architectures: tuple[Architecture, ...]
+    named: Mapping[str, Mapping[str, Any]]
+    """Kind (a key of ``NAMED_HOOKS``) -> name -> what the hook gave: an object, a class or a reference."""
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.distribution} {self.version})"
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,27 @@ class PluginFailure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """One name that several plugins claim."""
+
+    kind: str
+    name: str
+    plugins: tuple[LoadedPlugin, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} among the {self.kind} is claimed by the plugins {' and '.join(map(str, self.plugins))}"
+
+
+class ConflictError(LookupError):
+    """A name that several plugins claim was asked for; the message names them all."""
+
+
 class Registry:
     """The plugins found in the environment.
 
-    ``LILLAMA_PLUGINS`` limits what is loaded to a comma-separated list of entry-point names (empty: none).
+    ``LILLAMA_PLUGINS`` limits what is loaded beside the core to a comma-separated list of entry-point names (empty:
+    nothing).
     """
 
     def __init__(self) -> None:
@@ -60,9 +90,10 @@ class Registry:
     def load_entry_points(self) -> None:
         """Load every plugin of the group, skipping and recording those that fail."""
         wanted = os.environ.get("LILLAMA_PLUGINS")
-        allowed = None if wanted is None else {name.strip() for name in wanted.split(",")}
+        allowed = None if wanted is None else {CORE, *(name.strip() for name in wanted.split(","))}
         seen: set[tuple[str, str]] = set()
-        for entry_point in importlib.metadata.entry_points(group=hooks.ENTRY_POINT_GROUP):
+        found = importlib.metadata.entry_points(group=hooks.ENTRY_POINT_GROUP)
+        for entry_point in sorted(found, key=lambda e: e.value != "lillama_core.builtin"):
             # An editable install can be listed twice (its egg-info and its dist-info).
             key = (entry_point.name, entry_point.value)
             if key in seen or (allowed is not None and entry_point.name not in allowed):
@@ -72,7 +103,7 @@ class Registry:
             version = entry_point.dist.version if entry_point.dist else ""
             try:
                 module = entry_point.load()
-            # A stranger's module may raise anything at import, SystemExit included.
+            # Somebody's module may raise anything at import, SystemExit included.
             except (Exception, SystemExit) as error:
                 self._fail(entry_point.name, distribution, error)
             else:
@@ -80,18 +111,18 @@ class Registry:
 
     def add(self, module: Any, name: str, distribution: str = "", version: str = "") -> None:
         """Register one plugin and ask it for everything it provides; on any failure it is taken out again."""
+        # Two distributions may each have a plugin of one name: what they claim decides, not who came first.
+        registered = f"{name} of {distribution}"
         try:
-            self.manager.register(module, name=name)
+            self.manager.register(module, name=registered)
             self.manager.check_pending()
             self._check_marked(module)
-            plugin = LoadedPlugin(
-                name, distribution, version, _architectures(module), {k: _named(module, k) for k in NAMED_HOOKS}
-            )
-            self._check_taken(plugin)
+            named = {kind: _named(module, kind) for kind in NAMED_HOOKS}
+            plugin = LoadedPlugin(name, distribution, version, _architectures(module), named)
         except (Exception, SystemExit) as error:
             # A second plugin of one name must not take the first one with it.
-            if self.manager.get_plugin(name) is module:
-                self.manager.unregister(name=name)
+            if self.manager.get_plugin(registered) is module:
+                self.manager.unregister(name=registered)
             self._fail(name, distribution, error)
         else:
             self.loaded.append(plugin)
@@ -102,17 +133,11 @@ class Registry:
             if hasattr(module, hook) and self.manager.parse_hookimpl_opts(module, hook) is None:
                 raise TypeError(f"{hook} is not marked with @lillama_core.hookimpl")
 
-    def _check_taken(self, plugin: LoadedPlugin) -> None:
-        for other in self.loaded:
-            for kind, strategies in plugin.strategies.items():
-                for name in strategies:
-                    if name in other.strategies[kind]:
-                        raise ValueError(f"plugin {other.name!r} provides {name!r} among the {kind} already")
-
     def add_commands(self, subparsers: Any) -> None:
         """Let every plugin add its commands; one that fails is recorded, and the others go on."""
         for plugin in list(self.loaded):
-            others = [p for name, p in self.manager.list_name_plugin() if name != plugin.name]
+            own = f"{plugin.name} of {plugin.distribution}"
+            others = [p for name, p in self.manager.list_name_plugin() if name != own]
             hook = self.manager.subset_hook_caller("lillama_commands", remove_plugins=others)
             try:
                 hook(subparsers=subparsers)
@@ -126,31 +151,71 @@ class Registry:
             self.failures.append(failure)
 
     @property
-    def architectures(self) -> list[Any]:
+    def architectures(self) -> list[Architecture]:
         """All architectures, in the order of registration."""
         return [a for plugin in self.loaded for a in plugin.architectures]
 
-    def architectures_for(self, model_type: str) -> list[Any]:
+    def architectures_for(self, model_type: str) -> list[Architecture]:
         """The architectures that claim ``config.model_type``: one when all is well."""
         return [a for a in self.architectures if model_type in a.model_types]
 
-    def plugin_of(self, architecture: Any) -> LoadedPlugin:
+    def plugin_of(self, architecture: Architecture) -> LoadedPlugin:
         """The plugin that brought ``architecture``."""
         return next(p for p in self.loaded if any(a is architecture for a in p.architectures))
 
-    def strategies(self, kind: str) -> dict[str, Any]:
-        """What plugins add of one kind (a key of ``NAMED_HOOKS``), by name."""
-        return {name: found for plugin in self.loaded for name, found in plugin.strategies[kind].items()}
+    def names(self, kind: str) -> list[str]:
+        """All names of one kind (a key of ``NAMED_HOOKS``), sorted."""
+        return sorted({name for plugin in self.loaded for name in plugin.named[kind]})
+
+    def get(self, kind: str, name: str) -> Any:
+        """What a plugin gives under ``name``: an object or a class; a reference is imported first.
+
+        Raises KeyError when no plugin gives it, ConflictError when several do, and ImportError, naming the plugin, when
+        the reference leads nowhere.
+        """
+        claiming = [plugin for plugin in self.loaded if name in plugin.named[kind]]
+        if not claiming:
+            raise KeyError(name)
+        if len(claiming) > 1:
+            raise ConflictError(str(Conflict(kind, name, tuple(claiming))))
+        found = claiming[0].named[kind][name]
+        if not isinstance(found, str):
+            return found
+        module, _, attribute = found.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ImportError(f"plugin {claiming[0]} gives {found!r} for {name!r}: {reason}") from error
+
+    def each(self, kind: str) -> Iterator[tuple[str, Any]]:
+        """Name and thing of one kind, imported; a name that several plugins claim is left out."""
+        conflicting = {c.name for c in self.conflicts if c.kind == kind}
+        for name in self.names(kind):
+            if name not in conflicting:
+                yield name, self.get(kind, name)
+
+    @property
+    def conflicts(self) -> list[Conflict]:
+        """Every name and model type that more than one plugin claims."""
+        claims: dict[tuple[str, str], list[LoadedPlugin]] = {}
+        for plugin in self.loaded:
+            own = {(kind, name) for kind, names in plugin.named.items() for name in names}
+            own |= {("model types", t) for a in plugin.architectures for t in a.model_types}
+            own |= {("architectures", a.name) for a in plugin.architectures}
+            for key in own:
+                claims.setdefault(key, []).append(plugin)
+        return [Conflict(*key, tuple(plugins)) for key, plugins in sorted(claims.items()) if len(plugins) > 1]
 
     def provides(self, plugin: LoadedPlugin) -> dict[str, list[str]]:
         """What one plugin brings: kind -> names."""
         types = sorted({t for a in plugin.architectures for t in a.model_types})
         found = {"architectures": sorted({a.name for a in plugin.architectures}), "model types": types}
-        found |= {kind: sorted(strategies) for kind, strategies in plugin.strategies.items()}
+        found |= {kind: sorted(named) for kind, named in plugin.named.items()}
         return {kind: names for kind, names in found.items() if names}
 
 
-def _architectures(module: Any) -> tuple[Any, ...]:
+def _architectures(module: Any) -> tuple[Architecture, ...]:
     """What a plugin's hook gives, checked as far as the core relies on it."""
     hook = getattr(module, "lillama_architectures", None)
     found = [] if hook is None else hook()
@@ -167,9 +232,12 @@ def _architectures(module: Any) -> tuple[Any, ...]:
 def _named(module: Any, kind: str) -> dict[str, Any]:
     hook = getattr(module, NAMED_HOOKS[kind], None)
     found = {} if hook is None else hook()
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise TypeError(f"{NAMED_HOOKS[kind]} must give a dict of name to strategy, not {found!r}")
-    return found
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{NAMED_HOOKS[kind]} must give a dict of name to {kind}, not {found!r}")
+    for name, thing in found.items():
+        if isinstance(thing, str) and not all(thing.partition(":")):
+            raise TypeError(f"{NAMED_HOOKS[kind]} gives {thing!r} for {name!r}; a reference is 'package.module:name'")
+    return dict(found)
 
 
 @functools.cache

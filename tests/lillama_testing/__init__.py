@@ -20,18 +20,18 @@ from lillama_testing.checks import (
     run_check,
 )
 from lillama_testing.command import lillama_commands
-from lillama_testing.tiny import Specimen, make_specimen, specimen_at
+from lillama_testing.tiny import TinyModel, make_tiny_model, specimen_at
 
 __all__ = [
     "CHECKS",
     "Case",
     "CheckFailed",
     "Outcome",
-    "Specimen",
+    "TinyModel",
     "cases",
     "check_architecture",
     "lillama_commands",
-    "make_specimen",
+    "make_tiny_model",
     "parametrize_with_checks",
     "run_check",
     "specimen_at",

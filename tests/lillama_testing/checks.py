@@ -16,26 +16,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture import Architecture, Block, find_blocks
-from lillama_core.blocks import BlockCall, BlockRunner, Parent, main_output
-from lillama_core.distillation import trained_parameters
-from lillama_core.engine import Request, compress
+from lillama_core.architecture.auto import AUTO
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import Block, find_blocks
+from lillama_core.architecture.targets.linear import LinearTarget
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
+from lillama_core.data.modality import Inputs, modality_of
+from lillama_core.distillation.training import trained_parameters
 from lillama_core.errors import LillamaError, one_line
-from lillama_core.formats import BUILT_IN
-from lillama_core.generic import AUTO
-from lillama_core.maps import LinearMap, MapChoice, matches_any
-from lillama_core.modality import Inputs
-from lillama_core.models import auto_class, count_parameters
-from lillama_core.sites import LinearSite
-from lillama_core.weights import ResidentSource
-from lillama_testing.tiny import Specimen, make_specimen
+from lillama_core.models.loading import auto_class, count_parameters
+from lillama_core.models.outputs import main_output
+from lillama_core.pipeline.engine import Request, compress
+from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.strategies import make
+from lillama_testing.tiny import TinyModel, make_tiny_model
 
 TOLERANCE = 1e-3
 """Relative difference, in the norm, of two computations of one thing in fp32; a mistake shows as more than this."""
 NEW_TOKENS = 4
 CPU = torch.device("cpu")
 
-Check = Callable[[Specimen], None]
+Check = Callable[[TinyModel], None]
 
 
 class CheckFailed(AssertionError):  # noqa: N818  it reads as what happened
@@ -77,10 +80,10 @@ _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
 @functools.cache
-def _kept_specimen(architecture: Architecture, model_type: str) -> Specimen:
+def _kept_specimen(architecture: Architecture, model_type: str) -> TinyModel:
     """The tiny model of a type, made once for all checks of a process."""
     _SCRATCH.append(tempfile.TemporaryDirectory())
-    return make_specimen(architecture, model_type, Path(_SCRATCH[-1].name))
+    return make_tiny_model(architecture, model_type, Path(_SCRATCH[-1].name))
 
 
 def require(condition: object, message: str) -> None:
@@ -99,14 +102,14 @@ def require_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> Non
 # What the checks look at
 
 
-def all_blocks(specimen: Specimen, model: nn.Module, choice: MapChoice | None = None) -> list[Block]:
+def all_blocks(tiny: TinyModel, model: nn.Module, choice: MapChoice | None = None) -> list[Block]:
     """The blocks of all stacks."""
-    return [b for stack in find_blocks(specimen.architecture, model, choice=choice).values() for b in stack]
+    return [b for stack in find_blocks(tiny.architecture, model, choice=choice).values() for b in stack]
 
 
-def probes(specimen: Specimen, model: Any) -> Iterator[Inputs]:
+def probes(tiny: TinyModel, model: Any) -> Iterator[Inputs]:
     """Made-up inputs of the model: the modality's, and for token models the same with padding on the left."""
-    inputs = specimen.architecture.modality.probe(model.config)
+    inputs = modality_of(tiny.architecture).dummy_inputs(model.config)
     yield inputs
     if "input_ids" in inputs:
         mask = torch.ones_like(inputs["input_ids"])
@@ -115,10 +118,10 @@ def probes(specimen: Specimen, model: Any) -> Iterator[Inputs]:
 
 
 def block_calls(
-    specimen: Specimen, model: nn.Module, inputs: Inputs
-) -> Iterator[tuple[Block, nn.Module, torch.Tensor, BlockCall]]:
+    tiny: TinyModel, model: nn.Module, inputs: Inputs
+) -> Iterator[tuple[Block, nn.Module, torch.Tensor, BlockInputs]]:
     """Every block of every stack with the hidden states and other arguments that it gets in the model's own pass."""
-    for blocks in find_blocks(specimen.architecture, model).values():
+    for blocks in find_blocks(tiny.architecture, model).values():
         entering: dict[int, torch.Tensor] = {}
 
         def note(index: int, entering: dict[int, torch.Tensor] = entering) -> Any:
@@ -133,7 +136,7 @@ def block_calls(
             model(**inputs)
         for handle in handles:
             handle.remove()
-        _, calls = Parent(model, specimen.architecture, blocks).record(inputs)
+        _, calls = StackHarness(model, tiny.architecture, blocks).record(inputs)
         for block, module, call in zip(blocks, modules, calls, strict=True):
             yield block, module, entering[block.index], call
 
@@ -159,13 +162,13 @@ def replace_at_full_rank(model: nn.Module, blocks: Iterable[Block]) -> None:
     generator = torch.Generator().manual_seed(0)
     for block in blocks:
         module = model.get_submodule(block.path)
-        for site in block.sites:
+        for target in block.targets:
             layers: dict[str, nn.Module] = {}
-            for map_ in site.maps:
-                B, A = full_rank_factors(site.weight(module, map_), generator)
-                bias = site.bias(module, map_)
-                layers[map_.name] = BUILT_IN["factored"].from_factors(B, A, bias)
-            site.put(module, layers)
+            for map_ in target.maps:
+                B, A = full_rank_factors(target.weight(module, map_), generator)
+                bias = target.bias(module, map_)
+                layers[map_.name] = make("formats", "factored").from_factors(B, A, bias)
+            target.replace(module, layers)
 
 
 # The checks
@@ -177,7 +180,7 @@ def linear_parameters(block: nn.Module) -> set[str]:
     for path, module in block.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             fused = parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
-            if fused or (parameter.dim() == 2 and (isinstance(module, nn.Linear) or LinearSite.accepts(module))):
+            if fused or (parameter.dim() == 2 and (isinstance(module, nn.Linear) or LinearTarget.accepts(module))):
                 found.add(f"{path}.{name}".removeprefix("."))
     return found
 
@@ -192,9 +195,9 @@ def covered_parameters(block: nn.Module, description: Block) -> set[str]:
     with torch.no_grad():
         for parameter in marked.parameters():
             parameter.zero_()
-        for site in description.sites:
-            for map_ in site.maps:
-                weight = site.weight(marked, map_)
+        for target in description.targets:
+            for map_ in target.maps:
+                weight = target.weight(marked, map_)
                 shape = (map_.out_features, map_.in_features)
                 require(weight.shape == shape, f"{map_.name} is said to be {shape}, its weight {tuple(weight.shape)}")
                 weight.add_(1)
@@ -208,15 +211,15 @@ def covered_parameters(block: nn.Module, description: Block) -> set[str]:
     return covered
 
 
-def check_maps(specimen: Specimen) -> None:
+def check_maps(tiny: TinyModel) -> None:
     """The maps are all linear weights of the blocks, minus the declared exceptions, each element once."""
-    architecture = specimen.architecture
-    model = specimen.load()
+    architecture = tiny.architecture
+    model = tiny.load()
     for include, exceptions in (
         ((), (*architecture.exclude, *architecture.optional)),
         (architecture.optional, architecture.exclude),
     ):
-        for description in all_blocks(specimen, model, MapChoice(include=include)):
+        for description in all_blocks(tiny, model, MapChoice(include=include)):
             block = model.get_submodule(description.path)
             expected = {n for n in linear_parameters(block) if not _excepted(n, exceptions)}
             covered = covered_parameters(block, description)
@@ -230,33 +233,33 @@ def _excepted(parameter: str, patterns: tuple[str, ...]) -> bool:
     return matches_any(parameter, patterns) or matches_any(parameter.removesuffix(".weight"), patterns)
 
 
-def check_observing(specimen: Specimen) -> None:
+def check_observing(tiny: TinyModel) -> None:
     """Watching a site shows exactly the rows that its maps multiply, and what comes of them.
 
     Through each map's outputs y = W x + b, and through autograd: the gradient of W is the sum over all rows of g x^T,
     with g the gradient at y, so that a row too many or too few shows in it.
     """
-    model = specimen.load()
+    model = tiny.load()
     seen_maps = 0
-    for inputs in probes(specimen, model):
-        for description, original, hidden, call in block_calls(specimen, model, inputs):
+    for inputs in probes(tiny, model):
+        for description, original, hidden, call in block_calls(tiny, model, inputs):
             # The engine works on copies of blocks, in fp32 and apart from the model.
             block = ResidentSource(model, CPU).block(description).requires_grad_(True)
             require(type(block) is type(original), "a copy of a block is of another type")
             rows: dict[str, list[torch.Tensor]] = {m.name: [] for m in description.maps}
             outs: dict[str, list[torch.Tensor]] = {m.name: [] for m in description.maps}
 
-            def on_input(map_: LinearMap, x: torch.Tensor, rows: dict[str, list[torch.Tensor]] = rows) -> None:
+            def on_input(map_: TargetLinear, x: torch.Tensor, rows: dict[str, list[torch.Tensor]] = rows) -> None:
                 rows[map_.name].append(x)
 
-            def on_output(map_: LinearMap, y: torch.Tensor, outs: dict[str, list[torch.Tensor]] = outs) -> None:
+            def on_output(map_: TargetLinear, y: torch.Tensor, outs: dict[str, list[torch.Tensor]] = outs) -> None:
                 y.retain_grad()
                 outs[map_.name].append(y)
 
-            handles = [site.watching(block, on_input, on_output) for site in description.sites]
+            handles = [target.observe(block, on_input, on_output) for target in description.targets]
             for handle in handles:
                 handle.__enter__()
-            out = specimen.architecture.call_block(block, hidden.requires_grad_(True), call.args, call.kwargs)
+            out = tiny.architecture.call_block(block, hidden.requires_grad_(True), call.args, call.kwargs)
             for handle in handles:
                 handle.__exit__(None, None, None)
             generator = torch.Generator().manual_seed(0)
@@ -265,19 +268,19 @@ def check_observing(specimen: Specimen) -> None:
             gradients = copy.deepcopy(block)
             for there, here in zip(gradients.parameters(), block.parameters(), strict=True):
                 there.data = torch.zeros_like(here) if here.grad is None else here.grad
-            for site in description.sites:
-                for map_ in site.maps:
+            for target in description.targets:
+                for map_ in target.maps:
                     where = description.full_name(map_)
                     x = _stacked(rows[map_.name], map_.in_features)
                     y = _stacked(outs[map_.name], map_.out_features)
                     require(len(x) == len(y), f"{where} is shown {len(x)} rows and {len(y)} outputs")
                     seen_maps += len(x) > 0
-                    W, b = site.weight(block, map_).detach(), site.bias(block, map_)
+                    W, b = target.weight(block, map_).detach(), target.bias(block, map_)
                     if len(x):
                         multiplied = x @ W.T + (0 if b is None else b.detach())
                         require_close(y.detach(), multiplied, f"outputs shown of {where} and W x + b")
                     g = _stacked([_gradient(t) for t in outs[map_.name]], map_.out_features)
-                    truth = site.weight(gradients, map_).detach()
+                    truth = target.weight(gradients, map_).detach()
                     if truth.norm() == 0 and not len(x):
                         continue
                     require_close(g.T @ x, truth, f"the gradient of {where} and that of the rows shown")
@@ -292,16 +295,16 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def check_chain(specimen: Specimen) -> None:
+def check_chain(tiny: TinyModel) -> None:
     """Blocks run one after the other, with the arguments recorded for each, give what the whole model gives."""
-    model = specimen.load()
+    model = tiny.load()
     source = ResidentSource(model, CPU)
-    for inputs in probes(specimen, model):
+    for inputs in probes(tiny, model):
         expected = output_of(model, inputs)
-        for stack, blocks in find_blocks(specimen.architecture, model).items():
-            parent = Parent(model, specimen.architecture, blocks)
+        for stack, blocks in find_blocks(tiny.architecture, model).items():
+            parent = StackHarness(model, tiny.architecture, blocks)
             hidden, calls = parent.record(inputs)
-            runner = BlockRunner(specimen.architecture, [calls], CPU, None)
+            runner = BlockRunner(tiny.architecture, [calls], CPU, None)
             with torch.no_grad():
                 for block in blocks:
                     hidden = runner(source.block(block), block, 0, hidden)
@@ -310,14 +313,14 @@ def check_chain(specimen: Specimen) -> None:
             require_close(found, expected, f"outputs of the chained {stack} blocks and of the model, {shown},")
 
 
-def check_full_rank(specimen: Specimen) -> None:
+def check_full_rank(tiny: TinyModel) -> None:
     """A model whose maps are replaced by factors of full rank gives what it gave, and writes the same tokens."""
-    model, replaced = specimen.load(), specimen.load()
-    blocks = all_blocks(specimen, model)
+    model, replaced = tiny.load(), tiny.load()
+    blocks = all_blocks(tiny, model)
     replace_at_full_rank(replaced, blocks)
-    for inputs in probes(specimen, model):
+    for inputs in probes(tiny, model):
         require_close(output_of(replaced, inputs), output_of(model, inputs), "outputs at full rank and dense")
-    prompt = prompt_of(model, specimen)
+    prompt = prompt_of(model, tiny)
     if prompt is not None:
         require(
             torch.equal(generate(replaced, prompt), generate(model, prompt)),
@@ -325,12 +328,12 @@ def check_full_rank(specimen: Specimen) -> None:
         )
 
 
-def check_training(specimen: Specimen) -> None:
+def check_training(tiny: TinyModel) -> None:
     """In training mode a low-rank model gives the same as in eval mode, and a backward pass reaches every factor."""
-    model = specimen.load()
-    blocks = all_blocks(specimen, model)
-    inputs = specimen.architecture.modality.probe(model.config)
-    idle = _maps_without_rows(specimen, model, inputs)
+    model = tiny.load()
+    blocks = all_blocks(tiny, model)
+    inputs = modality_of(tiny.architecture).dummy_inputs(model.config)
+    idle = _maps_without_rows(tiny, model, inputs)
     replace_at_full_rank(model, blocks)
     expected = output_of(model, inputs)
     model.requires_grad_(False)
@@ -350,10 +353,10 @@ def check_training(specimen: Specimen) -> None:
     (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     for block in blocks:
         module = model.get_submodule(block.path)
-        for site in block.sites:
-            for map_ in site.maps:
+        for target in block.targets:
+            for map_ in target.maps:
                 name = block.full_name(map_)
-                layer = site.layer(module, map_)
+                layer = target.layer(module, map_)
                 for parameter in trained_parameters(layer, "factors"):
                     if name in idle:
                         continue
@@ -364,19 +367,19 @@ def check_training(specimen: Specimen) -> None:
                     )
 
 
-def _maps_without_rows(specimen: Specimen, model: nn.Module, inputs: Inputs) -> set[str]:
+def _maps_without_rows(tiny: TinyModel, model: nn.Module, inputs: Inputs) -> set[str]:
     """Maps that no row of ``inputs`` reaches, such as those of an expert that nothing is sent to."""
     reached: set[str] = set()
-    blocks = all_blocks(specimen, model)
+    blocks = all_blocks(tiny, model)
     contexts = []
     for block in blocks:
         module = model.get_submodule(block.path)
 
-        def note(map_: LinearMap, rows: torch.Tensor, block: Block = block) -> None:
+        def note(map_: TargetLinear, rows: torch.Tensor, block: Block = block) -> None:
             if rows.numel():
                 reached.add(block.full_name(map_))
 
-        contexts += [site.watching(module, on_input=note) for site in block.sites]
+        contexts += [target.observe(module, on_input=note) for target in block.targets]
     for context in contexts:
         context.__enter__()
     output_of(model, inputs)
@@ -385,11 +388,11 @@ def _maps_without_rows(specimen: Specimen, model: nn.Module, inputs: Inputs) -> 
     return {block.full_name(m) for block in blocks for m in block.maps} - reached
 
 
-def prompt_of(model: Any, specimen: Specimen) -> torch.Tensor | None:
+def prompt_of(model: Any, tiny: TinyModel) -> torch.Tensor | None:
     """What the model goes on from when it generates; None when it does not generate."""
     if not (hasattr(model, "can_generate") and model.can_generate()):
         return None
-    return specimen.architecture.modality.probe(model.config)[model.main_input_name]
+    return modality_of(tiny.architecture).dummy_inputs(model.config)[model.main_input_name]
 
 
 def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
@@ -403,22 +406,22 @@ def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
     return written
 
 
-def check_compression(specimen: Specimen) -> None:
+def check_compression(tiny: TinyModel) -> None:
     """Two blocks from end to end: compressed, loaded (in a fresh process too), generating, saved and loaded again."""
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result"
         # In its end the run loads the result in a process of its own and compares the outputs.
-        tried = AUTO if specimen.architecture.name == AUTO else specimen.architecture
-        record = compress(Request(str(specimen.folder), result, specimen.recipe(), architecture=tried), "quiet")
+        tried = AUTO if tiny.architecture.name == AUTO else tiny.architecture
+        record = compress(Request(str(tiny.folder), result, tiny.recipe(), architecture=tried), "quiet")
         ranks = record.plan["ranks"]
         require(ranks, "nothing was made low rank")
-        loader = auto_class(specimen.architecture)
+        loader = auto_class(tiny.architecture)
         loaded = loader.from_pretrained(result).eval()
         promised, counted = record.parameters["parameters_after"], count_parameters(loaded)
         require(counted == promised, f"the plan promised {promised} parameters, the loaded model has {counted}")
         require(counted < record.parameters["parameters_before"], "the model did not become smaller")
-        inputs = specimen.architecture.modality.probe(loaded.config)
-        prompt = prompt_of(loaded, specimen)
+        inputs = modality_of(tiny.architecture).dummy_inputs(loaded.config)
+        prompt = prompt_of(loaded, tiny)
         written = None if prompt is None else generate(loaded, prompt)
         again_at = Path(scratch) / "again"
         loaded.save_pretrained(again_at)
@@ -445,17 +448,17 @@ CHECKS: dict[str, Check] = {
 """All checks by name, the quick ones first."""
 
 
-def run_check(name: str, specimen: Specimen) -> Outcome:
+def run_check(name: str, tiny: TinyModel) -> Outcome:
     """One check of one specimen; whatever it raises is its outcome."""
     error: str | None = None
     try:
-        CHECKS[name](specimen)
+        CHECKS[name](tiny)
     except (CheckFailed, LillamaError) as failed:
         error = one_line(failed)
     # A plugin's own code may raise anything.
     except Exception as failed:
         error = f"{type(failed).__name__}: {one_line(failed)}"
-    return Outcome(specimen.architecture.name, specimen.model_type, name, error)
+    return Outcome(tiny.architecture.name, tiny.model_type, name, error)
 
 
 def cases(architectures: Iterable[Architecture]) -> list[Case]:
@@ -470,16 +473,16 @@ def parametrize_with_checks(architectures: Iterable[Architecture]) -> Any:
     return pytest.mark.parametrize("check", cases(architectures), ids=str)
 
 
-def check_architecture(architecture: Architecture, specimen: Specimen | None = None) -> None:
-    """Run all checks of an architecture: on ``specimen``, or on a tiny model of each of its model types.
+def check_architecture(architecture: Architecture, tiny: TinyModel | None = None) -> None:
+    """Run all checks of an architecture: on ``tiny``, or on a tiny model of each of its model types.
 
     Raises CheckFailed that lists everything that is wrong. The architecture need not be installed.
     """
-    outcomes: list[Outcome] = [] if specimen is None else [run_check(name, specimen) for name in CHECKS]
+    outcomes: list[Outcome] = [] if tiny is None else [run_check(name, tiny) for name in CHECKS]
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type in architecture.model_types if specimen is None else ():
+        for model_type in architecture.model_types if tiny is None else ():
             try:
-                made = make_specimen(architecture, model_type, Path(scratch) / model_type)
+                made = make_tiny_model(architecture, model_type, Path(scratch) / model_type)
             except LillamaError as error:
                 outcomes.append(Outcome(architecture.name, model_type, "tiny model", one_line(error)))
             else:

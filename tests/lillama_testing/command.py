@@ -30,10 +30,10 @@ def lillama_commands(subparsers: Any) -> None:
 
 def run_plugin_check(options: argparse.Namespace) -> int:
     """One line a check on stdout; 0 when all passed, 1 otherwise. Raises UserError for an unknown name."""
+    from lillama_core.architecture.auto import AUTO
     from lillama_core.errors import LillamaError, UserError, nearest, one_line
-    from lillama_core.generic import AUTO
     from lillama_testing.checks import CHECKS, Outcome, run_check
-    from lillama_testing.tiny import make_specimen, specimen_at
+    from lillama_testing.tiny import make_tiny_model, specimen_at
 
     found = registry()
     chosen = [a for a in found.architectures if options.name in (a.name, found.plugin_of(a).name)]
@@ -54,9 +54,9 @@ def run_plugin_check(options: argparse.Namespace) -> int:
         print(line if outcome.passed else f"{line}: {outcome.error}", flush=True)
 
     if options.model is not None:
-        specimen = specimen_at(Path(options.model), options.name, tuple(options.calibration or ()))
+        tiny = specimen_at(Path(options.model), options.name, tuple(options.calibration or ()))
         for name in CHECKS:
-            tell(run_check(name, specimen))
+            tell(run_check(name, tiny))
     else:
         types = [(a, t) for a in chosen for t in a.model_types]
         if not types:
@@ -64,7 +64,7 @@ def run_plugin_check(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             for architecture, model_type in types:
                 try:
-                    made = make_specimen(architecture, model_type, Path(scratch) / model_type)
+                    made = make_tiny_model(architecture, model_type, Path(scratch) / model_type)
                 except LillamaError as error:
                     tell(Outcome(architecture.name, model_type, "tiny model", one_line(error)))
                     continue

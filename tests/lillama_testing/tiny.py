@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture import Architecture
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import modality_of
+from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.errors import UserError, one_line
-from lillama_core.metrics.perplexity import OFFLINE_TEXT
-from lillama_core.models import auto_class, find_architecture, load_config, load_model, locate
-from lillama_core.recipe import Recipe
+from lillama_core.models.loading import auto_class, load_config, load_model
+from lillama_core.models.source import locate
+from lillama_core.recipe.model import Recipe
 
 WIDTH, HEADS, LAYERS = 32, 4, 2
 VOCABULARY = 384
@@ -55,7 +58,7 @@ QUICK: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Specimen:
+class TinyModel:
     """A model on disk that an architecture is tried on."""
 
     architecture: Architecture
@@ -77,14 +80,14 @@ class Specimen:
         return dataclasses.replace(Recipe(), calibration=self.calibration, stacks=stacks, **{**QUICK, **options})
 
 
-def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, ...]) -> Specimen:
+def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, ...]) -> TinyModel:
     """A model of the user's as a specimen; raises UserError when it is none, or no architecture claims it."""
     config = load_config(locate(str(folder)))
     found = find_architecture(config, architecture)
-    return Specimen(found, str(config.model_type), folder, calibration or _materials(found).calibration)
+    return TinyModel(found, str(config.model_type), folder, calibration or _materials(found).calibration)
 
 
-def make_specimen(architecture: Architecture, model_type: str, folder: Path) -> Specimen:
+def make_tiny_model(architecture: Architecture, model_type: str, folder: Path) -> TinyModel:
     """Write a tiny model of ``model_type`` with random weights, the same at every call, into ``folder``.
 
     Its dimensions are those of SIZES that its config knows, under ``architecture.tiny_config``. Raises UserError when
@@ -101,7 +104,7 @@ def make_specimen(architecture: Architecture, model_type: str, folder: Path) -> 
             f" in tiny_config of architecture {architecture.name!r}"
         ) from error
     model.save_pretrained(folder)
-    return Specimen(architecture, model_type, folder, materials.calibration)
+    return TinyModel(architecture, model_type, folder, materials.calibration)
 
 
 def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, Any]) -> Any:
@@ -154,7 +157,7 @@ class Materials:
 
 
 def _materials(architecture: Architecture) -> Materials:
-    name = architecture.modality.name
+    name = modality_of(architecture).name
     if name not in MATERIALS:
         raise UserError(
             f"the kit has no data for the modality {name!r} of architecture {architecture.name!r};"

@@ -1,0 +1,163 @@
+"""Rank plans: which map gets which rank, and what that saves, counted exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.errors import UserError
+from lillama_core.formats import Format
+
+INDEX_ALLOWANCE = 0.004
+"""Largest part of the kept parameters that is given up to make room for a format's indices."""
+
+
+@dataclass(frozen=True)
+class PlannedMap:
+    """One map's place in a plan."""
+
+    name: str
+    """Path from the model."""
+    stack: str
+    block: int
+    map: TargetLinear
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.map.parameters
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Map name -> rank; a map that is not listed stays dense."""
+
+    format: str
+    ranks: Mapping[str, int]
+
+    def of(self, block: Block) -> dict[str, int]:
+        """The ranks of a block's maps by the names that they have there."""
+        return {m.name: self.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in self.ranks}
+
+    def to_json(self) -> str:
+        """The plan as a JSON object with ``format`` and ``ranks``."""
+        return json.dumps({"format": self.format, "ranks": dict(self.ranks)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> RankPlan:
+        """Read a plan from a stranger's JSON; raises UserError when it is not one."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from None
+        if not isinstance(data, dict) or set(data) != {"format", "ranks"}:
+            raise UserError(f"{where} must be an object with exactly 'format' and 'ranks'")
+        ranks = data["ranks"]
+        if not isinstance(data["format"], str) or not isinstance(ranks, dict):
+            raise UserError(f"{where}: 'format' must be a string and 'ranks' an object")
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise UserError(f"{where}: the rank of {name!r} must be a positive integer, not {rank!r}")
+        return cls(data["format"], ranks)
+
+    @classmethod
+    def load(cls, path: Path) -> RankPlan:
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def parameters_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> int:
+    """Parameters of one map under ``plan``, its bias left out."""
+    rank = plan.ranks.get(map_.name)
+    if rank is None:
+        return map_.dense_parameters
+    return format_.parameters(map_.map.out_features, map_.map.in_features, rank)
+
+
+def multiply_adds_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> float:
+    """Multiply-adds a token of one map under ``plan``: one a parameter and row, in the dense map and in all formats."""
+    parameters = parameters_of(map_, plan, format_)
+    rank = plan.ranks.get(map_.name)
+    for_all = 0 if rank is None or not map_.map.cut else parameters - rank * map_.map.cut
+    return for_all + map_.map.token_fraction * (parameters - for_all)
+
+
+def kept_parameters(maps: list[PlannedMap], plan: RankPlan, format_: Format) -> int:
+    """Parameters of ``maps`` under ``plan``, biases left out."""
+    return sum(parameters_of(m, plan, format_) for m in maps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters the maps may keep for the model to reach the wanted size."""
+
+    maps_dense: int
+    """Parameters of all maps that may be compressed."""
+    reference: int
+    """Parameters that the reduction is a fraction of: the model's, or the selected stacks'."""
+    removed: int
+    """Parameters to remove."""
+
+    @property
+    def maps_kept(self) -> int:
+        return self.maps_dense - self.removed
+
+
+def make_budget(
+    maps: list[PlannedMap], reference: int, reduction: float, format_: Format, of_what: str = "the model"
+) -> Budget:
+    """The budget for removing the fraction ``reduction`` of ``reference`` parameters.
+
+    Raises UserError when ``reduction`` is not in (0, 1) or more than the maps give at rank 1.
+    """
+    if not math.isfinite(reduction) or not 0 < reduction < 1:
+        raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {reduction:g}")
+    dense = sum(m.dense_parameters for m in maps)
+    smallest = sum(format_.parameters(m.map.out_features, m.map.in_features, 1) for m in maps)
+    removed = round(reduction * reference)
+    if removed < 1:
+        raise UserError(f"a reduction of {reduction:g} removes none of the {reference:,} parameters of {of_what}")
+    # Files shall be as much smaller as was asked: indices, at two bytes a parameter, are made up for by parameters.
+    indices = sum(format_.index_bytes(m.map.out_features, m.map.in_features) for m in maps) // 2
+    removed += min(indices, int(INDEX_ALLOWANCE * (reference - removed)), max(0, dense - removed - smallest))
+    if dense - removed < smallest:
+        # Rounded down, so that the number named can be asked for.
+        most = math.floor((dense - smallest) / reference * 1000) / 1000
+        if most <= 0:
+            raise UserError(f"the linear maps of {of_what} are too small a part of it to be worth compressing")
+        raise UserError(
+            f"a reduction of {reduction:g} is more than the linear maps of {of_what} can give;"
+            f" the maximum is {most:.3f}"
+        )
+    return Budget(dense, reference, removed)
+
+
+def describe_plan(
+    maps: list[PlannedMap], plan: RankPlan, format_: Format, total: int, bytes_per_parameter: int
+) -> dict[str, Any]:
+    """What a plan means before anything is computed: parameters, multiply-adds a token, bytes."""
+    kept = kept_parameters(maps, plan, format_)
+    dense = sum(m.dense_parameters for m in maps)
+    after = total - dense + kept
+    return {
+        "parameters_before": total,
+        "parameters_after": after,
+        "reduction": 1 - after / total,
+        "multiply_adds_per_token_before": round(sum(m.map.token_fraction * m.dense_parameters for m in maps)),
+        "multiply_adds_per_token_after": round(sum(multiply_adds_of(m, plan, format_) for m in maps)),
+        "bytes_before": total * bytes_per_parameter,
+        "bytes_after": after * bytes_per_parameter,
+    }
+
+
+def rank_range(ranks: Sequence[int | None]) -> str:
+    """The rank of one map, or the range of several; None is a map that stays dense."""
+    low = [rank for rank in ranks if rank is not None]
+    if not low:
+        return "dense"
+    text = str(min(low)) if min(low) == max(low) else f"{min(low)}–{max(low)}"
+    return text if len(low) == len(ranks) else f"{text}, dense"

@@ -1,0 +1,87 @@
+"""What an architecture tells the core: where its stacks of blocks and its linear maps live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lillama_core.evaluation.base import Evaluation
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lillama_core.architecture.targets.base import TargetModule
+    from lillama_core.architecture.targets.linear_map import MapChoice
+    from lillama_core.data.modality import Modality
+
+
+class Architecture:
+    """The description of a family of models; a plugin subclasses or instantiates it.
+
+    The smallest useful one states ``model_types`` and ``stacks``; everything else has a default that works
+    for a model whose blocks hold ``nn.Linear`` modules and pass one hidden stream from block to block.
+    """
+
+    name: str = ""
+    """What ``--architecture`` takes; defaults to the class name in lower case."""
+    model_types: tuple[str, ...] = ()
+    """Values of ``config.model_type`` that this architecture claims."""
+    stacks: Mapping[str, str] = {}
+    """Name of a stack -> path of its ``nn.ModuleList`` from the model, in the order of the forward pass."""
+    maps: tuple[str, ...] = ()
+    """Paths from the block of the linear maps to compress (``*`` matches one component); empty: all of them."""
+    exclude: tuple[str, ...] = ()
+    """Paths from the block of linear maps to leave alone."""
+    optional: tuple[str, ...] = ()
+    """Paths from the block of linear maps that are compressed only when the user includes them by name."""
+    pinned: tuple[str, ...] = ()
+    """Paths from the block of modules that decide (a router): while a student block learns, they decide as the
+    teacher's did."""
+    modality: str | Modality = "text"
+    """What the models are fed: a name that ``lillama_modalities`` knows, or an object."""
+    auto_class: str = "AutoModelForCausalLM"
+    """The transformers auto class that loads the models."""
+    evaluation: Evaluation = Evaluation()
+    remarks: tuple[str, ...] = ()
+    """Lines that the user is told before a run: what was found rather than declared."""
+    tiny_config: Mapping[str, Any] = {}
+    """Settings of the config that make a tiny model for tests, where shrinking the usual dimensions does not."""
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        model_types: tuple[str, ...] | None = None,
+        stacks: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name or self.name or type(self).__name__.lower()
+        if model_types is not None:
+            self.model_types = model_types
+        if stacks is not None:
+            self.stacks = stacks
+
+    def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
+        """The modules of ``block`` that are swapped, in module order."""
+        # Here, so that declaring an architecture does not load torch.
+        from lillama_core.architecture.targets.experts import find_targets
+
+        return find_targets(block, self.maps, (*self.exclude, *self.optional), choice)
+
+    def call_block(
+        self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run one block on ``hidden`` [batch, length, width] with its recorded other arguments."""
+        output = block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def adapt(self, model: nn.Module) -> None:
+        """Choose how the modules of ``model`` run, when it was loaded: dense, or compressed, or without its head.
+
+        For models that pick a kernel, or read a module's weight instead of calling it. What the model computes and
+        what is saved must stay the same.
+        """
+
+    def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model does to the hidden stream after block ``index``; nothing, for most."""
+        return hidden

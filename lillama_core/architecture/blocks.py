@@ -1,0 +1,82 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear
+from lillama_core.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack, by position."""
+
+    stack: str
+    index: int
+    path: str
+    """Path of the block from the model: ``model.layers.3``; empty for the model itself."""
+    targets: tuple[TargetModule, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stack}.{self.index}"
+
+    @property
+    def maps(self) -> list[TargetLinear]:
+        return [m for target in self.targets for m in target.maps]
+
+    def full_name(self, map_: TargetLinear) -> str:
+        """The map's path from the model."""
+        return f"{self.path}.{map_.name}" if self.path else map_.name
+
+
+def find_blocks(
+    architecture: Architecture,
+    model: nn.Module,
+    selected: tuple[str, ...] = (),
+    choice: MapChoice | None = None,
+) -> dict[str, list[Block]]:
+    """The blocks of each stack of ``model``, which may live on the meta device.
+
+    Raises UserError for an unknown name in ``selected``, and when a declared path does not lead to a list of blocks
+    with linear maps.
+    """
+    for name in selected:
+        if name not in architecture.stacks:
+            known = list(architecture.stacks)
+            raise UserError(
+                f"no stack named {name!r} in architecture {architecture.name!r}"
+                f" (it has: {', '.join(known)}){nearest(name, known)}"
+            )
+    found: dict[str, list[Block]] = {}
+    for name, path in architecture.stacks.items():
+        try:
+            modules = model.get_submodule(path)
+        except AttributeError:
+            raise UserError(
+                f"architecture {architecture.name!r} expects the {name} blocks at {path!r},"
+                f" but {type(model).__name__} has no such module"
+            ) from None
+        if not isinstance(modules, nn.ModuleList) or len(modules) == 0:
+            raise UserError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
+        if selected and name not in selected:
+            continue
+        blocks = [
+            Block(name, i, f"{path}.{i}", tuple(architecture.targets(module, choice or MapChoice())))
+            for i, module in enumerate(modules)
+        ]
+        if not any(block.targets for block in blocks):
+            raise UserError(f"no linear map found in the {name} blocks of {type(model).__name__}")
+        found[name] = blocks
+    return found
+
+
+def dense_blocks(architecture: Architecture, model: nn.Module, stack: str) -> list[Block]:
+    """The blocks of a stack of which no map is chosen."""
+    path = architecture.stacks[stack]
+    return [Block(stack, i, f"{path}.{i}", ()) for i, _ in enumerate(model.get_submodule(path).children())]

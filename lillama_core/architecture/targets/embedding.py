@@ -1,0 +1,176 @@
+"""The token embedding as a map: ``--compress-embeddings``.
+
+The table W [vocabulary, width] becomes U A with U [vocabulary, r]: a token's row is U[id] A, and the logits of an
+output head tied to it are (x A^T) U^T. U keeps the name of the table and stays tied wherever the table was, so that it
+is saved once; A is held by the input embedding alone. On disk the table's name has another shape, at which a loader
+that does not know the format stops.
+
+The factors minimise, to second order, what both uses do to the model's predictions:
+
+- the head: tr(F dW G dW^T), with G = E[x x^T] of the hidden states that it reads, F the Fisher information of its
+  logits;
+- the lookup: tr(D dW S dW^T), with D the frequencies of the tokens (diagonal) and S = s^2 E[g g^T] of the gradients
+  at the entry of the first block; s is what rows are multiplied by on the way there.
+
+F is about diag(p) with p the predicted probabilities, whose means are about D; with (F + D) / 2 on the output side of
+both the sum is tr((F + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same unit, and solved
+in closed form on the input side. An untied table has the lookup's part alone. The factors are not trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.embedding_modules import (
+    LowRankEmbedding,
+    LowRankHead,
+    PivotedProjection,
+    PlainProjection,
+    Projection,
+)
+from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.formats.base import Format
+from lillama_core.formats.factored import FactoredLinear
+from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.runtime.modules import replace_module
+
+
+class EmbeddingTarget(TargetModule):
+    """A model's input embedding together with every module that is tied to it; ``block`` is the whole model."""
+
+    kind = "embedding"
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        width = module.projection.width if isinstance(module, LowRankEmbedding) else weight.shape[1]
+        super().__init__(name, (TargetLinear(name, weight.shape[0], width),))
+        self.scale = _scale(module)
+        """What looked-up rows are multiplied by."""
+
+    @classmethod
+    def at(cls, name: str, module: nn.Module) -> EmbeddingTarget:
+        if not isinstance(module, LowRankEmbedding) and not is_embedding(module):
+            raise LillamaError(f"{name!r} is a {type(module).__name__}, not a token embedding")
+        return cls(name, module)
+
+    def check(self, format_: Format) -> None:
+        (map_,) = self.maps
+        layer = format_.module(map_.out_features, map_.in_features, 1, False, torch.float32, "meta")
+        if not isinstance(layer, FactoredLinear | InputPivotedLinear):
+            raise UserError(
+                f"--compress-embeddings: the embedding {self.name!r} [{map_.out_features}, {map_.in_features}] cannot"
+                f" be stored in format {format_.name!r}; use --format factored"
+            )
+
+    def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        weight = block.get_submodule(self.name).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
+        return None
+
+    def modules(self, block: nn.Module) -> dict[str, nn.Module]:
+        """Path -> module of the embedding and of all that is tied to it."""
+        return {path: block.get_submodule(path) for path in (self.name, *tied_paths(block, self.name))}
+
+    @contextlib.contextmanager
+    def observe(
+        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
+    ) -> Iterator[None]:
+        # A lookup multiplies nothing: what is shown are the rows of the heads.
+        (map_,) = self.maps
+
+        hook = make_hook(map_, on_input, on_output)
+        heads = [m for m in self.modules(block).values() if isinstance(m, nn.Linear)]
+        handles = [head.register_forward_hook(hook) for head in heads]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        layer = layers.get(self.name)
+        if layer is None:
+            return
+        projection: Projection
+        if isinstance(layer, FactoredLinear):
+            projection = PlainProjection(layer)
+        else:
+            assert isinstance(layer, InputPivotedLinear)
+            projection = PivotedProjection(layer)
+        weight = layer.up.weight
+        assert isinstance(weight, nn.Parameter)
+        for path, old in self.modules(block).items():
+            new: nn.Module
+            if isinstance(old, nn.Linear | LowRankHead):
+                new = LowRankHead(weight, projection, old.bias)
+            else:
+                new = LowRankEmbedding(weight, projection, _scale(old), owns=path == self.name)
+            replace_module(block, path, new)
+
+    def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
+        return block.get_submodule(self.name)
+
+    def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
+        # The name of the table is that of U already.
+        return []
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether ``module`` looks rows up in its table, and at most multiplies them by a number."""
+    return type(module) is nn.Embedding or (
+        isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding")
+    )
+
+
+def _scale(module: nn.Module) -> float:
+    if isinstance(module, LowRankEmbedding):
+        return module.scale
+    # As a number where there is one: the buffer of the same value may be on the meta device.
+    return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
+
+
+def tied_paths(model: nn.Module, name: str) -> list[str]:
+    """Paths of the modules whose weight is the same parameter as that of the module ``name``."""
+    own = f"{name}.weight"
+    names = {own}
+    ties = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+    for _ in ties:
+        names |= {n for pair in ties if names & set(pair) for n in pair}
+    return sorted(n.removesuffix(".weight") for n in names - {own})
+
+
+def embedding_block(model: nn.Module) -> Block:
+    """The token embedding of ``model`` as a block of its own, whose path is the model; UserError if it has none."""
+    kind = type(model).__name__
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    found: nn.Module | None = None if getter is None else getter()
+    path = next((n for n, m in model.named_modules() if m is found), None)
+    if found is None or path is None or not is_embedding(found):
+        raise UserError(f"--compress-embeddings: {kind} has no token embedding that can be compressed")
+    target = EmbeddingTarget(path, found)
+    for tied, module in target.modules(model).items():
+        if not is_embedding(module) and type(module) is not nn.Linear:
+            raise UserError(
+                f"--compress-embeddings: {tied!r} of {kind}, which shares the embedding's table, is a"
+                f" {type(module).__name__}"
+            )
+    return Block("embedding", 0, "", (target,))
+
+
+def embedding_target(block: Block) -> EmbeddingTarget:
+    """The only site of what `embedding_block` gave."""
+    (target,) = block.targets
+    assert isinstance(target, EmbeddingTarget)
+    return target

@@ -1,0 +1,94 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lillama_core.formats.factored import FactoredLinear
+from lillama_core.formats.pivoted import InputPivotedLinear
+
+
+class PlainProjection(nn.Module):
+    """A [r, width] as it is."""
+
+    def __init__(self, layer: FactoredLinear) -> None:
+        super().__init__()
+        self.down = layer.down
+        self.width = layer.in_features
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., width] -> A x [..., r]."""
+        z: torch.Tensor = self.down(x)
+        return z
+
+    def restore(self, z: torch.Tensor) -> torch.Tensor:
+        """z [..., r] -> A^T z [..., width]."""
+        return z @ self.down.weight
+
+
+class PivotedProjection(nn.Module):
+    """A = [I | T] with its columns permuted; ``mix.weight`` is T [r, width - r]."""
+
+    permutation: torch.Tensor
+
+    def __init__(self, layer: InputPivotedLinear) -> None:
+        super().__init__()
+        self.mix = layer.mix
+        self.width = layer.in_features
+        self.register_buffer("permutation", layer.permutation)
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., width] -> A x [..., r]."""
+        x = x.index_select(-1, self.permutation.int())
+        rank = self.mix.out_features
+        z: torch.Tensor = x[..., :rank] + self.mix(x[..., rank:])
+        return z
+
+    def restore(self, z: torch.Tensor) -> torch.Tensor:
+        """z [..., r] -> A^T z [..., width]."""
+        whole = torch.cat((z, z @ self.mix.weight), dim=-1)
+        return whole.index_select(-1, torch.argsort(self.permutation.long()))
+
+
+Projection = PlainProjection | PivotedProjection
+
+
+class LowRankEmbedding(nn.Module):
+    """Rows U[ids] A, times the factor that the dense module multiplies its rows by."""
+
+    projection: Projection
+
+    def __init__(self, weight: nn.Parameter, projection: Projection, scale: float, owns: bool) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scale = scale
+        _hold(self, projection, owns)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.projection.restore(functional.embedding(ids, self.weight))
+        return rows if self.scale == 1.0 else rows * self.scale
+
+
+class LowRankHead(nn.Module):
+    """Logits (x A^T) U^T + bias of an output head that is tied to the embedding."""
+
+    projection: Projection
+
+    def __init__(self, weight: nn.Parameter, projection: Projection, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        _hold(self, projection, owns=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self.projection.reduce(x), self.weight, self.bias)
+
+
+def _hold(module: nn.Module, projection: Projection, owns: bool) -> None:
+    """The module that owns A lists its parameters; the others only refer to it, so that it is saved once."""
+    if owns:
+        module.projection = projection
+    else:
+        module.__dict__["projection"] = projection

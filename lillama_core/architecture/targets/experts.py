@@ -1,0 +1,378 @@
+"""Experts fused into three-dimensional parameters: each expert's matrices as maps, and where they are found.
+
+transformers 5 keeps the experts of a layer in one module with ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I],
+called as (hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k]). For every token it gives the sum over its
+chosen experts e of w_e D_e (act(g) * u) with [g; u] = U_e x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lillama_core.architecture.targets.base import OnRows, TargetModule
+from lillama_core.architecture.targets.expert_modules import (
+    LowRankExperts,
+    SharedExperts,
+    dense_linear,
+    gated,
+    run_experts,
+)
+from lillama_core.architecture.targets.linear import linear_targets
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.formats.base import Format
+
+FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
+"""A part of an expert -> the parameter that holds it for all experts."""
+LAYOUT = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+}
+"""What transformers' experts modules say of themselves, and the one layout that is read here."""
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` holds experts in three-dimensional parameters, of whatever layout."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return any(name in parameters and parameters[name].dim() == 3 for name in ("gate_up_proj", "up_proj", "down_proj"))
+
+
+def has_known_layout(module: nn.Module) -> bool:
+    """Whether ``module`` is fused experts that compute what the head of this file says."""
+    own = dict(module.named_parameters(recurse=False))
+    if set(own) != set(FUSED.values()) or any(p.dim() != 3 for p in own.values()):
+        return False
+    experts, twice, width = own["gate_up_proj"].shape
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        own["down_proj"].shape == (experts, width, twice // 2)
+        and all(getattr(module, name, expected) == expected for name, expected in LAYOUT.items())
+        # A class with a gate of its own computes something else between the two matrices.
+        and (gate is None or gate.__name__ == "_default_apply_gate")
+        and hasattr(module, "act_fn")
+    )
+
+
+def fused_experts(block: nn.Module) -> dict[str, bool]:
+    """Paths of the block's fused experts, and whether their layout is known."""
+    return {name: has_known_layout(module) for name, module in block.named_modules() if is_fused(module)}
+
+
+def fused_parameter(module: nn.Module, part: str) -> torch.Tensor:
+    """The parameter that holds ``part`` of all experts, [E, out, in]."""
+    parameter = getattr(module, FUSED[part])
+    assert isinstance(parameter, torch.Tensor)
+    return parameter
+
+
+class _Watched:
+    """Stands for the ``forward`` of a dense experts module, runs it expert by expert and shows its maps' rows."""
+
+    def __init__(self, target: _FusedExperts, module: nn.Module) -> None:
+        self.run = partial(target.run_dense, module)
+        self.watchers: list[tuple[OnRows | None, OnRows | None]] = []
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.run(self.show, hidden_states, top_k_index, top_k_weights)
+
+    def show(self, map_: TargetLinear, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        for on_input, on_output in self.watchers:
+            if on_input is not None:
+                on_input(map_, rows)
+            if on_output is not None:
+                on_output(map_, output)
+        return output
+
+
+Show = Callable[[TargetLinear, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Shows the rows [n, in] and the output [n, out] of a map, and hands the output on."""
+
+
+class _FusedExperts(TargetModule):
+    """What the two ways of taking fused experts apart share."""
+
+    low_rank: type[nn.Module]
+    """The module that takes the place of the dense one."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        wanted: Callable[[str], bool] = lambda name: True,
+        token_fraction: float = 1.0,
+    ) -> None:
+        super().__init__(name, ())
+        self.every = {m.name: replace(m, token_fraction=token_fraction) for m in self.all_maps(module)}
+        self.maps = tuple(m for m in self.every.values() if wanted(m.name))
+
+    @classmethod
+    def at(cls, name: str, module: nn.Module) -> TargetModule:
+        if not isinstance(module, cls.low_rank) and not has_known_layout(module):
+            raise LillamaError(
+                f"{name!r} is a {type(module).__name__}, not experts with a concatenated gate and no biases"
+            )
+        return cls(name, module)
+
+    def all_maps(self, module: nn.Module) -> list[TargetLinear]:
+        """Every map of the module, dense or low rank."""
+        raise NotImplementedError
+
+    def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        """W [out, in] of a map of the dense module, a view if possible."""
+        raise NotImplementedError
+
+    def run_dense(
+        self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the dense module gives, by way of its maps, each shown."""
+        raise NotImplementedError
+
+    def place(self, map_: TargetLinear) -> str:
+        """The path of a map's module within the low-rank module."""
+        raise NotImplementedError
+
+    def replacement(self, dense: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+        """The low-rank module for ``dense`` with ``layers`` by map name, complete."""
+        raise NotImplementedError
+
+    def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        module = block.get_submodule(self.name)
+        if not isinstance(module, self.low_rank):
+            return self.dense_weight(module, map_)
+        weight = self.layer(block, map_).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
+        return None
+
+    @contextlib.contextmanager
+    def observe(
+        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
+    ) -> Iterator[None]:
+        module: Any = block.get_submodule(self.name)
+        if isinstance(module, self.low_rank):
+            raise LillamaError(f"the experts {self.name!r} are low rank already: there is no dense map to watch")
+        watched = module.__dict__.get("forward")
+        if not isinstance(watched, _Watched):
+            watched = module.forward = _Watched(self, module)
+        watcher = (on_input, on_output)
+        watched.watchers.append(watcher)
+        try:
+            yield
+        finally:
+            watched.watchers.remove(watcher)
+            if not watched.watchers:
+                del module.__dict__["forward"]
+
+    def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        own = {name: layer for name, layer in layers.items() if name in self.every}
+        if not own:
+            return
+        module = block.get_submodule(self.name)
+        if not isinstance(module, self.low_rank):
+            requires_grad = all(p.requires_grad for p in module.parameters())
+            dense = {
+                name: dense_linear(self.dense_weight(module, map_), requires_grad)
+                for name, map_ in self.every.items()
+                if name not in own
+            }
+            module = self.replacement(module, {**dense, **own}).train(module.training)
+            parent, _, child = self.name.rpartition(".")
+            setattr(block.get_submodule(parent), child, module)
+        for name, layer in own.items():
+            module.set_submodule(self.place(self.every[name]), layer)
+
+    def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
+        return block.get_submodule(f"{self.name}.{self.place(map_)}")
+
+    def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
+        # Each fused parameter's name goes to a matrix of its first map: two dimensions instead of three.
+        found = []
+        for part, fused in FUSED.items():
+            map_ = next(m for m in self.every.values() if self.place(m).startswith(f"{part}_map"))
+            inner = format_.stored_as_weight(map_.out_features, map_.in_features) + "." if map_.name in ranks else ""
+            found.append((f"{self.name}.{fused}", f"{self.name}.{self.place(map_)}.{inner}weight"))
+        return found
+
+
+class ExpertsTarget(_FusedExperts):
+    """Fused experts whose matrices are maps one by one: ``gate_up.<e>`` [2I, H] and ``down.<e>`` [H, I].
+
+    A map sees the tokens routed to its expert, and helps out those of its group, the same matrix of the other experts.
+    """
+
+    kind = "experts"
+    low_rank = LowRankExperts
+
+    def all_maps(self, module: nn.Module) -> list[TargetLinear]:
+        maps = []
+        for part in FUSED:
+            if isinstance(module, LowRankExperts):
+                layers: Any = module.get_submodule(f"{part}_maps")
+                shapes = [(layer.out_features, layer.in_features) for layer in layers]
+            else:
+                experts, out_features, in_features = fused_parameter(module, part).shape
+                shapes = [(out_features, in_features)] * experts
+            group = f"{self.name}.{part}"
+            maps += [TargetLinear(f"{group}.{e}", out, in_, group) for e, (out, in_) in enumerate(shapes)]
+        return maps
+
+    def _part(self, map_: TargetLinear) -> tuple[str, int]:
+        part, number = self.local_name(map_).split(".")
+        return part, int(number)
+
+    def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        part, number = self._part(map_)
+        return fused_parameter(module, part)[number]
+
+    def place(self, map_: TargetLinear) -> str:
+        part, number = self._part(map_)
+        return f"{part}_maps.{number}"
+
+    def replacement(self, dense: nn.Module, layers: Mapping[str, nn.Module]) -> LowRankExperts:
+        gate_up, down = ([layers[m.name] for m in self.every.values() if self._part(m)[0] == part] for part in FUSED)
+        return LowRankExperts(dense.act_fn, gate_up, down)
+
+    def run_dense(
+        self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        # Those left out by choice are watched as well; nobody asks for them.
+        maps = {self._part(m): m for m in self.every.values()}
+
+        def apply(part: str, e: int, rows: torch.Tensor) -> torch.Tensor:
+            map_ = maps[part, e]
+            output = functional.linear(rows, self.dense_weight(module, map_))
+            return show(map_, rows, output) if map_ in self.maps else output
+
+        def expert(e: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            act_fn: Any = module.act_fn
+            return apply("down", e, gated(act_fn, apply("gate_up", e, rows))) * weights
+
+        return run_experts(hidden, index, weights, len(maps) // len(FUSED), expert)
+
+
+class SharedExpertsTarget(_FusedExperts):
+    """Fused experts as two maps, ``gate_up`` [E 2I, H] and ``down`` [H, E I], whose low-rank side all experts share.
+
+    A row of the first is a token, a row of the second the hidden units of all experts for one token, those of an
+    expert times its routing weight, zeros where the token did not go. So the second moment of the latter has an
+    expert's own block on its diagonal, scaled by how often and how strongly it was chosen, and other entries for pairs
+    of experts that were chosen together.
+    """
+
+    kind = "shared-experts"
+    low_rank = SharedExperts
+
+    def all_maps(self, module: nn.Module) -> list[TargetLinear]:
+        if isinstance(module, SharedExperts):
+            layers: list[Any] = [module.gate_up_map, module.down_map]
+            shapes = [(layer.out_features, layer.in_features) for layer in layers]
+        else:
+            experts, twice, width = fused_parameter(module, "gate_up").shape
+            shapes = [(experts * twice, width), (width, experts * twice // 2)]
+        # The experts stand along one side: the outputs of the first, the inputs of the second.
+        cuts = (shapes[0][0], shapes[1][1])
+        return [
+            TargetLinear(f"{self.name}.{part}", *shape, cut=cut)
+            for part, shape, cut in zip(FUSED, shapes, cuts, strict=True)
+        ]
+
+    def check(self, format_: Format) -> None:
+        for map_, stage in zip(self.every.values(), ("up", "down"), strict=True):
+            layer = format_.module(map_.out_features, map_.in_features, 1, False, torch.float32, "meta")
+            if not hasattr(layer, stage):
+                raise UserError(
+                    f"--share-experts: format {format_.name!r} has no matrix that could be cut up by expert for"
+                    f" {map_.name!r} [{map_.out_features}, {map_.in_features}]; use --format factored"
+                )
+
+    def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        if self.local_name(map_) == "gate_up":
+            return fused_parameter(module, "gate_up").flatten(0, 1)
+        # [E, H, I] -> [H, E I]; the only one that is no view.
+        return fused_parameter(module, "down").transpose(0, 1).flatten(1)
+
+    def place(self, map_: TargetLinear) -> str:
+        return f"{self.local_name(map_)}_map"
+
+    def replacement(self, dense: nn.Module, layers: Mapping[str, nn.Module]) -> SharedExperts:
+        gate_up, down = (layers[name] for name in self.every)
+        return SharedExperts(dense.act_fn, gate_up, down, len(fused_parameter(dense, "gate_up")))
+
+    def run_dense(
+        self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        gate_up, down = self.every.values()
+        experts = len(fused_parameter(module, "gate_up"))
+        act_fn: Any = module.act_fn
+
+        def apply(map_: TargetLinear, rows: torch.Tensor) -> torch.Tensor:
+            output = functional.linear(rows, self.dense_weight(module, map_))
+            return show(map_, rows, output) if map_ in self.maps else output
+
+        # All experts for all tokens: the price of seeing the stacked maps as they are.
+        units = gated(act_fn, apply(gate_up, hidden).unflatten(-1, (experts, -1)))
+        shares = torch.zeros(len(hidden), experts, dtype=weights.dtype, device=weights.device)
+        rows = units * shares.scatter(1, index, weights)[..., None].to(units.dtype)
+        return apply(down, rows.flatten(1)).to(hidden.dtype)
+
+
+def find_targets(
+    block: nn.Module, only: tuple[str, ...] = (), exclude: tuple[str, ...] = (), choice: MapChoice | None = None
+) -> list[TargetModule]:
+    """The sites of a block: its linear modules and its fused experts.
+
+    ``only``, ``exclude`` and ``choice`` as in `linear_targets`; for experts they name maps (``mlp.experts.down.*``), or
+    the experts' module for all of its maps. Raises UserError for fused experts of a layout that is not known, unless
+    they are left out.
+    """
+    choice = choice or MapChoice()
+    targets = linear_targets(block, only, exclude, choice)
+    site_class = SharedExpertsTarget if choice.share_experts else ExpertsTarget
+    for name, module in block.named_modules():
+        if not is_fused(module):
+            continue
+        if not has_known_layout(module):
+            # What its maps are called is not known: whoever names something within it asks for it.
+            own = (not only or any(lies_within(p, name) for p in only)) and not matches_any(name, exclude)
+            asked = own or any(lies_within(p, name) for p in choice.include)
+            if asked and not matches_any(name, choice.exclude):
+                raise UserError(
+                    f"the experts {name!r} are a {type(module).__name__}, whose layout is not known: only experts with"
+                    f" a concatenated gate and no biases can be compressed; leave them dense with --exclude {name}"
+                )
+            continue
+
+        def wanted(map_name: str, name: str = name) -> bool:
+            def named(patterns: tuple[str, ...]) -> bool:
+                return matches_any(map_name, patterns) or matches_any(name, patterns)
+
+            own = (not only or named(only)) and not named(exclude)
+            return (own or named(choice.include)) and not named(choice.exclude)
+
+        target = site_class(name, module, wanted, _share_used(block, name))
+        targets += [target] if target.maps else []
+    return targets
+
+
+def _share_used(block: nn.Module, name: str) -> float:
+    """Part of the experts ``name`` that a token is sent to; 1 when no module beside them says how many that are."""
+    parent = block.get_submodule(name.rpartition(".")[0])
+    experts = len(fused_parameter(block.get_submodule(name), "gate_up"))
+    said = (getattr(module, "top_k", None) for module in parent.modules())
+    chosen = next((k for k in said if isinstance(k, int)), experts)
+    return min(1.0, chosen / experts)

@@ -1,0 +1,99 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
+from lillama_core.errors import LillamaError
+from lillama_core.formats.base import Format, LowRankLinear
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers' Conv1D stores its weight [in, out]; matched by shape of its interface, imported late
+    # because transformers is slow to import.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+class LinearTarget(TargetModule):
+    """A module that is one linear map: ``nn.Linear``, or transformers' ``Conv1D`` with its transposed weight."""
+
+    kind = "linear"
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, LowRankLinear):
+            out_features, in_features = module.out_features, module.in_features
+        else:
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            out_features, in_features = reversed(weight.shape) if _is_conv1d(module) else weight.shape
+        super().__init__(name, (TargetLinear(name, out_features, in_features),))
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether ``module`` is a dense linear map of this kind."""
+        # Exactly nn.Linear: a subclass may compute something else from its weight.
+        return type(module) is nn.Linear or _is_conv1d(module)
+
+    @classmethod
+    def at(cls, name: str, module: nn.Module) -> LinearTarget:
+        if not cls.accepts(module) and not isinstance(module, LowRankLinear):
+            raise LillamaError(f"{name!r} is a {type(module).__name__}, not a linear map")
+        return cls(name, module)
+
+    def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        module = block.get_submodule(self.name)
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.T if _is_conv1d(module) else weight
+
+    def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
+        bias = getattr(block.get_submodule(self.name), "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
+
+    @contextlib.contextmanager
+    def observe(
+        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
+    ) -> Iterator[None]:
+        (map_,) = self.maps
+
+        handle = block.get_submodule(self.name).register_forward_hook(make_hook(map_, on_input, on_output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        if self.name in layers:
+            parent, _, child = self.name.rpartition(".")
+            setattr(block.get_submodule(parent), child, layers[self.name])
+
+    def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
+        return block.get_submodule(self.name)
+
+    def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
+        (map_,) = self.maps
+        stored = format_.stored_as_weight(map_.out_features, map_.in_features)
+        return [(f"{self.name}.weight", f"{self.name}.{stored}.weight")]
+
+
+def linear_targets(
+    block: nn.Module, only: tuple[str, ...] = (), exclude: tuple[str, ...] = (), choice: MapChoice | None = None
+) -> list[TargetModule]:
+    """The linear modules of a block in module order.
+
+    ``only`` and ``exclude`` hold paths from the block; a ``*`` in them matches one path component. With
+    ``only`` empty every linear module of the block is a site; ``choice.include`` comes on top, ``choice.exclude`` wins.
+    """
+    choice = choice or MapChoice()
+
+    def wanted(name: str) -> bool:
+        own = (not only or matches_any(name, only)) and not matches_any(name, exclude)
+        return (own or matches_any(name, choice.include)) and not matches_any(name, choice.exclude)
+
+    return [LinearTarget(n, m) for n, m in block.named_modules() if LinearTarget.accepts(m) and wanted(n)]

@@ -1,0 +1,81 @@
+"""What lillama brings itself, registered by the hooks that any plugin uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lillama_registry import hookimpl
+
+CORE = "lillama_core"
+
+
+@hookimpl
+def lillama_targets() -> dict[str, str]:
+    return {
+        "linear": f"{CORE}.architecture.targets.linear:LinearTarget",
+        "experts": f"{CORE}.architecture.targets.experts:ExpertsTarget",
+        "shared-experts": f"{CORE}.architecture.targets.experts:SharedExpertsTarget",
+        "embedding": f"{CORE}.architecture.targets.embedding:EmbeddingTarget",
+    }
+
+
+@hookimpl
+def lillama_modalities() -> dict[str, str]:
+    return {
+        "text": f"{CORE}.data.text.modality:Text",
+        "encoder-text": f"{CORE}.data.text.encoder:EncoderText",
+        "encoder-decoder-text": f"{CORE}.data.text.encoder:EncoderDecoderText",
+        "images": f"{CORE}.data.images.modality:Images",
+    }
+
+
+@hookimpl
+def lillama_metrics() -> dict[str, str]:
+    return {
+        "perplexity": f"{CORE}.evaluation.metrics.perplexity:Perplexity",
+        "accuracy": f"{CORE}.evaluation.metrics.zero_shot:ZeroShotAccuracy",
+        "speed": f"{CORE}.evaluation.metrics.decoding:DecodeSpeed",
+        "footprint": f"{CORE}.evaluation.metrics.decoding:Footprint",
+    }
+
+
+@hookimpl
+def lillama_allocators() -> dict[str, str]:
+    return {
+        "uniform": f"{CORE}.allocation.uniform:Uniform",
+        "bottom-first": f"{CORE}.allocation.depth:BottomFirst",
+        "top-first": f"{CORE}.allocation.depth:TopFirst",
+        "spectrum": f"{CORE}.allocation.spectrum:SpectrumAllocator",
+    }
+
+
+@hookimpl
+def lillama_initializers() -> dict[str, str]:
+    return {
+        "svd": f"{CORE}.initialization.weights_only:PlainSVD",
+        "random": f"{CORE}.initialization.weights_only:RandomInit",
+        "whitened": f"{CORE}.initialization.second_moments:Whitened",
+        "fisher": f"{CORE}.initialization.second_moments:Fisher",
+    }
+
+
+@hookimpl
+def lillama_formats() -> dict[str, str]:
+    return {
+        "factored": f"{CORE}.formats.factored:Factored",
+        "pivoted": f"{CORE}.formats.pivoted:Pivoted",
+    }
+
+
+@hookimpl
+def lillama_losses() -> dict[str, str]:
+    return {
+        "l1+logcos": f"{CORE}.distillation.losses:L1LogCos",
+        "mse": f"{CORE}.distillation.losses:MSE",
+        "sensitivity": f"{CORE}.distillation.losses:Sensitivity",
+    }
+
+
+@hookimpl
+def lillama_recipes() -> dict[str, Path]:
+    return {file.stem: file for file in sorted((Path(__file__).parent / "recipe" / "presets").glob("*.yaml"))}

@@ -1,0 +1,133 @@
+"""What a model is fed: how its calibration data is read, and what else of it belongs beside the weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lillama_core.strategies import make
+
+if TYPE_CHECKING:
+    from lillama_core.models.source import ModelSource
+    from lillama_core.recipe.model import Recipe
+    from lillama_core.system.progress import Progress
+
+Inputs = dict[str, torch.Tensor]
+"""The keyword arguments of one forward pass of the model; the first dimension of each counts rows."""
+
+IGNORE_INDEX = -100
+"""Target at a position where nothing is to be predicted."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration data, ready for the model."""
+
+    inputs: Inputs
+    """Tensors [rows, ...]."""
+    description: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """What went in, by source; can be written as JSON."""
+    sha256: str = ""
+    """Of all the data."""
+    tokens: int = 0
+    """How many tokens, frames or patches the rows hold, for the record."""
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By stack: what each position of its hidden stream counts for [rows, length], 0 at padding; none: all alike."""
+    targets: torch.Tensor | None = None
+    """The tokens that the model's logits are to predict [rows, length], IGNORE_INDEX where there is none; None when its
+    outputs are not predictions of tokens."""
+    output_mask: torch.Tensor | None = None
+    """What each position of the logits counts for [rows, length]; None: all alike."""
+    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By stack that has been run on them already: what its last block gives [rows, length, width]."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Rows ``start`` to ``stop`` in the same memory; ``description`` and ``sha256`` stay those of the whole."""
+        rows = slice(start, min(stop, len(self)))
+        return Samples(
+            {k: v[rows] for k, v in self.inputs.items()},
+            self.description,
+            self.sha256,
+            self.tokens * (rows.stop - start) // max(1, len(self)),
+            {k: v[rows] for k, v in self.masks.items()},
+            None if self.targets is None else self.targets[rows],
+            None if self.output_mask is None else self.output_mask[rows],
+            {k: v[rows] for k, v in self.outputs.items()},
+        )
+
+    def to(self, device: torch.device) -> Samples:
+        """These samples on ``device``."""
+        return replace(
+            self,
+            inputs={k: v.to(device) for k, v in self.inputs.items()},
+            masks={k: v.to(device) for k, v in self.masks.items()},
+            output_mask=None if self.output_mask is None else self.output_mask.to(device),
+            outputs={k: v.to(device) for k, v in self.outputs.items()},
+        )
+
+    def after(self, stack: str, output: torch.Tensor) -> Samples:
+        """These samples, and what the last block of a stack gives for them."""
+        return replace(self, outputs={**self.outputs, stack: output})
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What a modality gets to load calibration data with."""
+
+    recipe: Recipe
+    model: Any
+    """The dense model on ``device``."""
+    processor: Any
+    model_fingerprint: str
+    device: torch.device
+    autocast: torch.dtype | None
+    progress: Progress
+
+
+class Modality(ABC):
+    """Text, speech, images: everything about a model's input that the engine does not need to know."""
+
+    name: str
+    processor_class: str = "AutoTokenizer"
+    """The transformers class that loads the processor again, for the model card."""
+
+    @abstractmethod
+    def check(self, recipe: Recipe) -> None:
+        """Raise UserError for what is wrong with the recipe's data, as far as is known without a model."""
+
+    @abstractmethod
+    def load_processor(self, source: ModelSource, spec: str | None) -> Any:
+        """The tokenizer or processor at ``spec``, or the model's own; raises UserError when there is none."""
+
+    @abstractmethod
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        """Write the processor's files, all of them, into ``folder``."""
+
+    @abstractmethod
+    def dummy_inputs(self, config: Any) -> Inputs:
+        """Two rows of input of the right shape, the same at every call, made without a processor."""
+
+    @abstractmethod
+    def load(self, request: SampleRequest) -> Samples:
+        """The calibration data that the recipe asks for; raises UserError when it cannot be had."""
+
+
+def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """``inputs`` with its real numbers (sound, pixels) in ``dtype``; tokens and masks of positions stay whole."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def modality_of(architecture: Any) -> Modality:
+    """What the models of ``architecture`` are fed: the modality that it has, or that is registered under its name."""
+    named = architecture.modality
+    found = make("modalities", named) if isinstance(named, str) else named
+    assert isinstance(found, Modality)
+    return found

@@ -1,0 +1,1 @@
+"""Speech: sound files, manifests and datasets of utterances."""

@@ -1,0 +1,81 @@
+"""Distillation losses: how far a student block's output is from the teacher block's.
+
+Every loss takes the student's output ``a`` and the target ``y`` [batch, length, width] and a ``mask``
+[batch, length] that is 0 at padding, and returns a scalar. ``metric`` is the sensitivity of the model's
+output to the block's output, for the losses that use it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch.nn import functional
+
+
+class Loss(ABC):
+    """A loss, found by its name."""
+
+    name: str
+    needs_sensitivity: bool = False
+    """Whether the loss wants ``metric``, the root of the second moment of the output gradients."""
+
+    @abstractmethod
+    def __call__(
+        self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The loss, averaged over the tokens that ``mask`` keeps."""
+
+
+def token_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of ``values`` [batch, length] over the tokens where ``mask`` is not 0."""
+    if mask is None:
+        return values.mean()
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+class L1LogCos(Loss):
+    """mean |a - y| - log sigmoid(cos(a, y)): the loss of Lillama (arXiv 2412.16719, section 3.2).
+
+    Its smallest value is -log sigmoid(1) = 0.313, at a = y.
+    """
+
+    name = "l1+logcos"
+
+    def __call__(
+        self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
+    ) -> torch.Tensor:
+        distance = (a - y).abs().mean(dim=-1)
+        direction = functional.logsigmoid(functional.cosine_similarity(a, y, dim=-1))
+        return token_mean(distance - direction, mask)
+
+
+class MSE(Loss):
+    """mean (a - y)^2."""
+
+    name = "mse"
+
+    def __call__(
+        self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
+    ) -> torch.Tensor:
+        return token_mean((a - y).square().mean(dim=-1), mask)
+
+
+class Sensitivity(Loss):
+    """mean (a - y)^T S (a - y) with S = E[g g^T], g the gradient of the model's loss at the block's output.
+
+    To second order this is the divergence between the predictions of the model with ``a`` and with ``y`` in that
+    place (S is the Fisher information of the hidden state), so that a feature counts by what it does to the
+    model's output and not by its size. ``metric`` is a factor C of S = C C^T [width, width].
+    """
+
+    name = "sensitivity"
+    needs_sensitivity = True
+
+    def __call__(
+        self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
+    ) -> torch.Tensor:
+        if fisher_factor is None:
+            raise ValueError("the loss 'sensitivity' needs the block's metric")
+        return token_mean(((a - y) @ fisher_factor).square().mean(dim=-1), mask)

@@ -1,0 +1,143 @@
+"""What an evaluation is: named metrics, each measurement with a unit, a direction and a meaning.
+
+A plugin composes an `Evaluation` from metrics, by name or as objects; `lillama_core.evaluation.metrics` holds ready
+ones. Nothing here loads torch, so that declaring an evaluation costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from lillama_core.strategies import make
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number."""
+
+    name: str
+    """Short and stable, for tables and JSON: ``perplexity``, ``accuracy/wiki_continuation``."""
+    value: float
+    unit: str
+    """``""`` for a pure number, else ``tokens/s``, ``MB``, ``%`` …"""
+    better: Literal["higher", "lower"]
+    meaning: str
+    """One sentence for a reader who meets the number for the first time."""
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    """Within which 95 % of resamples lie; shown instead of the standard error."""
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+@dataclass
+class Subject:
+    """A model ready to be measured, in eval mode on ``device``."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    """Or processor: what the architecture's modality loads."""
+    device: torch.device = field(default_factory=_cpu)
+    baseline: Subject | None = None
+    """The model that this one is compared with. Its weights are gone; what its metrics noted is there."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What a metric wants to see again when it measures the next model: outputs, say."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the user may choose; every metric reads what concerns it."""
+
+    data: str | None = None
+    """Text for perplexity: any calibration source (file, dataset name); None: the offline set."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval task names; empty: the offline set."""
+    sequence_length: int = 512
+    windows: int = 40
+    """Number of windows for perplexity; 0 means all of the data."""
+    limit: int | None = None
+    """Items per task; None means all."""
+    seed: int = 0
+    details: Path | None = None
+    """Folder for what a metric has to show besides numbers, transcripts for one; None: nothing is written."""
+
+
+Report = Callable[[str], None]
+"""Receives one line of progress."""
+
+
+class Metric(Protocol):
+    """Measures one aspect of a model."""
+
+    name: str
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """Measurements of ``subject``; raises UserError when ``options`` cannot be met."""
+        ...
+
+
+class Evaluation:
+    """An architecture's choice of metrics, run one after the other."""
+
+    def __init__(self, *metrics: str | Metric) -> None:
+        """Metrics by the name that ``lillama_metrics`` knows, or as objects."""
+        self.declared = metrics
+
+    @cached_property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics as objects; raises UserError for a name that is not registered."""
+        return tuple(make("metrics", metric) if isinstance(metric, str) else metric for metric in self.declared)
+
+    def check(self, options: EvaluationOptions) -> None:
+        """Raise UserError for what a metric can refuse without a model: a metric may have a method of this name."""
+        for metric in self.metrics:
+            check = getattr(metric, "check", None)
+            if check is not None:
+                check(options)
+
+    def check_with(self, processor: Any, options: EvaluationOptions) -> None:
+        """Raise UserError for what a metric can refuse once the tokenizer or processor is there."""
+        for metric in self.metrics:
+            check = getattr(metric, "check_with", None)
+            if check is not None:
+                check(processor, options)
+
+    @property
+    def needs_live_baseline(self) -> bool:
+        """Whether a metric needs the baseline measured in the same run: one may say so by this name."""
+        return any(getattr(metric, "needs_live_baseline", False) for metric in self.metrics)
+
+    def load_saved(self, folder: Path) -> dict[str, Any]:
+        """What the metrics noted of the model whose details (`EvaluationOptions.details`) lie in ``folder``.
+
+        A metric that writes details may read them again by a method of this name, so that a model need not be measured
+        anew beside each one that is compared with it. Raises OSError or ValueError for details that cannot be read.
+        """
+        notes: dict[str, Any] = {}
+        for metric in self.metrics:
+            read = getattr(metric, "recall", None)
+            if read is not None:
+                notes |= read(folder)
+        return notes
+
+    def run(
+        self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None
+    ) -> list[Measurement]:
+        """All metrics of ``subject`` in the order in which they were declared."""
+        return [m for metric in self.metrics for m in metric.measure(subject, options, report)]
+
+
+language_model_evaluation = Evaluation("perplexity", "accuracy", "speed", "footprint")
+"""What says how good a language model is: perplexity, zero-shot accuracy, speed of decoding and size."""

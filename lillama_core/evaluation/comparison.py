@@ -1,0 +1,63 @@
+"""Measurements of several models: what they are, as JSON, as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lillama_core.evaluation.base import Measurement
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model and what was measured of it."""
+
+    model: str
+    measurements: list[Measurement]
+
+
+def by_model(found: list[Evaluated]) -> dict[str, list[dict[str, Any]]]:
+    """The measurements as JSON, by model; one that is measured again gets a number behind its name."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for number, evaluated in enumerate(found, start=1):
+        name = evaluated.model if evaluated.model not in named else f"{evaluated.model} ({number})"
+        named[name] = [vars(m) for m in evaluated.measurements]
+    return named
+
+
+def show_comparison(found: list[Evaluated]) -> str:
+    """A table with a row for each metric and a column for each model, then what each metric means."""
+    names = [Path(e.model).name for e in found]
+    header = ["metric", *names, *(["change"] if len(found) == 2 else []), "unit", "better"]
+    rows, meanings = [header], []
+    # Some compare with the first model, which has none of them itself.
+    for first in {m.name: m for e in reversed(found) for m in e.measurements}.values():
+        values = [next((m for m in e.measurements if m.name == first.name), None) for e in found]
+        cells = ["—" if m is None else _number(m) for m in values]
+        if len(found) == 2:
+            before, after = values
+            relative = before is not None and after is not None and before.value != 0
+            cells.append(f"{after.value / before.value - 1:+.1%}" if relative and after and before else "")
+        rows.append([first.name, *cells, first.unit, first.better])
+        meanings.append(f"{first.name}: {first.meaning}")
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 or i > len(names) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join([*lines, "", *meanings])
+
+
+def _number(m: Measurement) -> str:
+    digits = 2 if abs(m.value) < 1000 else 0
+    # What is small is still not nothing.
+    text = f"{m.value:.1e}" if 0 < abs(m.value) < 0.005 else f"{m.value:,.{digits}f}"
+    if m.interval is not None:
+        low, high = m.interval
+        return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    return text if m.standard_error is None else f"{text} ± {m.standard_error:.{digits}f}"

@@ -1,0 +1,91 @@
+"""How the compressed model predicts on rows that it was not trained on, against the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import nll_loss
+
+from lillama_core.data.modality import IGNORE_INDEX, Samples
+from lillama_core.models.outputs import class_logits, main_output
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.modules import swapped_modules
+
+
+@dataclass
+class Fidelity:
+    """How the compressed model predicts on held-out calibration rows, against the dense model."""
+
+    tokens: int
+    perplexity_before: float | None
+    perplexity_after: float | None
+    divergence: float | None
+    """Mean Kullback-Leibler divergence of the predictions from the dense model's, in nats a token."""
+    agreement: float | None
+    """Part of the tokens where both models find the same next token the most likely."""
+    relative_error: float
+    """Squared error of the model's outputs (logits, or hidden states), relative to their squares."""
+
+
+def measure_fidelity(
+    parent: StackHarness,
+    held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
+    autocast: torch.dtype | None,
+    dense_embeddings: Mapping[str, nn.Module],
+) -> dict[str, Any]:
+    """Compare predictions from the last hidden states (dense, compressed) of each held-out batch.
+
+    Both streams are there already, so this costs what comes after the last stack alone. Perplexities need targets;
+    divergence and agreement, a model that puts out scores of classes. ``dense_embeddings`` are the modules outside
+    of the blocks, by path, that the model had before it was compressed.
+    """
+    device = next(parent.model.parameters()).device
+    tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
+    nll = [0.0, 0.0]
+    wrong, size = 0.0, 0.0
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for samples, dense, compressed in held:
+            for row in range(dense.shape[0]):
+                one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
+                with swapped_modules(parent.model, dense_embeddings):
+                    outputs = [parent.outputs(one, dense[row : row + 1].to(device))]
+                outputs.append(parent.outputs(one, compressed[row : row + 1].to(device)))
+                mains = [main_output(found)[0] for found in outputs]
+                mains = [m.reshape(-1, m.shape[-1]) for m in mains]
+                predicts = class_logits(parent.model, outputs[0]) is not None
+                kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
+                labels = None if samples.targets is None else samples.targets[row].to(device)
+                # Some tokens at a time: these tables are as wide as the vocabulary.
+                for start in range(0, mains[0].shape[0], 64):
+                    part = slice(start, start + 64)
+                    inside = slice(None) if kept is None else kept[part]
+                    p, q = (m[part][inside].float() for m in mains)
+                    wrong += (q - p).square().sum().item()
+                    size += p.square().sum().item()
+                    if not predicts:
+                        continue
+                    p, q = p.log_softmax(-1), q.log_softmax(-1)
+                    tokens += p.shape[0]
+                    divergence += (p.exp() * (p - q)).sum().item()
+                    agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
+                    if labels is not None:
+                        wanted = labels[part][inside]
+                        predictions += int((wanted != IGNORE_INDEX).sum().item())
+                        for i, log in enumerate((p, q)):
+                            nll[i] += nll_loss(log, wanted, ignore_index=IGNORE_INDEX, reduction="sum").item()
+    perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
+    return asdict(
+        Fidelity(
+            tokens=tokens,
+            perplexity_before=perplexities[0],
+            perplexity_after=perplexities[1],
+            divergence=divergence / tokens if tokens else None,
+            agreement=agreement / tokens if tokens else None,
+            relative_error=wrong / max(size, 1e-30),
+        )
+    )

@@ -1,0 +1,216 @@
+"""How fast a model writes text, and how much memory it takes."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from lillama_core.data.shipped import OFFLINE_TEXT
+from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
+
+MEGABYTE = 1e6
+SHORT_PROMPT = 64
+LONG_PROMPT = 512
+NEW_TOKENS = 64
+REPEATS = 3
+
+
+class _Stopwatch:
+    """A streamer for ``generate`` that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called by ``generate`` with the prompt first and then with every new token, already on the CPU."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by ``generate`` when it is done."""
+
+
+def _generate(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Greedy decoding of exactly ``new_tokens`` after ``prompt`` [1, P].
+
+    Returns seconds from the start to the first token, and seconds from there to the last.
+    """
+    watch = _Stopwatch()
+    started = time.perf_counter()
+    subject.model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        # An end-of-text token in between would make runs of different models incomparable.
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+        streamer=watch,
+    )
+    # The first time noted is that of the prompt itself.
+    return watch.times[1] - started, watch.times[-1] - watch.times[1]
+
+
+def _prompt(subject: Subject, length: int, new_tokens: int) -> Tensor:
+    """The first ``length`` tokens of the text shipped, [1, length].
+
+    Fewer when the model has not room for them and ``new_tokens`` more.
+    """
+    room = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None:
+        length = max(1, min(length, room - new_tokens))
+    # Twelve characters a token is more than any tokenizer takes on English text.
+    text = OFFLINE_TEXT.read_text(encoding="utf-8")[: 12 * length]
+    ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+    return torch.tensor([ids], device=subject.device)
+
+
+def _new_tokens(subject: Subject) -> int:
+    """``NEW_TOKENS``, or half of the positions of a model that has not room for twice as many."""
+    room = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    return NEW_TOKENS if room is None else max(2, min(NEW_TOKENS, room // 2))
+
+
+def write_text(subject: Subject) -> None:
+    """Decodes ``NEW_TOKENS`` tokens after a prompt of ``SHORT_PROMPT``: what a text model does in use."""
+    count = _new_tokens(subject)
+    _generate(subject, _prompt(subject, SHORT_PROMPT, count), count)
+
+
+class DecodeSpeed:
+    """Tokens per second in greedy decoding of one sequence, and in reading a prompt."""
+
+    name = "speed"
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """Two measurements, each the median of ``REPEATS`` runs after one that does not count."""
+        count = _new_tokens(subject)
+        short = _prompt(subject, SHORT_PROMPT, count)
+        long = _prompt(subject, LONG_PROMPT, 1)
+        report(f"speed: {REPEATS} times {count} new tokens and a prompt of {long.shape[1]} tokens")
+        decoding = [_generate(subject, short, count)[1] for _ in range(REPEATS + 1)][1:]
+        reading = [_generate(subject, long, 1)[0] for _ in range(REPEATS + 1)][1:]
+        return [
+            Measurement(
+                name="speed/decoding",
+                value=(count - 1) / statistics.median(decoding),
+                unit="tokens/s",
+                better="higher",
+                meaning=f"New tokens a second, greedy, one sequence, after a prompt of {short.shape[1]}.",
+            ),
+            Measurement(
+                name="speed/prompt",
+                value=long.shape[1] / statistics.median(reading),
+                unit="tokens/s",
+                better="higher",
+                meaning=f"Prompt tokens a second until the first new token, prompt of {long.shape[1]}.",
+            ),
+        ]
+
+
+class _PeakMemory:
+    """Highest memory in use between entry and exit: allocated on the GPU, else resident in the process.
+
+    ``bytes`` holds the result after exit.
+    """
+
+    INTERVAL = 0.01
+    """Seconds between two looks at the resident memory, which has no peak that could be reset portably."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bytes = 0
+        self._device = device
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._done.wait(self.INTERVAL):
+                return
+
+    def __enter__(self) -> _PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._done.set()
+            self._watcher.join()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def parameter_count(model: Any) -> int:
+    """Parameters of ``model``; one that is used in two places (a tied embedding) counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_bytes(model: Any) -> int:
+    """Bytes of the parameters and buffers of ``model``, tied ones once."""
+    return _bytes(model.parameters()) + _bytes(model.buffers())
+
+
+class Footprint:
+    """Parameters, memory of the weights, and the peak of memory while the model works.
+
+    ``work`` is what the model does meanwhile; the default decodes text, a plugin for another kind of model
+    gives its own.
+    """
+
+    name = "footprint"
+
+    def __init__(self, work: Callable[[Subject], None] = write_text) -> None:
+        self._work = work
+
+    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
+        """Three measurements."""
+        report("footprint: memory while the model works")
+        with _PeakMemory(subject.device) as peak:
+            self._work(subject)
+        where = (
+            "GPU memory allocated"
+            if subject.device.type == "cuda"
+            else "Resident memory of the whole process, libraries included,"
+        )
+        return [
+            Measurement(
+                name="footprint/parameters",
+                value=float(parameter_count(subject.model)),
+                unit="",
+                better="lower",
+                meaning="Parameters of the model, shared ones counted once.",
+            ),
+            Measurement(
+                name="footprint/weights",
+                value=memory_bytes(subject.model) / MEGABYTE,
+                unit="MB",
+                better="lower",
+                meaning="Memory of the parameters and buffers as loaded (1 MB = 10^6 bytes).",
+            ),
+            Measurement(
+                name="footprint/peak",
+                value=peak.bytes / MEGABYTE,
+                unit="MB",
+                better="lower",
+                meaning=f"{where} at its highest while the model works (1 MB = 10^6 bytes).",
+            ),
+        ]

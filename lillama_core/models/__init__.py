@@ -1,0 +1,1 @@
+"""Finding, checking and opening checkpoints; nothing here knows an architecture."""

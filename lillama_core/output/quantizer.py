@@ -1,0 +1,226 @@
+"""Loading and saving through transformers: ``from_pretrained`` works once lillama_core is imported.
+
+A compressed directory keeps its model type; ``quantization_config`` in its config.json says which modules are low
+rank. On disk one matrix of each low-rank module has the name of the dense weight and another shape, so that a
+transformers without lillama stops with an error instead of filling the maps with random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lillama_core.allocation.plan import RankPlan
+from lillama_core.architecture.blocks import Block
+from lillama_core.errors import LillamaError
+from lillama_core.models.source import QUANT_METHOD
+from lillama_core.strategies import get, make, names
+from lillama_registry import registry
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How one module is stored."""
+
+    kind: str
+    format: str
+    ranks: Mapping[str, int]
+    """By the map's name within the site; empty for a site's only map."""
+
+    @classmethod
+    def parse(cls, name: str, entry: Any) -> TargetConfig:
+        """Check an entry of a stranger's config; raises LillamaError."""
+        if not isinstance(entry, Mapping) or set(entry) not in (
+            {"kind", "format", "rank"},
+            {"kind", "format", "ranks"},
+        ):
+            raise LillamaError(f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'")
+        kind, format_ = entry["kind"], entry["format"]
+        if not isinstance(kind, str) or kind not in names("targets"):
+            raise LillamaError(
+                f"{name!r} is a target of kind {kind!r}; install the lillama plugin that provides it"
+                f" (known: {', '.join(names('targets'))})"
+            )
+        if not isinstance(format_, str) or format_ not in names("formats"):
+            raise LillamaError(
+                f"{name!r} is stored in format {format_!r}; install the lillama plugin that provides it"
+                f" (known: {', '.join(names('formats'))})"
+            )
+        ranks = {"": entry["rank"]} if "rank" in entry else entry["ranks"]
+        if not isinstance(ranks, Mapping) or not ranks:
+            raise LillamaError(f"the ranks of {name!r} must be a mapping of map to rank")
+        for local, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise LillamaError(f"the rank of {joined(name, local)!r} must be a positive whole number, not {rank!r}")
+        return cls(kind, format_, {str(k): v for k, v in ranks.items()})
+
+
+def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
+    """The config's entry of every site that a plan makes low rank, by the path of its module."""
+    found: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        for target in block.targets:
+            names = {target.local_name(m): block.full_name(m) for m in target.maps}
+            ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
+            if ranks:
+                how = {"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks}
+                found[joined(block.path, target.name) if block.path else target.name] = {
+                    "kind": target.kind,
+                    "format": plan.format,
+                    **how,
+                }
+    return found
+
+
+def joined(path: str, local: str) -> str:
+    """The path of a map from the path of its site."""
+    return f"{path}.{local}" if local else path
+
+
+class LillamaConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model: module path -> kind, format and rank."""
+
+    def __init__(self, sites: Mapping[str, Any] | None = None, version: int = CONFIG_VERSION, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        if version != CONFIG_VERSION:
+            raise LillamaError(
+                f"the model was compressed with config version {version!r}; this lillama reads {CONFIG_VERSION}"
+            )
+        if not isinstance(sites, Mapping):
+            raise LillamaError("the quantization_config of a compressed model must list its 'sites'")
+        self.version = version
+        self.targets = {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in sites.items()}
+        self.parsed = {name: TargetConfig.parse(name, entry) for name, entry in self.targets.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "version": self.version, "sites": self.targets}
+
+
+class LillamaHfQuantizer(HfQuantizer):
+    """Puts low-rank modules in place before transformers loads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for name, target in self.quantization_config.parsed.items():
+            path = own_path(model, name)
+            if path is not None:
+                _swap(model, path, target)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        for architecture in registry().architectures_for(model.config.model_type):
+            architecture.adapt(model)
+        # Weights that are converted to another dtype are copies. Integers are not converted: as views of the mapped
+        # file they would keep all of it in memory beside the copies.
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_floating_point():
+                    setattr(module, name, buffer.clone())
+        # The weights are plain numbers: ``half`` and ``float`` need not be refused.
+        model.is_quantized = False
+        loaded: nn.Module = model
+        return loaded
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        # Last on loading, first on saving: a family may have names of its own on disk, and ours start from those that
+        # the modules have in memory.
+        return [*weight_conversions, *renamings(model, self.quantization_config)]
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def own_path(model: nn.Module, name: str) -> str | None:
+    """``name``, a path from the model that was compressed, as a path from ``model``.
+
+    The base model without its head (AutoModel) has the same modules one level up, and one that gets a head, to be
+    fine-tuned, one level down. None when it has no such part.
+    """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    for path in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            continue
+        return path
+    return None
+
+
+def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
+    """From the names on disk to those in memory, where they differ."""
+    found = []
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    for name, entry in config.parsed.items():
+        path = own_path(model, name)
+        if path is not None:
+            target = get("targets", entry.kind).at(path, model.get_submodule(path))
+            ranks = {joined(path, local): rank for local, rank in entry.ranks.items()}
+            pairs = target.renamings(model, ranks, make("formats", entry.format))
+            if path == f"{prefix}.{name}":
+                # transformers adds the prefix to names on disk after they are renamed.
+                pairs = [(a.removeprefix(f"{prefix}."), b.removeprefix(f"{prefix}.")) for a, b in pairs]
+            found += [WeightRenaming(*pair) for pair in pairs]
+    return found
+
+
+def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
+    target = get("targets", entry.kind).at(path, model.get_submodule(path))
+    target.check(make("formats", entry.format))
+    maps = {m.name: m for m in target.maps}
+    layers: dict[str, nn.Module] = {}
+    for local, rank in entry.ranks.items():
+        map_ = maps.get(joined(path, local))
+        if map_ is None:
+            raise LillamaError(f"{path!r} has no map {local!r}; the config is of another model")
+        if rank >= map_.full_rank:
+            raise LillamaError(
+                f"the rank of {map_.name!r} is {rank}, which a [{map_.out_features}, {map_.in_features}] matrix"
+                " cannot have"
+            )
+        weight, bias = target.weight(model, map_), target.bias(model, map_)
+        layers[map_.name] = (
+            make("formats", entry.format)
+            .module(map_.out_features, map_.in_features, rank, bias is not None, weight.dtype, str(weight.device))
+            .requires_grad_(weight.requires_grad)
+        )
+    target.replace(model, layers)
+
+
+def attach(model: Any, config: LillamaConfig) -> None:
+    """Tell transformers that ``model``, whose modules are low rank already, is a compressed one: it can be saved."""
+    quantizer = LillamaHfQuantizer(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+    # What loading would have found out: how the names in memory differ from those on disk.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer, add_legacy=False)
+
+
+def register() -> None:
+    """Make the format known to transformers; calling it again does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LillamaConfig)
+        register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)

@@ -1,0 +1,112 @@
+"""What happened in a run: the numbers that go into lillama.json, the card and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, libraries included."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        # Not getrusage: its maximum survives exec, so that it may be that of the process which started this one.
+        with contextlib.suppress(OSError):
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            # Not every kernel that says it is Linux has the field.
+            if found := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+                return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, others in kibibytes.
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    names = ("lillama", "torch", "transformers", "safetensors", "numpy", "scipy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@dataclass
+class RunRecord:
+    """Everything that lillama.json says."""
+
+    model: str
+    model_fingerprint: str
+    architecture: str
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    tokenizer: str | None = None
+    """What ``--tokenizer`` named, if anything."""
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(
+        default_factory=lambda: {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": psutil.cpu_count(logical=True),
+        }
+    )
+    device: str = "cpu"
+    compute: str = "float32"
+    dtype: str = "float32"
+    plan: dict[str, Any] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    """What the energies of each map counted for when ranks were shared out, by its path."""
+    rows_seen: dict[str, float] = field(default_factory=dict)
+    """How many rows of the calibration data reached each expert's map."""
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    """[out, in] of every map that could be compressed."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    fidelity: dict[str, Any] | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int | None = None
+    """What torch had allocated on a CUDA device at the most; None on other devices."""
+    remarks: list[str] = field(default_factory=list)
+    """What was found rather than declared about the architecture."""
+    resumed: bool = False
+    started: float = field(default_factory=time.monotonic, repr=False)
+
+    def stop(self) -> None:
+        """Note the time that the run has taken and the memory that it has needed so far."""
+        self.seconds["total"] = round(time.monotonic() - self.started, 3)
+        self.peak_memory_bytes = peak_memory_bytes()
+        if torch.device(self.device).type == "cuda":
+            self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[name]``."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        del found["started"]  # means nothing outside this process
+        return found

@@ -1,0 +1,1 @@
+"""A compression from beginning to end, stage by stage."""

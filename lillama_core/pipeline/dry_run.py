@@ -1,0 +1,92 @@
+"""``lillama plan``: what a recipe would do, from the config and the shapes alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from lillama_core.allocation.plan import describe_plan, parameters_of, rank_range
+from lillama_core.models.loading import check_dtype
+from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.recipe.model import Recipe
+from lillama_core.strategies import make
+
+
+def dry_run(
+    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Ranks by map, totals, and a note when the real ranks will follow measurements; JSON-serialisable.
+
+    An allocator that needs spectra cannot be run without weights: ``uniform`` ranks at the same budget stand in,
+    and the totals are the same.
+    """
+    prepared = prepare(model, recipe, architecture, trust_remote_code)
+    measured = make("allocators", recipe.allocation).needs_spectra
+    plan = make_plan(prepared, "uniform" if measured else recipe.allocation, None)
+    dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)
+    totals = describe_plan(prepared.maps, plan, prepared.format, prepared.total_parameters, dtype.itemsize)
+    note = (
+        f"allocation {recipe.allocation!r} chooses ranks from measured spectra; shown are uniform ranks at the same"
+        " budget, and the totals hold for both"
+        if measured
+        else None
+    )
+    maps = [
+        {
+            "name": m.name,
+            "out": m.map.out_features,
+            "in": m.map.in_features,
+            "rank": plan.ranks.get(m.name),
+            "parameters": parameters_of(m, plan, prepared.format),
+        }
+        for m in prepared.maps
+    ]
+    return {
+        "model": model,
+        "architecture": prepared.architecture.name,
+        "remarks": list(prepared.architecture.remarks),
+        "allocation": recipe.allocation,
+        "format": recipe.format,
+        "dtype": str(dtype).removeprefix("torch."),
+        "note": note,
+        **totals,
+        "maps": maps,
+    }
+
+
+def _config_dtype(config: Any) -> Any:
+    import torch
+
+    found = getattr(config, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def show_plan(found: dict[str, Any]) -> str:
+    """The plan as text: totals, then one line for each kind of map with its ranks by block."""
+    lines = [
+        f"{found['model']}  (architecture {found['architecture']}, {found['allocation']}, {found['format']},"
+        f" {found['dtype']})",
+        f"parameters              {found['parameters_before']:>16,} -> {found['parameters_after']:,}"
+        f"  ({-found['reduction']:+.2%})",
+        f"multiply-adds per token {found['multiply_adds_per_token_before']:>16,} ->"
+        f" {found['multiply_adds_per_token_after']:,}  (linear maps)",
+        f"bytes                   {found['bytes_before']:>16,} -> {found['bytes_after']:,}",
+    ]
+    lines += found["remarks"]
+    if found["note"]:
+        lines.append(f"note: {found['note']}")
+    groups: dict[tuple[str, int, int], dict[str, list[int | None]]] = defaultdict(lambda: defaultdict(list))
+    for m in found["maps"]:
+        # The first numeric component of the path is the block's number, later ones are those of its experts.
+        parts = m["name"].split(".")
+        kind = ".".join(part for part in parts if not part.isdigit())
+        block = next((part for part in parts if part.isdigit()), "")
+        groups[kind, m["out"], m["in"]][block].append(m["rank"])
+    width = max(len(kind) for kind, _, _ in groups)
+    lines.append("")
+    lines.append(f"{'map':<{width}}  {'shape':>13}  ranks by block")
+    for (kind, rows, columns), blocks in groups.items():
+        ranks = [rank_range(of_block) for of_block in blocks.values()]
+        shown = f"{ranks[0]} in all {len(ranks)}" if len(set(ranks)) == 1 else " ".join(ranks)
+        lines.append(f"{kind:<{width}}  {f'{rows} x {columns}':>13}  {shown}")
+    return "\n".join(lines)

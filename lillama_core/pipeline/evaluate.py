@@ -1,0 +1,120 @@
+"""``lillama evaluate``: the metrics of an architecture's plugin, for one model or several side by side."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.find import find_architecture
+from lillama_core.data.modality import modality_of
+from lillama_core.errors import UserError, one_line
+from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.comparison import Evaluated, by_model
+from lillama_core.models.loading import load_config, load_model
+from lillama_core.models.source import locate
+from lillama_core.system.devices import choose_device
+from lillama_core.system.files import write_json
+from lillama_core.system.memory import release_memory
+from lillama_core.system.names import safe_file_stem
+from lillama_core.system.progress import Progress
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to measure; the first model is the one that the others are compared with."""
+
+    models: tuple[str, ...]
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    """Its ``details`` get a folder for each model."""
+    baseline_details: Path | None = None
+    """Such a folder of an earlier run: its model stands before ``models``, and is not measured again."""
+    architecture: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    json_file: Path | None = None
+    quiet: bool = False
+
+
+def _check(request: EvaluationRequest) -> None:
+    """Raise UserError for what is wrong with the request whatever the models are."""
+    options = request.options
+    if options.sequence_length < 2:
+        raise UserError(f"--sequence-length must be at least 2, not {options.sequence_length}")
+    for name, value, least in (
+        ("--windows", options.windows, 0),
+        ("--limit", options.limit, 1),
+        ("--seed", options.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
+    path = request.json_file
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UserError(f"{str(path)!r} cannot be written")
+    folder = options.details
+    if folder is not None:
+        # It is made when there is something to write.
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"--details {str(folder)!r} cannot be made: {str(there)!r} is not a writable directory")
+
+
+def _recalled(folder: Path, architecture: Architecture, device: torch.device) -> Subject:
+    """The model of which an earlier evaluation left its details in ``folder``."""
+    if not folder.is_dir():
+        raise UserError(f"--baseline-details {str(folder)!r} is not a directory")
+    try:
+        notes = architecture.evaluation.load_saved(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--baseline-details {str(folder)!r} cannot be read: {one_line(error)}") from None
+    if not notes:
+        raise UserError(
+            f"--baseline-details {str(folder)!r} holds nothing that the metrics of architecture {architecture.name!r}"
+            " can compare with; measure the model itself with --baseline"
+        )
+    return Subject(folder.name, None, None, device, notes=notes)
+
+
+def compare(request: EvaluationRequest) -> list[Evaluated]:
+    """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
+    _check(request)
+    device = choose_device(request.device)
+    options = request.options
+    prepared = []
+    for spec in request.models:
+        source = locate(spec, request.trust_remote_code)
+        config = load_config(source, allow_compressed=True)
+        architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+        if not architecture.evaluation.metrics:
+            raise UserError(f"architecture {architecture.name!r} has no evaluation")
+        architecture.evaluation.check(options)
+        processor = modality_of(architecture).load_processor(source, request.tokenizer)
+        architecture.evaluation.check_with(processor, options)
+        prepared.append((spec, source, architecture, processor))
+    found = []
+    recalled = request.baseline_details
+    baseline = None if recalled is None else _recalled(recalled, prepared[0][2], device)
+    with Progress("quiet" if request.quiet else "normal") as progress:
+        progress.release()
+        for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
+            progress.line(f"Measuring {spec}")
+            # Half precision is slow on a CPU, and rounds what is to be compared.
+            model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
+            model.to(device)
+            subject = Subject(source.short_name, model, processor, device, baseline=baseline)
+            own = options
+            if options.details is not None:
+                own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
+            found.append(Evaluated(spec, architecture.evaluation.run(subject, own, progress.line)))
+            subject.model = None
+            baseline = baseline or subject
+            del model, subject
+            release_memory()
+    if request.json_file is not None:
+        write_json(request.json_file, by_model(found))
+    return found

@@ -1,0 +1,177 @@
+"""What is known before a weight is read: the maps of a model, the budget, and what an allocator makes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lillama_core.allocation import AllocationRequest
+from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters, make_budget
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.find import blocks_of, find_architecture
+from lillama_core.architecture.targets.embedding import embedding_block
+from lillama_core.architecture.targets.experts import SharedExpertsTarget, fused_experts
+from lillama_core.architecture.targets.linear import LinearTarget
+from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, path_matches
+from lillama_core.errors import LillamaError, UserError, nearest
+from lillama_core.formats import Format
+from lillama_core.models.loading import count_parameters, load_config, meta_model
+from lillama_core.models.source import ModelSource, locate
+from lillama_core.recipe.model import Recipe
+from lillama_core.statistics.loss_calibration import scaled_spectrum
+from lillama_core.statistics.store import DecompositionStore
+from lillama_core.strategies import make
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """All that is known before a weight is read."""
+
+    source: ModelSource
+    config: Any
+    architecture: Architecture
+    blocks: dict[str, list[Block]]
+    maps: list[PlannedMap]
+    total_parameters: int
+    budget: Budget
+    format: Format
+    minimum_rank: int
+    rank_step: int
+    embedding: Block | None = None
+    """The token embedding, when it is to be compressed."""
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Everything that holds maps, in forward order."""
+        first = [] if self.embedding is None else [self.embedding]
+        return first + [block for stack in self.blocks.values() for block in stack]
+
+
+def prepare(
+    model: str, recipe: Recipe, architecture: str | Architecture | None = None, trust_remote_code: bool = False
+) -> CompressionSpec:
+    """Find the maps of a model and the budget from its config alone, on the meta device."""
+    format_ = make("formats", recipe.format)
+    make("allocators", recipe.allocation)
+    make("initializers", recipe.init)
+    make("losses", recipe.loss)
+    if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
+        raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
+    source = locate(model, trust_remote_code)
+    config = load_config(source)
+    found = find_architecture(config, architecture, trust_remote_code)
+    meta = meta_model(config, found, trust_remote_code)
+    choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
+    blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
+    check_choice(found, meta, choice)
+    embedding = None
+    if recipe.compress_embeddings:
+        if recipe.stacks:
+            raise UserError("--compress-embeddings and --stacks exclude each other: the embedding is in no stack")
+        embedding = embedding_block(meta)
+    whole = blocks if embedding is None else {embedding.stack: [embedding], **blocks}
+    targets = [target for stack in whole.values() for block in stack for target in block.targets]
+    for target in targets:
+        target.check(format_)
+    if recipe.share_experts and not any(target.kind == SharedExpertsTarget.kind for target in targets):
+        raise UserError(f"--share-experts: model {model!r} has no experts")
+    maps = planned_maps(whole)
+    of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
+    width = max(min(m.map.out_features, m.map.in_features) for m in maps)
+    return CompressionSpec(
+        source,
+        config,
+        found,
+        blocks,
+        maps,
+        count_parameters(meta),
+        make_budget(maps, reference, recipe.reduction, format_, of_what),
+        format_,
+        # The paper's 1024 and 256 at a width of 4096.
+        recipe.minimum_rank or max(1, width // 4),
+        recipe.rank_step or max(1, width // 16),
+        embedding,
+    )
+
+
+def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:
+    """Raise UserError for a pattern that no linear map of any block matches, and no module of experts."""
+    modules = [block for path in architecture.stacks.values() for block in model.get_submodule(path).children()]
+    experts = {name: known for block in modules for name, known in fused_experts(block).items()}
+    unknown = tuple(name for name, known in experts.items() if not known)
+    everything = MapChoice(choice.include, unknown, choice.share_experts)
+    names = set(experts)
+    names |= {m.name for block in modules for target in architecture.targets(block, everything) for m in target.maps}
+    names |= {name for block in modules for name, module in block.named_modules() if LinearTarget.accepts(module)}
+    for option, patterns in (("--include", choice.include), ("--exclude", choice.exclude)):
+        for pattern in patterns:
+            if not any(path_matches(name, pattern) for name in names):
+                raise UserError(
+                    f"{option} {pattern!r} matches no linear map of a block{nearest(pattern, sorted(names))};"
+                    f" there are: {', '.join(sorted(names)[:12])}"
+                )
+            forbidden = [n for n in architecture.exclude if path_matches(n, pattern) or lies_within(pattern, n)]
+            if option == "--include" and forbidden:
+                raise UserError(f"architecture {architecture.name!r} cannot compress {forbidden[0]!r}")
+
+
+def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
+    return [
+        PlannedMap(block.full_name(map_), block.stack, block.index, map_)
+        for stack in blocks.values()
+        for block in stack
+        for map_ in block.maps
+    ]
+
+
+def make_plan(
+    prepared: CompressionSpec,
+    allocation: str,
+    store: DecompositionStore | None,
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> RankPlan:
+    """The plan of an allocator; ``profile`` gives the spectra to those that want them.
+
+    ``scales`` says by the names of maps what their energies count for; one that is not named counts as they do on
+    average.
+    """
+    allocator = make("allocators", allocation)
+    spectra = {}
+    typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
+    if allocator.needs_spectra and store is not None:
+        for block in prepared.all_blocks:
+            found, _ = store.load(block)
+            for map_ in block.maps:
+                name = block.full_name(map_)
+                spectra[name] = scaled_spectrum(found[map_.name].spectrum, scales.get(name, typical))
+    request = AllocationRequest(
+        prepared.maps, prepared.budget, prepared.format, prepared.minimum_rank, prepared.rank_step, spectra
+    )
+    plan = allocator.allocate(request)
+    _check_plan(plan, request, allocation)
+    return plan
+
+
+def _check_plan(plan: RankPlan, request: AllocationRequest, allocation: str) -> None:
+    """Raise LillamaError for a plan that an allocator, perhaps a plugin's, should not have made."""
+    maps = {m.name: m for m in request.maps}
+    for name, rank in plan.ranks.items():
+        if name not in maps:
+            raise LillamaError(f"allocator {allocation!r} gives a rank to {name!r}, which is no map of this model")
+        largest = request.largest_rank(maps[name], maps[name].dense_parameters - 1)
+        if not 1 <= rank <= largest:
+            raise LillamaError(
+                f"allocator {allocation!r} gives {name} the rank {rank}; between 1 and {largest} it would be smaller"
+                " than dense"
+            )
+    kept = kept_parameters(request.maps, plan, request.format)
+    if kept > request.budget.maps_kept:
+        raise LillamaError(
+            f"allocator {allocation!r} keeps {kept:,} parameters of the maps, {request.budget.maps_kept:,} are allowed"
+        )

@@ -1,0 +1,1 @@
+"""Every choice of a compression: validated options, YAML files, presets."""

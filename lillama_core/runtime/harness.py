@@ -1,0 +1,187 @@
+"""Running blocks on their own: what the parent passes to each, recorded without computing any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lillama_core.data.modality import Inputs
+from lillama_core.errors import UserError
+from lillama_core.models.outputs import main_output
+from lillama_core.runtime.block_runner import BlockInputs
+
+if TYPE_CHECKING:
+    from lillama_core.architecture.base import Architecture
+    from lillama_core.architecture.blocks import Block
+
+RunBlock = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+"""Takes a block's index, hidden states and other arguments, and returns hidden states."""
+
+
+class StopForward(Exception):  # noqa: N818  not an error: it ends a pass early
+    """Ends a forward pass whose rest is of no interest."""
+
+
+class StackHarness:
+    """The model around the blocks of one stack: it makes their arguments, and turns their result into outputs.
+
+    The blocks themselves are bypassed: each hands on the hidden states that it got. So the arguments of all blocks
+    (masks, rotary tables, an encoder's output) cost no more than the embedding.
+    """
+
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, blocks: list[Block], earlier: Sequence[StackHarness] = ()
+    ) -> None:
+        """``earlier`` are the parents of the stacks that are run before this one."""
+        self.model = model
+        self.architecture = architecture
+        self.blocks = blocks
+        self.earlier = earlier
+        self.depends_only_on_upstream_output = False
+        """Whether nothing of the earlier stacks reaches these blocks but what their last blocks give; see `record`."""
+        self._without_earlier: bool | None = None if earlier else False
+        """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
+        self._extra_outputs: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
+        """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
+        self._extra = {"use_cache": False} if _takes_use_cache(model) else {}
+
+    @property
+    def stack(self) -> str:
+        """The name of the stack that these blocks are."""
+        return self.blocks[0].stack
+
+    def record(self, inputs: Inputs, earlier: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, list[BlockInputs]]:
+        """The hidden states that enter the first block, and the other arguments of every block.
+
+        ``earlier`` is what the last blocks of the earlier stacks give, if that is known: they are not run then.
+        """
+        calls: list[BlockInputs] = []
+        first: list[torch.Tensor] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            if index == 0:
+                first.append(hidden)
+            calls.append(BlockInputs(args, kwargs))
+            if index == len(self.blocks) - 1:
+                raise StopForward
+            return hidden
+
+        with torch.no_grad(), contextlib.ExitStack() as bypassed, contextlib.suppress(StopForward):
+            for parent, last_hidden in zip(self.earlier, earlier, strict=True) if earlier else ():
+                bypassed.enter_context(parent._bypassed(parent._giving(last_hidden)))
+            bypassed.enter_context(self._bypassed(bypass))
+            self._forward(inputs)
+        return first[0].detach().float(), calls
+
+    def last_output(self, inputs: Inputs, run: RunBlock) -> torch.Tensor:
+        """What the last block returns in a forward pass of the model in which ``run`` stands for every block.
+
+        ``run`` gets a block's index, the hidden states and the other arguments that the model passes at that moment.
+        """
+        last: list[torch.Tensor] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            out = run(index, hidden, args, kwargs)
+            if index == len(self.blocks) - 1:
+                last.append(out)
+                raise StopForward
+            return out
+
+        with torch.no_grad(), self._bypassed(bypass), contextlib.suppress(StopForward):
+            self._forward(inputs)
+        return last[0].float()
+
+    def check_order(self, inputs: Inputs) -> None:
+        """Raise UserError unless a forward pass runs each block once, one after the other.
+
+        All else here takes that for granted, and ends a pass at the first call of the last block.
+        """
+        order: list[int] = []
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            order.append(index)
+            return hidden
+
+        with torch.no_grad(), self._bypassed(bypass):
+            self._forward(inputs)
+        if order != list(range(len(self.blocks))):
+            raise UserError(
+                f"the model runs the {len(self.blocks)} blocks of {self.stack!r} in the order"
+                f" {', '.join(map(str, order[:12]))}{', …' if len(order) > 12 else ''}; only models that run each block"
+                " once, one after the other, can be compressed"
+            )
+
+    def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
+        """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""
+
+        if self._without_earlier is None:
+            with torch.no_grad():
+                whole, short = (main_output(self._outputs(inputs, last_hidden, skip)) for skip in (False, True))
+            self._without_earlier = torch.equal(whole, short)
+        return self._outputs(inputs, last_hidden, self._without_earlier)
+
+    def _outputs(self, inputs: Inputs, last_hidden: torch.Tensor, skip_earlier: bool) -> Any:
+        """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
+
+        with contextlib.ExitStack() as bypassed:
+            for parent in self.earlier if skip_earlier else ():
+                bypassed.enter_context(parent._bypassed(lambda index, hidden, args, kwargs: hidden))
+            bypassed.enter_context(self._bypassed(self._giving(last_hidden)))
+            return self._forward(inputs)
+
+    def _giving(self, last_hidden: torch.Tensor) -> RunBlock:
+        """In place of the blocks: the last gives ``last_hidden``, the others what they get."""
+
+        def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            return last_hidden if index == len(self.blocks) - 1 else hidden
+
+        return bypass
+
+    def _forward(self, inputs: Inputs) -> Any:
+        return self.model(**inputs, **self._extra)
+
+    @contextlib.contextmanager
+    def _bypassed(self, bypass: RunBlock) -> Iterator[None]:
+        modules = [self.model.get_submodule(block.path) for block in self.blocks]
+
+        def replaced(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                shape = tuple((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape)
+                if shape not in self._extra_outputs:
+                    # What a block returns besides is its own business: see once what it does.
+                    block = copy.deepcopy(modules[index]).float()
+                    del block.__dict__["forward"]  # the bypass itself
+                    with torch.no_grad():
+                        result = block(*args, **kwargs)
+                    self._extra_outputs[shape] = result[1:] if isinstance(result, tuple) else None
+                if "hidden_states" in kwargs:
+                    rest = dict(kwargs)
+                    hidden = bypass(index, rest.pop("hidden_states"), args, rest)
+                else:
+                    hidden = bypass(index, args[0], args[1:], kwargs)
+                rest_of_result = self._extra_outputs[shape]
+                return hidden if rest_of_result is None else (hidden, *rest_of_result)
+
+            return forward
+
+        for index, module in enumerate(modules):
+            module.forward = replaced(index)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["forward"]
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether the model keeps a cache, which would only be carried along."""
+    return (
+        getattr(model.config, "use_cache", None) is not None
+        and "use_cache" in inspect.signature(model.forward).parameters
+    )

@@ -1,0 +1,147 @@
+"""What enters the blocks of a stack: recorded for every batch, once, and looked at before it is relied on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lillama_core.data.modality import Inputs, Samples
+from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
+from lillama_core.runtime.block_runner import BlockInputs, BlockRunner, share_equal
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.weight_source import ResidentSource
+
+if TYPE_CHECKING:
+    from lillama_core.architecture.base import Architecture
+
+RecordedInputs = tuple[list[list[BlockInputs]], list[torch.Tensor]]
+"""For every batch the other arguments of each block of a stack, and the hidden states that enter the first."""
+TOLERANCE = 0.02
+"""Relative error below which two ways of running a model are the same but for rounding."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Records what enters blocks, and makes the runners that play it back, on one device in one arithmetic."""
+
+    architecture: Architecture
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    """Of matrix products; None: fp32."""
+
+    def record(self, parent: StackHarness, batches: Sequence[Samples]) -> RecordedInputs:
+        """The arguments of all blocks for every batch, and the hidden states that enter the first.
+
+        Where a batch says what the earlier stacks give, and these blocks get nothing else of them, they are not run.
+        """
+        calls: list[list[BlockInputs]] = []
+        stream: list[torch.Tensor] = []
+        for batch in batches:
+            earlier = [batch.outputs[p.stack] for p in parent.earlier if p.stack in batch.outputs]
+            known = parent.depends_only_on_upstream_output and len(earlier) == len(parent.earlier)
+            hidden, found = self._record(parent, batch.inputs, earlier if known else ())
+            calls.append(share_equal(calls[-1] if calls else None, found))
+            stream.append(hidden.cpu())
+        return calls, stream
+
+    def _record(
+        self, parent: StackHarness, inputs: Inputs, earlier: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[BlockInputs]]:
+        # Another stack's blocks may run for real on the way to this one's: they deserve the fast arithmetic, too.
+        runs_blocks = len(self.architecture.stacks) > 1
+        with self.runner([]).autocast() if runs_blocks else contextlib.nullcontext():
+            return parent.record(self.on_device(inputs), [hidden.to(self.device) for hidden in earlier])
+
+    def runner(self, calls: list[list[BlockInputs]]) -> BlockRunner:
+        return BlockRunner(self.architecture, calls, self.device, self.autocast_dtype)
+
+    def on_device(self, inputs: Inputs) -> Inputs:
+        return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def check(self, parent: StackHarness, inputs: Inputs, source: ResidentSource) -> None:
+        """Blocks run one after the other must give what the model gives, or nothing that follows means anything.
+
+        Raises UserError where they do not. Also finds out whether earlier stacks hand on what their last blocks give,
+        and nothing else.
+        """
+        # Two rows: what a block is given besides the hidden states may depend on their number.
+        short = {k: v[:2] for k, v in self.on_device(inputs).items()}
+        calls, stream = self.record(parent, [Samples(short)])
+        runner = self.runner(calls)
+
+        expected = self.stack_output(parent, short, source)
+        unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
+        try:
+            with torch.no_grad():
+                chained = stream[0].to(self.device)
+                for block in parent.blocks:
+                    chained = runner(source.block(block), block, 0, chained)
+        except LillamaError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the blocks of {parent.stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
+            ) from error
+        difference = _relative(chained, expected)
+        if not difference < TOLERANCE:
+            raise UserError(
+                f"the blocks of {parent.stack!r} run one by one differ from the whole model by"
+                f" {difference:.2%}: {unsuitable}"
+            )
+        parent.depends_only_on_upstream_output = bool(parent.earlier) and self._hand_on(
+            parent, short, source, (stream[0], calls[0])
+        )
+
+    def stack_output(self, parent: StackHarness, inputs: Inputs, source: ResidentSource) -> torch.Tensor:
+        """What leaves a stack in a forward pass of the model, whose blocks get what the model passes at that moment."""
+
+        def block(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            with self.runner([]).autocast():
+                module = source.block(parent.blocks[index])
+                return self.architecture.call_block(module, hidden.float(), args, kwargs)
+
+        return parent.last_output(self.on_device(inputs), block)
+
+    def _hand_on(self, parent: StackHarness, inputs: Inputs, source: ResidentSource, real: Any) -> bool:
+        """Whether the blocks get the same as in the ``real`` pass if the earlier stacks only say what they gave."""
+        try:
+            handed = self._record(
+                parent, inputs, [self.stack_output(earlier, inputs, source) for earlier in parent.earlier]
+            )
+        except Exception as error:  # a stack that cannot be run like that is run by the model
+            if is_out_of_memory(error):
+                raise
+            return False
+        found, expected = list(_tensors(handed)), list(_tensors(real))
+        return len(found) == len(expected) and all(map(_same, found, expected))
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error; rounding alone makes some, a wrong argument one of the order of the values."""
+    found, expected = found.float(), expected.to(found.device).float()
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    expected = expected.to(found.device)
+    # Equal infinities in a mask have no difference that is a number.
+    return found.shape == expected.shape and (torch.equal(found, expected) or _relative(found, expected) < TOLERANCE)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what blocks are given."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, BlockInputs):
+        yield from _tensors((value.args, value.kwargs))
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

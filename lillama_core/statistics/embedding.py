@@ -1,0 +1,93 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lillama_core.architecture.targets.embedding import EmbeddingTarget, is_embedding
+from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.data.modality import Samples
+from lillama_core.initialization import MapStatistics
+from lillama_core.statistics.moments import SecondMoment, flat_rows
+
+
+class EmbeddingObserver:
+    """Accumulates what the factors of the embedding are chosen by, during the sensitivity pass."""
+
+    def __init__(self, target: EmbeddingTarget) -> None:
+        self.target = target
+        self.inputs = SecondMoment()
+        """G, of the rows that the heads read."""
+        self.gradients = SecondMoment()
+        """W^T F W, of the gradients at those rows."""
+        self.entry = SecondMoment()
+        """S, of the gradients at the entry of the first block."""
+        self._squares = 0.0
+
+    @contextlib.contextmanager
+    def observe(self, model: nn.Module) -> Iterator[None]:
+        """While open, forward and backward passes through the heads are observed."""
+
+        def observe_input(_: TargetLinear, x: torch.Tensor) -> None:
+            if x.requires_grad:
+                rows = x.detach()
+                x.register_hook(lambda g: self._add(rows, g))
+
+        def observe_output(_: TargetLinear, y: torch.Tensor) -> None:
+            if y.requires_grad:
+                y.register_hook(self._add_squares)
+
+        with self.target.observe(model, observe_input, observe_output):
+            yield
+
+    @contextlib.contextmanager
+    def lookups(self, model: nn.Module) -> Iterator[list[str]]:
+        """While open, the paths of the tables in which rows are looked up are listed: none below an audio encoder."""
+        seen: list[str] = []
+        tables = {p: m for p, m in self.target.modules(model).items() if is_embedding(m)}
+        handles = [m.register_forward_hook(lambda *_, p=p: seen.append(p)) for p, m in tables.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows, gradients = rows.flatten(0, -2), gradients.flatten(0, -2)
+        # Where nothing is predicted, behind the end of a row, there is no gradient: what is read there is no matter.
+        counted = (gradients != 0).any(-1)
+        self.inputs.add(rows[counted])
+        self.gradients.add(gradients[counted])
+
+    def _add_squares(self, gradient: torch.Tensor) -> None:
+        self._squares += gradient.float().square().sum().item()
+
+    def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
+        """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""
+        # A gradient at a row that is multiplied on its way in counts as often at the table's.
+        parts = ((self.entry, self.target.scale**2), (self.inputs, 1.0))
+        moments = [factor * m.mean().to(weight.device) for m, factor in parts if m.count]
+        # A model may project the rows to another width before its first block.
+        inputs = sum((m for m in moments if len(m) == weight.shape[1]), torch.zeros((), device=weight.device))
+        if not inputs.dim():
+            return MapStatistics()
+        (map_,) = self.target.maps
+        frequency = torch.zeros(map_.out_features)
+        for name, ids in data.inputs.items():
+            if name.endswith("input_ids"):
+                # Padding is looked up as well, and matters to nothing.
+                rows, counts = flat_rows(ids[..., None].cpu(), tuple(data.masks.values()))
+                counts = torch.ones(len(rows)) if counts is None else counts.float()
+                frequency += torch.bincount(rows[:, 0], counts, map_.out_features)[: map_.out_features]
+        tokens = frequency.sum().item()
+        frequency = (frequency / max(1.0, tokens)).to(weight.device)
+        W = weight.float()
+        moment, scale = W.T @ (frequency[:, None] * W), 1 / map_.out_features
+        if self.inputs.count:
+            moment = (moment + self.gradients.mean().to(weight.device)) / 2
+            scale = (scale + self._squares / self.inputs.count / map_.out_features) / 2
+        return MapStatistics(inputs, moment, scale, tokens / max(1, len(data)))

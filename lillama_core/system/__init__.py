@@ -1,0 +1,1 @@
+"""This machine: devices, memory, files, progress, interrupts, random streams."""

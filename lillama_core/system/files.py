@@ -1,0 +1,54 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lillama_core.errors import LillamaError
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that ``path`` is complete whenever it exists."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """Read a JSON file of the run; ``default`` when it does not exist."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file so that ``path`` is complete whenever it exists."""
+    temporary = path.with_name(path.name + ".tmp")
+    # Sorted, and without views: equal tensors give equal bytes.
+    save_file({k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}, str(temporary))
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    """The ``wanted`` tensors of a safetensors file of the run; raises LillamaError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError) as error:
+        raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None

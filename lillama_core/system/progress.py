@@ -1,0 +1,129 @@
+"""Progress for people: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Literal
+
+from lillama_core.errors import UserError
+from lillama_core.system.interrupt import raise_if_interrupted
+
+Verbosity = Literal["quiet", "normal", "verbose"]
+
+
+class Progress:
+    """Reports long work on stderr, so that stdout stays free for results.
+
+    Use as a context manager. ``phase`` opens a stage of known length, ``step`` advances it, ``line`` says
+    something that stays on the screen, and ``detail`` the same when the user asked for more.
+
+    What is said before the first ``phase`` or ``release`` is held back: should the request turn out to be mistaken,
+    the error is the only thing on stderr. (A terminal shows it in passing.)
+    """
+
+    def __init__(self, verbosity: Verbosity = "normal") -> None:
+        self.verbosity = verbosity
+        self._started = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+        self._name = ""
+        self._total = 0
+        self._done = 0
+        self._phase_started = self._started
+        self._last_line = 0.0
+        self._held: list[str] | None = []
+        if verbosity != "quiet" and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, UserError):
+            self.release()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def release(self) -> None:
+        """Say what was held back, and hold back no more: the request has passed all checks."""
+        held, self._held = self._held, None
+        for text in held or ():
+            self._print(text)
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a stage of ``total`` steps."""
+        self._name, self._total, self._done = name, total, 0
+        self._phase_started = self._last_line = time.monotonic()
+        self.release()
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=total, note="")
+        elif self.verbosity != "quiet":
+            self._print(f"{name} …")
+
+    def step(self, note: str = "", advance: int = 1) -> None:
+        """Advance the stage; ``note`` says where it stands (a block's name, a loss)."""
+        raise_if_interrupted()
+        self._done += advance
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=advance, note=note)
+            return
+        now = time.monotonic()
+        # A log wants a line now and then, not one for each batch.
+        if self.verbosity != "quiet" and (now - self._last_line >= 10 or self._done == self._total):
+            self._last_line = now
+            spent = now - self._phase_started
+            left = spent / self._done * (self._total - self._done) if self._done else 0.0
+            self._print(
+                f"{self._name} {self._done}/{self._total}{'  ' + note if note else ''}"
+                f"  elapsed {spent:.0f} s, remaining {left:.0f} s"
+            )
+
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        raise_if_interrupted()
+        if self.verbosity != "quiet":
+            self._print(text)
+
+    def detail(self, text: str) -> None:
+        """Say something that only ``--verbose`` shows."""
+        if self.verbosity == "verbose":
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self._held is not None:
+            self._held.append(text)
+            if self._bar is not None and self._task is None:
+                self._task = self._bar.add_task(text, total=None, note="")
+            elif self._bar is not None:
+                self._bar.update(self._task, description=text)
+        elif self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
