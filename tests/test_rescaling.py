@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core import Recipe, Request, compress, load_recipe
+from lillama_core import Recipe, load_recipe
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Decomposition
 from lillama_core.output.record import RunRecord
+from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
@@ -182,7 +183,7 @@ def test_a_run_measures_every_part_and_says_so(
     def spare(*measured: Any) -> dict[str, float]:
         return {name: 1e3 * scale if ".1." in name else scale for name, scale in measure_scales(*measured).items()}
 
-    monkeypatch.setattr("lillama_core.pipeline.engine.measure_scales", spare)
+    monkeypatch.setattr("lillama_core.pipeline.stages.allocate.measure_scales", spare)
     spared = run("spared", recipe).plan["ranks"]
 
     def removed(ranks: dict[str, int]) -> int:

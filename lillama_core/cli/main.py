@@ -232,7 +232,7 @@ def _add_compress(commands: Any) -> None:
 def run_compress(options: argparse.Namespace) -> int:
     """``lillama compress``: the result's sizes and place on stdout."""
     recipe = _recipe(options)
-    from lillama_core.pipeline.engine import Request, compress
+    from lillama_core.pipeline import Request, compress
 
     request = Request(
         model=options.model,

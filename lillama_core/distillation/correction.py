@@ -27,6 +27,7 @@ from lillama_core.distillation.training import BlockData
 from lillama_core.formats import Factored
 from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 
 RIDGE = 0.1
@@ -166,7 +167,7 @@ def correct(
     K, shift = K.float().to(W.device), shift.float().to(W.device)
 
     agreeing, size = 0.0, 0.0
-    for batch in data.held_out:
+    for batch in data.choose:
         rows, r, weights = _seen(last, block, student, runner, data, batch)
         missing = r - rows @ W.T - (0.0 if bias is None else bias)
         offered = rows @ K.T + shift
@@ -198,7 +199,7 @@ def _seen(
     with torch.no_grad(), observe, data.pinned.replaying(student, batch):
         out = runner(student, block, batch, data.student[batch])
     mask = data.masks[batch]
-    rows, weights = flat_rows(inputs[0], () if mask is None else (mask,))
+    rows, weights = flat_rows(inputs[0], StackMasks(mask))
     r = data.targets[batch].to(out.device) - out + outputs[0].float().view_as(out)
     r = r.reshape(-1, r.shape[-1])
     if weights is not None:
