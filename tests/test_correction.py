@@ -89,14 +89,15 @@ def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRun
     change = torch.eye(WIDTH) - 0.3 * torch.rand(WIDTH, WIDTH)
     stream = [h @ change + 1.2 * torch.randn_like(h) + 0.1 for h in teacher]
     masks = [torch.rand(4, 8).round(decimals=1).clamp(min=0.2) - 0.2 if masked else None for _ in range(7)]
-    targets = runner.over(dense, block, teacher)
+    targets = list(teacher)
+    runner.advance(dense, block, targets)
     student = copy.deepcopy(dense)
     for target in block.targets:
         map_ = target.maps[0]
         W = target.weight(student, map_)
         B, A = make("initializers", "svd").decompose(W, MapStatistics()).factors(W, 3)
         target.replace(student, {map_.name: make("formats", "factored").from_factors(B, A, target.bias(student, map_))})
-    return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6])
+    return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6], [])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -134,7 +135,7 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     right = torch.cat([lacking * w.sqrt()[:, None], torch.zeros(x.shape[1], WIDTH, dtype=torch.float64)])
     solution = torch.linalg.lstsq(left, right).solution
 
-    x, lacking, w = rows(data.held_out)
+    x, lacking, w = rows(data.choose)
     offered = torch.cat([x, torch.ones(len(x), 1)], 1) @ solution if bias else x @ solution
 
     def error(shrinkage: float) -> float:
@@ -167,7 +168,8 @@ def test_experts_that_share_a_projection_are_not_taken_for_a_last_map(
 def test_nothing_lost_nothing_corrected() -> None:
     dense, _, block, runner, data = setting(True, False)
     data.student[:] = [h.clone() for h in data.student]
-    data.targets[:] = runner.over(dense, block, data.student)
+    data.targets[:] = data.student
+    runner.advance(dense, block, data.targets)
     target = block.targets[1]
     found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
     assert found.bias is not None
@@ -180,7 +182,7 @@ def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
     W, b = torch.randn(4, 6), torch.randn(4)
     x = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.5, 0.1, 0.1])) + 2
     corrected = Corrected(W, b, x.T @ x / 500, x.mean(0), 0.5)
-    layer = corrected.factored(2, make("initializers", "activation"), None, 0.0, torch.Generator())
+    layer = corrected.factored(2, make("initializers", "whitened"), None, 0.0, torch.Generator())
     y = x @ W.T + b
     # No affine map of rank 2 does better: that is the principal components of the outputs.
     S = torch.linalg.svdvals(y - y.mean(0))

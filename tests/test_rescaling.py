@@ -23,8 +23,9 @@ from lillama_core.initialization import Decomposition
 from lillama_core.output.record import RunRecord
 from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import make_plan, prepare
-from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
 from lillama_core.statistics.loss_calibration import PARTS, Ablation, kinds_of, measure_scales, parts_of, safe_ratio
 from lillama_core.statistics.store import DecompositionStore
@@ -78,11 +79,10 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
 
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     batches = [Samples({"input_ids": rows}) for rows in tokens.split(2)]
-    recorded = [parent.record(batch.inputs) for batch in batches]
-    runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, None)
+    activations = ActivationStore(Recorder(architecture, CPU, None), batches).record(parent)
     heard: list[str] = []
-    trial = Ablation(parent, source, runner, batches, [hidden for hidden, _ in recorded], low_rank)
-    scales = measure_scales(trial, ranks, left_out, heard.append)
+    ablation = Ablation(parent, source, activations, low_rank)
+    scales = measure_scales(ablation, ranks, left_out, heard.append)
 
     dense = model(tokens).logits.double().log_softmax(-1)
 

@@ -38,7 +38,8 @@ class CalibrationSplit:
         UserError when there are too few.
         """
         whole = len(data) // batch_size
-        held = max(1, round(held_out * whole))
+        # Something is left to fit by, however much is asked to be held out.
+        held = max(1, min(round(held_out * whole), (whole - 1) // (2 if chooses else 1)))
         batches = [data.part(start * batch_size, (start + 1) * batch_size) for start in range(whole)]
         if not chooses:
             fit = whole - held
