@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import UserError
 from lillama_core.formats import Format

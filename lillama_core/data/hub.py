@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lillama_core.data.sources import HubDataset
-from lillama_core.data.text.files import Row
+from lillama_core.data.sources import HubDataset, Row
 from lillama_core.errors import UserError
 from lillama_core.system.seeds import derive_seed
 

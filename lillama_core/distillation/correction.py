@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.distillation.training import BlockData
 from lillama_core.formats import Factored

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.block import Block
 from lillama_core.errors import LillamaError
 from lillama_core.models.source import QUANT_METHOD
 from lillama_core.strategies import get, make, names

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.embedding_modules import (
     LowRankEmbedding,
     LowRankHead,
