@@ -3,12 +3,12 @@
 A residual block ends in y = s + W x + b: what goes past its last map, and that map. In the compressed model both s' and
 x' differ from what the dense model has, by errors that x' partly tells. With r = y - s' what the map would have to give
 for the block's output y to be the dense one, the ridge regression of r - (W x' + b) on x' says by what matrix K (and
-shift, where there is a bias) W falls short, and W + share K is what is factored. (Targets from the dense stream for
-the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here the
-last one at the block's.)
+shift, where there is a bias) W falls short, and W + shrinkage * K is what is factored. (Targets from the dense stream
+for the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here
+the last one at the block's.)
 
 All of K would follow the calibration rows too closely, and so each block disturbs the next. Rows that took no part say
-how much of it holds elsewhere: the share is the factor of K that fits them best.
+how much of it holds elsewhere: the shrinkage, between 0 and 1, is the factor of K that fits them best.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Corrected:
     """A dense map with the correction in it, and what was seen on the way."""
 
     weight: torch.Tensor
-    """W + share K [out, in], fp32."""
+    """W + shrinkage * K [out, in], fp32."""
     bias: torch.Tensor | None
     """[out], fp32."""
     inputs: torch.Tensor

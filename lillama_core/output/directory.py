@@ -65,7 +65,7 @@ def write_result(
 
 
 def published(record: RunRecord) -> dict[str, Any]:
-    """The record as strangers may read it: local models and files by name, without their folders."""
+    """Return the record as it is published: local models and files by name, without their folders."""
     data = dict(record.data)
     data["sources"] = {
         public_name(name): {k: public_name(v) if k == "path" else v for k, v in description.items()}
@@ -90,7 +90,7 @@ def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs, trus
         expected = main_output(model(**as_dtype(inputs, next(model.parameters()).dtype))).float()
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
-    # -P: files of the working directory, which may be a stranger's model, are not to be taken for modules.
+    # -P: files of the working directory, which may be an untrusted model, are not to be taken for modules.
     command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
     if trust_remote_code:
         command.append(TRUST)

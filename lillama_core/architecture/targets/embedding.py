@@ -170,7 +170,7 @@ def embedding_block(model: nn.Module) -> Block:
 
 
 def embedding_target(block: Block) -> EmbeddingTarget:
-    """The only site of what `embedding_block` gave."""
+    """Return the only target of the block that `embedding_block` made."""
     (target,) = block.targets
     assert isinstance(target, EmbeddingTarget)
     return target

@@ -54,7 +54,7 @@ def load_calibration(
 ) -> CalibrationData:
     """The rows that ``options`` ask for.
 
-    ``model`` is on ``device`` and is used only to write its own share, under autocast to ``autocast_dtype``
+    ``model`` is on ``device`` and is used only to write its own text, under autocast to ``autocast_dtype``
     when given; ``model_fingerprint`` must change with its weights, since that text is cached (``cache_dir``,
     else ``LILLAMA_CACHE`` or the user's cache folder). ``limit_rows`` makes the whole smaller, in the same
     proportions. Raises UserError for data that cannot be read or is too small, and for a model that cannot
@@ -62,7 +62,7 @@ def load_calibration(
     """
     check_sources(options)
     total = options.rows() if limit_rows is None else min(options.rows(), max(1, limit_rows))
-    counts = _shares(options, total)
+    counts = _rows_by_source(options, total)
     _check_model(options, model, own_rows=counts.get(SELF, 0))
     parts: dict[str, torch.Tensor] = {}
     description: dict[str, dict[str, Any]] = {}
@@ -121,13 +121,13 @@ def load_text_windows(
     return found.rows
 
 
-def _shares(options: CalibrationOptions, total: int) -> dict[str, int]:
+def _rows_by_source(options: CalibrationOptions, total: int) -> dict[str, int]:
     """Rows of each source, by largest remainder; they sum to ``total``."""
     sources = options.effective_sources()
     whole = sum(source.weight for source in sources)
     exact = {source.name: total * source.weight / whole for source in sources}
     # A rounding error must not turn a whole number into the one below.
-    counts = {name: math.floor(share + 1e-9) for name, share in exact.items()}
+    counts = {name: math.floor(rows + 1e-9) for name, rows in exact.items()}
     named_first = sorted(exact, key=lambda name: (counts[name] - exact[name], name == SELF))
     for name in named_first[: total - sum(counts.values())]:
         counts[name] += 1
