@@ -179,7 +179,7 @@ def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
     W, b = torch.randn(4, 6), torch.randn(4)
     x = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.5, 0.1, 0.1])) + 2
     corrected = Corrected(W, b, x.T @ x / 500, x.mean(0), 0.5)
-    layer = corrected.factored(2, make("initializers", "activation"), None, 0.0, torch.Generator())
+    layer = corrected.factored(2, make("initializers", "whitened"), None, 0.0, torch.Generator())
     y = x @ W.T + b
     # No affine map of rank 2 does better: that is the principal components of the outputs.
     S = torch.linalg.svdvals(y - y.mean(0))

@@ -33,7 +33,7 @@ class TargetModule(ABC):
     @classmethod
     @abstractmethod
     def at(cls, name: str, module: nn.Module) -> TargetModule:
-        """Return the target for ``module``, dense or low rank already; raise LillamaError when it is of another kind."""
+        """Return the target for ``module``, dense or low rank already; raise LillamaError for one of another kind."""
 
     @abstractmethod
     def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
