@@ -28,6 +28,7 @@ from lillama_core.formats import Factored
 from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.system.devices import exact_device
 
 RIDGE = 0.1
 """On the second moment of x', relative to its mean diagonal."""
@@ -76,7 +77,7 @@ class Corrected:
         generator: torch.Generator,
     ) -> nn.Module:
         """Factors of the corrected map for the inputs that it has; see `MapStatistics` for the gradients."""
-        exact = self.weight.device if self.weight.device.type == "cuda" else torch.device("cpu")
+        exact = exact_device(self.weight)
         seen = MapStatistics(self.inputs, gradients, gradient_scale, 1.0, self.center, self.bias is not None).to(exact)
         weight = self.weight.to(exact)
         found = initializer.decompose(weight, seen)
@@ -148,8 +149,7 @@ def correct(
         with torch.autocast(rows.device.type, enabled=False):
             cross.addmm_(r.T, rows)
         wanted += r.sum(0)
-    # Not every accelerator has fp64.
-    exact = W.device if W.device.type == "cuda" else torch.device("cpu")
+    exact = exact_device(W)
     P, center = moment.mean(), moment.center()
 
     def precise(tensor: torch.Tensor) -> torch.Tensor:

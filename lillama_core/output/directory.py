@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import TRUST
 from lillama_core.system.files import write_json, write_tensors
 from lillama_core.system.progress import Progress
+from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
     from lillama_core.pipeline.spec import CompressionSpec
@@ -41,13 +41,8 @@ def write_result(
     targets = target_entries(prepared.all_blocks, plan)
     model.config.dtype = next(model.parameters()).dtype
     attach(model, LillamaConfig(targets))
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet():
         model.save_pretrained(str(result))
-    finally:
-        logger.setLevel(level)
     modality = modality_of(prepared.architecture)
     modality.save_processor(processor, result)
     record.bytes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -43,6 +44,14 @@ class MapChoice:
     """Paths from the block of maps to leave alone."""
     share_experts: bool = False
     """One input projection for all experts of a layer, and one output projection for their second maps."""
+
+
+def kind_of(path: str) -> str:
+    """Return ``path`` with each number in it as ``*``: the kind that the map shares with those of other experts.
+
+    A number counts behind a dot only: ``mlp.experts.down.3`` gives ``mlp.experts.down.*``.
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def path_matches(path: str, pattern: str) -> bool:
