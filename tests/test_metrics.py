@@ -19,14 +19,13 @@ from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.errors import UserError
-from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject
+from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject, language_model_evaluation
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.evaluation.metrics import (
     DecodeSpeed,
     Footprint,
     Perplexity,
     ZeroShotAccuracy,
-    language_model_evaluation,
     zero_shot,
 )
 from lillama_core.evaluation.metrics.perplexity import perplexity, window_losses
