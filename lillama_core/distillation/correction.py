@@ -3,12 +3,12 @@
 A residual block ends in y = s + W x + b: what goes past its last map, and that map. In the compressed model both s' and
 x' differ from what the dense model has, by errors that x' partly tells. With r = y - s' what the map would have to give
 for the block's output y to be the dense one, the ridge regression of r - (W x' + b) on x' says by what matrix K (and
-shift, where there is a bias) W falls short, and W + share K is what is factored. (Targets from the dense stream for
-the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here the
-last one at the block's.)
+shift, where there is a bias) W falls short, and W + shrinkage * K is what is factored. (Targets from the dense stream
+for the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here
+the last one at the block's.)
 
 All of K would follow the calibration rows too closely, and so each block disturbs the next. Rows that took no part say
-how much of it holds elsewhere: the share is the factor of K that fits them best.
+how much of it holds elsewhere: the shrinkage, between 0 and 1, is the factor of K that fits them best.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.distillation.training import BlockData
 from lillama_core.formats import Factored
@@ -29,6 +29,7 @@ from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.system.devices import exact_device
 
 RIDGE = 0.1
 """On the second moment of x', relative to its mean diagonal."""
@@ -58,7 +59,7 @@ class Corrected:
     """A dense map with the correction in it, and what was seen on the way."""
 
     weight: torch.Tensor
-    """W + share K [out, in], fp32."""
+    """W + shrinkage * K [out, in], fp32."""
     bias: torch.Tensor | None
     """[out], fp32."""
     inputs: torch.Tensor
@@ -77,7 +78,7 @@ class Corrected:
         generator: torch.Generator,
     ) -> nn.Module:
         """Factors of the corrected map for the inputs that it has; see `MapStatistics` for the gradients."""
-        exact = self.weight.device if self.weight.device.type == "cuda" else torch.device("cpu")
+        exact = exact_device(self.weight)
         seen = MapStatistics(self.inputs, gradients, gradient_scale, 1.0, self.center, self.bias is not None).to(exact)
         weight = self.weight.to(exact)
         found = initializer.decompose(weight, seen)
@@ -149,8 +150,7 @@ def correct(
         with torch.autocast(rows.device.type, enabled=False):
             cross.addmm_(r.T, rows)
         wanted += r.sum(0)
-    # Not every accelerator has fp64.
-    exact = W.device if W.device.type == "cuda" else torch.device("cpu")
+    exact = exact_device(W)
     P, center = moment.mean(), moment.center()
 
     def precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Distillation losses: how far a student block's output is from the teacher block's.
 
 Every loss takes the student's output ``a`` and the target ``y`` [batch, length, width] and a ``mask``
-[batch, length] that is 0 at padding, and returns a scalar. ``metric`` is the sensitivity of the model's
-output to the block's output, for the losses that use it.
+[batch, length] that is 0 at padding, and returns a scalar. ``fisher_factor`` C [width, width] is a factor of the Fisher
+information C C^T of the block's output, for the losses that use it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Loss(ABC):
 
     name: str
     needs_sensitivity: bool = False
-    """Whether the loss wants ``metric``, the root of the second moment of the output gradients."""
+    """Whether the loss needs ``fisher_factor``, which takes a backward pass through the whole model."""
 
     @abstractmethod
     def __call__(
@@ -67,7 +67,7 @@ class Sensitivity(Loss):
 
     To second order this is the divergence between the predictions of the model with ``a`` and with ``y`` in that
     place (S is the Fisher information of the hidden state), so that a feature counts by what it does to the
-    model's output and not by its size. ``metric`` is a factor C of S = C C^T [width, width].
+    model's output and not by its size. ``fisher_factor`` is a factor C of S = C C^T [width, width].
     """
 
     name = "sensitivity"
@@ -77,5 +77,5 @@ class Sensitivity(Loss):
         self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
     ) -> torch.Tensor:
         if fisher_factor is None:
-            raise ValueError("the loss 'sensitivity' needs the block's metric")
+            raise ValueError("the loss 'sensitivity' needs the block's Fisher factor")
         return token_mean(((a - y) @ fisher_factor).square().mean(dim=-1), mask)

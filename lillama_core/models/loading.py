@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.models.source import QUANT_METHOD, ModelSource
 from lillama_core.models.unclaimed import no_plugin
+from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
@@ -113,13 +113,9 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises UserError when it cannot load."""
     import transformers
 
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
     try:
         # Its bars for the conversion of GGUF have no switch.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model: Any
             model, notes = auto_class(architecture).from_pretrained(
                 source.location,
@@ -132,8 +128,6 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load model {source.spec!r}: {one_line(error)}") from None
-    finally:
-        logger.setLevel(level)
     # transformers would fill them with random numbers.
     absent = sorted(set(notes["missing_keys"]) & {name for name, _ in model.named_parameters()})
     named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]

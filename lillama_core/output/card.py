@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 
 from lillama_core.data.modality import modality_of
 from lillama_core.data.sources import Source
+from lillama_core.errors import one_line
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
 
@@ -130,11 +130,11 @@ def reproduce_command(record: RunRecord, prepared: CompressionSpec) -> str:
     """The command line that repeats the run, given the recipe file."""
     source = prepared.source
     model = (source.gguf_file or source.short_name) if source.is_local else record.model
-    parts = ["lillama", "compress", one_line(model), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
+    parts = ["lillama", "compress", one_line(model, None), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
     if getattr(prepared.config, "model_type", None) not in prepared.architecture.model_types:
         parts += ["--architecture", record.architecture]
     if record.tokenizer is not None:
-        parts += ["--tokenizer", one_line(public_name(record.tokenizer))]
+        parts += ["--tokenizer", one_line(public_name(record.tokenizer), None)]
     if source.trust_remote_code:
         parts.append("--trust-remote-code")
     return shlex.join(parts)
@@ -164,14 +164,9 @@ def hub_datasets(record: RunRecord) -> list[str]:
     return sorted({s["dataset"] for s in sources if s.get("kind") == "dataset"})
 
 
-def one_line(text: Any) -> str:
-    """``text`` without line breaks and other control characters."""
-    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(text)).strip()
-
-
 def code(text: Any) -> str:
     """``text`` as a Markdown code span, where no HTML, link or table cell can begin."""
-    inside = one_line(text).replace("`", "'").replace("|", "\\|")
+    inside = one_line(text, None).replace("`", "'").replace("|", "\\|")
     return f"`{inside}`" if inside else ""
 
 
@@ -359,7 +354,7 @@ def _what(source: Mapping[str, Any]) -> str:
         return "text sampled from the dense model"
     if kind == "dataset":
         details = (source.get("dataset"), source.get("config"), source.get("split"))
-        return "dataset " + ", ".join(one_line(d) for d in details if d)
+        return "dataset " + ", ".join(one_line(d, None) for d in details if d)
     return f"{kind} file"
 
 

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.block import Block
 from lillama_core.errors import LillamaError
 from lillama_core.models.source import QUANT_METHOD
 from lillama_core.strategies import get, make, names
@@ -34,11 +34,11 @@ class TargetConfig:
     kind: str
     format: str
     ranks: Mapping[str, int]
-    """By the map's name within the site; empty for a site's only map."""
+    """By the map's name within its target; empty for the only map of a target."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> TargetConfig:
-        """Check an entry of a stranger's config; raises LillamaError."""
+        """Check an entry of an untrusted config; raise LillamaError for one that is not valid."""
         if not isinstance(entry, Mapping) or set(entry) not in (
             {"kind", "format", "rank"},
             {"kind", "format", "ranks"},
@@ -65,7 +65,7 @@ class TargetConfig:
 
 
 def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
-    """The config's entry of every site that a plan makes low rank, by the path of its module."""
+    """Return the config's entry of every target that a plan makes low rank, by the path of its module."""
     found: dict[str, dict[str, Any]] = {}
     for block in blocks:
         for target in block.targets:
@@ -82,7 +82,7 @@ def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[st
 
 
 def joined(path: str, local: str) -> str:
-    """The path of a map from the path of its site."""
+    """Return the path of a map from the path of its target."""
     return f"{path}.{local}" if local else path
 
 

@@ -6,13 +6,13 @@ The plots are inline SVG. All that comes from a model or a recipe is escaped, by
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lillama_core.allocation.plan import rank_range
+from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.output.card import (
     Change,
     changes,
@@ -193,7 +193,7 @@ def stacks(record: RunRecord) -> list[Stack]:
     crowded = {s.name for s in found.values() if len({m[2] for m in maps if m[0] is s}) > MOST_ROWS}
     format_ = make("formats", record.plan["format"])
     for stack, position, inner, name, out, in_ in maps:
-        row = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner) if stack.name in crowded else inner
+        row = kind_of(inner) if stack.name in crowded else inner
         rank = record.plan["ranks"].get(name)
         kept = out * in_ if rank is None else format_.parameters(out, in_, rank)
         stack.cells.setdefault(row, {}).setdefault(position, Cell()).add(rank, out * in_, kept)

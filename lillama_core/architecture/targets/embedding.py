@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.embedding_modules import (
     LowRankEmbedding,
     LowRankHead,
@@ -170,7 +170,7 @@ def embedding_block(model: nn.Module) -> Block:
 
 
 def embedding_target(block: Block) -> EmbeddingTarget:
-    """The only site of what `embedding_block` gave."""
+    """Return the only target of the block that `embedding_block` made."""
     (target,) = block.targets
     assert isinstance(target, EmbeddingTarget)
     return target
