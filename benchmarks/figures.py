@@ -188,7 +188,7 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
         backward_seconds = time.perf_counter() - started
 
         started = time.perf_counter()
-        initializer = make("initializers", "sensitivity")
+        initializer = make("initializers", "fisher")
         masks: list[Masks] = [()] * len(stream)
         profile_blocks(blocks, source, runner, list(stream), initializer, masks, profile, Progress("quiet"))
         statistics_seconds = time.perf_counter() - started

@@ -10,15 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from pydantic import Field
 from torch.nn import functional
 
+from lillama_core.strategies import Strategy, StrategyOptions
 
-class Loss(ABC):
+
+class Loss(Strategy, ABC):
     """A loss, found by its name."""
 
-    name: str
     needs_sensitivity: bool = False
     """Whether the loss wants ``metric``, the root of the second moment of the output gradients."""
+
+    @property
+    def metric_damping(self) -> float:
+        """Ridge on that second moment, relative to its mean diagonal."""
+        return float(getattr(getattr(self, "options", None), "damping", SensitivityOptions().damping))
 
     @abstractmethod
     def __call__(
@@ -62,6 +69,18 @@ class MSE(Loss):
         return token_mean((a - y).square().mean(dim=-1), mask)
 
 
+class SensitivityOptions(StrategyOptions):
+    """The ridge on the loss's metric."""
+
+    damping: float = Field(
+        default=1e-2,
+        description="ridge on E[g g^T], relative to its mean diagonal: directions in which the few gradients say"
+        " nothing keep a small weight",
+        gt=0.0,
+        le=10.0,
+    )
+
+
 class Sensitivity(Loss):
     """mean (a - y)^T S (a - y) with S = E[g g^T], g the gradient of the model's loss at the block's output.
 
@@ -71,6 +90,8 @@ class Sensitivity(Loss):
     """
 
     name = "sensitivity"
+    Options = SensitivityOptions
+    options: SensitivityOptions
     needs_sensitivity = True
 
     def __call__(

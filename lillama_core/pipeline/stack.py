@@ -31,8 +31,6 @@ from lillama_core.system.progress import Progress
 
 StackOutputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 """What the last block of a stack gives for each batch, dense and compressed."""
-METRIC_DAMPING = 1e-2
-"""Ridge on the second moment of a block's output gradients when it is used as the metric of a loss."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class StackCompressor:
             training = replace(training, loss=MSE())
         elif self.loss.needs_sensitivity and gradient_moment is not None:
             moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
-            fisher_factor = root(moment, METRIC_DAMPING).float().to(self.recorder.device)
+            fisher_factor = root(moment, self.loss.metric_damping).float().to(self.recorder.device)
         shrinkage = 0.0
         if last is not None:
             corrected = correct(last, block, student, runner, data, range(correction_batches), fisher_factor)
