@@ -1,23 +1,27 @@
 """The benchmark suite: models, methods and the commands that run them."""
 
-from typing import Any
+from __future__ import annotations
 
-from lillama_benchmarks.command import lillama_commands
-from lillama_core import hookimpl
-
-
-@hookimpl
-def lillama_initializers() -> dict[str, Any]:
-    from lillama_benchmarks.baselines.liteasr import OutputComponents
-
-    return {OutputComponents.name: OutputComponents()}
+from lillama_registry import LazyCommand, hookimpl
 
 
 @hookimpl
-def lillama_allocators() -> dict[str, Any]:
-    from lillama_benchmarks.baselines.liteasr import VarianceThreshold
+def lillama_initializers() -> dict[str, str]:
+    return {"output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents"}
 
-    return {VarianceThreshold.name: VarianceThreshold()}
+
+@hookimpl
+def lillama_allocators() -> dict[str, str]:
+    return {"variance-threshold": "lillama_benchmarks.baselines.liteasr:VarianceThreshold"}
+
+
+@hookimpl
+def lillama_commands() -> dict[str, LazyCommand]:
+    return {
+        "benchmark": LazyCommand(
+            "lillama_benchmarks.command:benchmark", "compress and measure the models of a suite by several methods"
+        )
+    }
 
 
 __all__ = ["lillama_allocators", "lillama_commands", "lillama_initializers"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from lillama_registry import hookimpl
+import click
+
+from lillama_core.cli.options import LillamaCommand, debug_option, device_option, option
+from lillama_core.cli.silence import silence_transformers
 
 if TYPE_CHECKING:
     from lillama_benchmarks.cells import SuiteRunner
@@ -17,33 +19,27 @@ if TYPE_CHECKING:
     from lillama_benchmarks.suites import SuiteModel
 
 
-@hookimpl
-def lillama_commands(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "benchmark",
-        help="compress and measure the models of a suite by several methods",
-        description="Compress every model of a suite by every method and measure what comes out, and the dense model.",
-    )
-    parser.add_argument(
-        "--suite", default="cross-architecture", metavar="NAME", help="cross-architecture (default) or smoke"
-    )
-    parser.add_argument("--models", default="", metavar="A,B", help="models of the suite or directories (default: all)")
-    parser.add_argument("--methods", default="", metavar="A,B", help="methods or recipes (default: those of the suite)")
-    parser.add_argument(
-        "--reductions", default="", metavar="X,Y", help="parts of the parameters to remove (default: 0.2)"
-    )
-    parser.add_argument("-o", "--output", metavar="DIR", help="where results go (default: benchmark-SUITE)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on in DIR with the cells that it lacks or that failed"
-    )
-    parser.add_argument("--keep-models", action="store_true", help="keep the compressed models in DIR/cells")
-    parser.add_argument("--jobs", type=int, metavar="N", help="models at a time; spoils speeds (default: 1; smoke: 2)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run_benchmark)
+@click.command(
+    cls=LillamaCommand,
+    help="Compress every model of a suite by every method and measure what comes out, and the dense model.",
+)
+@option("--suite", default="cross-architecture", metavar="NAME", help="cross-architecture (default) or smoke")
+@option("--models", default="", metavar="A,B", help="models of the suite or directories (default: all)")
+@option("--methods", default="", metavar="A,B", help="methods or recipes (default: those of the suite)")
+@option("--reductions", default="", metavar="X,Y", help="parts of the parameters to remove (default: 0.2)")
+@option("-o", "--output", metavar="DIR", help="where results go (default: benchmark-SUITE)")
+@option("--resume", is_flag=True, help="go on in DIR with the cells that it lacks or that failed")
+@option("--keep-models", is_flag=True, help="keep the compressed models in DIR/cells")
+@option("--jobs", type=int, metavar="N", help="models at a time; spoils speeds (default: 1; smoke: 2)")
+@device_option
+@debug_option
+def benchmark(**options: Any) -> int:
+    """Parse the options and run."""
+    with silence_transformers():
+        return run_benchmark(options)
 
 
-def run_benchmark(options: argparse.Namespace) -> int:
+def run_benchmark(options: dict[str, Any]) -> int:
     """A line a cell on stdout; 0 when every cell succeeded, 1 otherwise. Raises UserError before the first cell."""
     from lillama_benchmarks.cells import SuiteRunner
     from lillama_benchmarks.methods import find_methods
@@ -53,27 +49,27 @@ def run_benchmark(options: argparse.Namespace) -> int:
     from lillama_core.errors import UserError, nearest
     from lillama_core.system.cache import default_cache_dir
 
-    if options.suite not in SUITES:
+    if options["suite"] not in SUITES:
         known = list(SUITES)
         raise UserError(
-            f"no suite named {options.suite!r} (there are: {', '.join(known)}){nearest(options.suite, known)}"
+            f"no suite named {options['suite']!r} (there are: {', '.join(known)}){nearest(options['suite'], known)}"
         )
-    suite = SUITES[options.suite]
-    methods = find_methods(_names(options.methods, "--methods") or suite.methods)
-    reductions = _reductions(options.reductions) or suite.reductions
-    models = choose_models(suite, _names(options.models, "--models"), default_cache_dir() / "benchmark")
-    jobs = suite.jobs if options.jobs is None else options.jobs
+    suite = SUITES[options["suite"]]
+    methods = find_methods(_names(options["methods"], "--methods") or suite.methods)
+    reductions = _reductions(options["reductions"]) or suite.reductions
+    models = choose_models(suite, _names(options["models"], "--models"), default_cache_dir() / "benchmark")
+    jobs = suite.jobs if options["jobs"] is None else options["jobs"]
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {jobs}")
-    folder = Path(options.output or f"benchmark-{suite.name}")
+    folder = Path(options["output"] or f"benchmark-{suite.name}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a directory")
-    if folder.is_dir() and any(folder.iterdir()) and not options.resume:
+    if folder.is_dir() and any(folder.iterdir()) and not options["resume"]:
         raise UserError(f"{str(folder)!r} exists already; go on there with --resume, or choose another --output")
     read(folder)
     folder.mkdir(parents=True, exist_ok=True)
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    runner = SuiteRunner(folder, options.device, options.keep_models, threads)
+    runner = SuiteRunner(folder, options["device"], options["keep_models"], threads)
     writing = Lock()
 
     def run(model: SuiteModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lillama_registry import hookimpl
+from lillama_registry import LazyCommand, hookimpl
 
 CORE = "lillama_core"
 
@@ -85,3 +85,14 @@ def lillama_stages() -> dict[str, str]:
 @hookimpl
 def lillama_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted((Path(__file__).parent / "recipe" / "presets").glob("*.yaml"))}
+
+
+@hookimpl
+def lillama_commands() -> dict[str, LazyCommand]:
+    return {
+        "compress": LazyCommand(f"{CORE}.cli.compress:compress", "make a model smaller"),
+        "plan": LazyCommand(f"{CORE}.cli.plan:plan", "ranks, parameters and memory before anything is computed"),
+        "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
+        "plugins": LazyCommand(f"{CORE}.cli.plugins:plugins", "list plugins, what each provides and where it is from"),
+        "strategies": LazyCommand(f"{CORE}.cli.strategies:strategies", "list what can be chosen, with its options"),
+    }

@@ -8,13 +8,13 @@ those are the keys' maps, where a bias changes no attention weight).
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
 from lillama_core.allocation import AllocationRequest, Allocator, Spectrum, spend_remainder
 from lillama_core.allocation.plan import PlannedMap, RankPlan
 from lillama_core.initialization import Decomposition, Initializer, MapStatistics
+from lillama_core.strategies import StrategyOptions
 
-MLP_STRICTNESS = 0.1
-"""The paper's code drops 0.01 of the variance of attention's maps and 0.001 of the MLP's."""
 ATTENTION = "attn"
 HALVINGS = 60
 
@@ -40,6 +40,18 @@ class OutputComponents(Initializer):
         return Decomposition(Spectrum(squared_singular_values, False), V, V.T.contiguous(), True, statistics.center)
 
 
+class VarianceThresholdOptions(StrategyOptions):
+    """How differently maps are treated."""
+
+    mlp_strictness: float = Field(
+        0.1,
+        description="part of the variance that an MLP's map may drop, relative to attention's: the paper's code drops"
+        " 0.001 there and 0.01 here",
+        gt=0.0,
+        le=1.0,
+    )
+
+
 class VarianceThreshold(Allocator):
     """Every map keeps the same part of its outputs' variance, MLPs ten times as strictly, as the paper's code does.
 
@@ -48,11 +60,13 @@ class VarianceThreshold(Allocator):
     """
 
     name = "variance-threshold"
+    Options = VarianceThresholdOptions
+    options: VarianceThresholdOptions
     needs_spectra = True
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
         # At the upper end every map may drop all of it, MLPs included.
-        low, high = 0.0, 1 / MLP_STRICTNESS
+        low, high = 0.0, 1 / self.options.mlp_strictness
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             kept = sum(request.cost(m, r) for m, r in zip(request.maps, self._ranks(request, middle), strict=True))
@@ -63,7 +77,7 @@ class VarianceThreshold(Allocator):
 
     def _ranks(self, request: AllocationRequest, dropped: float) -> list[int | None]:
         """The rank of each map when a part ``dropped`` of the variance may go; None: dense."""
-        strict = [dropped * (1 if ATTENTION in m.name else MLP_STRICTNESS) for m in request.maps]
+        strict = [dropped * (1 if ATTENTION in m.name else self.options.mlp_strictness) for m in request.maps]
         return [self._rank(request, m, min(1.0, part)) for m, part in zip(request.maps, strict, strict=True)]
 
     @staticmethod

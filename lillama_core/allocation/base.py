@@ -10,6 +10,7 @@ import torch
 
 from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters
 from lillama_core.formats import Format
+from lillama_core.strategies import Strategy
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class AllocationRequest:
     """In forward order."""
     budget: Budget
     format: Format
-    minimum_rank: int
-    """Smallest rank of the depth-ordered allocators."""
-    rank_step: int
-    """Distance between their candidate ranks."""
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """The width of the model, as far as its maps tell: the largest of their smaller sides."""
+        return max(min(m.map.out_features, m.map.in_features) for m in self.maps)
 
     def cost(self, map_: PlannedMap, rank: int | None) -> int:
         """Parameters of ``map_`` at ``rank``; None means dense."""
@@ -50,10 +52,9 @@ class AllocationRequest:
         return self.format.largest_rank(map_.map.out_features, map_.map.in_features, parameters)
 
 
-class Allocator(ABC):
+class Allocator(Strategy, ABC):
     """Chooses a rank for each map within a budget; found by its name."""
 
-    name: str
     needs_spectra: bool = False
 
     @abstractmethod

@@ -9,14 +9,27 @@ linearly in the rank as well as for those that do not.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from pydantic import Field
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
 from lillama_core.allocation.plan import PlannedMap, RankPlan
+from lillama_core.strategies import ChosenStrategies, StrategyOptions
 
-RANK_FLOOR = 0.5
-"""Smallest rank, as a part of the uniform one, when spectra are not in one unit: relative errors are a poor
-guide to what a map matters (Swift-SVD, arXiv 2604.01609, table 6), the floor bounds the harm."""
+
+class SpectrumOptions(StrategyOptions):
+    """How far ranks may depart from the uniform ones."""
+
+    rank_floor: float = Field(
+        0.5,
+        description="smallest rank as a part of the uniform one, when the spectra of the maps are in no common unit"
+        " (init whitened, svd, random): relative errors are a poor guide to what a map matters (Swift-SVD,"
+        " arXiv 2604.01609, table 6), and the floor bounds the harm",
+        ge=0.0,
+        le=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,17 @@ def lower_hull(points: list[Point]) -> list[Point]:
 
 
 class SpectrumAllocator(Allocator):
+    """Give each parameter to the map where it saves the most error, as its spectrum tells."""
+
+    Options = SpectrumOptions
+    options: SpectrumOptions
     name = "spectrum"
     needs_spectra = True
+
+    def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
+        if getattr(chosen.init, "needs_gradients", False):
+            return {"rank_floor": f"the spectra of the initialiser {chosen.init.name!r} are in one unit for all maps"}
+        return {}
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
         fraction = request.budget.maps_kept / request.budget.maps_dense
@@ -67,7 +89,7 @@ class SpectrumAllocator(Allocator):
             lowest = 1
             if not spectrum.comparable:
                 even = request.largest_rank(map_, int(fraction * map_.dense_parameters))
-                lowest = max(1, int(RANK_FLOOR * even))
+                lowest = max(1, int(self.options.rank_floor * even))
             errors = tail_errors(spectrum)
             highest = request.largest_rank(map_, map_.dense_parameters - 1)
             points = [Point(request.cost(map_, r), errors[r], r) for r in range(lowest, highest + 1)]

@@ -7,6 +7,8 @@ from lillama_core.allocation.plan import RankPlan
 
 
 class Uniform(Allocator):
+    """Leave every map the same fraction of its parameters."""
+
     name = "uniform"
 
     def allocate(self, request: AllocationRequest) -> RankPlan:

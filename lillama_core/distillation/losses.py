@@ -10,15 +10,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from pydantic import Field
 from torch.nn import functional
 
+from lillama_core.strategies import Strategy, StrategyOptions
 
-class Loss(ABC):
+
+class Loss(Strategy, ABC):
     """A loss, found by its name."""
 
-    name: str
     needs_sensitivity: bool = False
     """Whether the loss needs ``fisher_factor``, which takes a backward pass through the whole model."""
+
+    @property
+    def fisher_damping(self) -> float:
+        """Ridge on the Fisher information before it is factored, relative to its mean diagonal."""
+        return 1e-2
 
     @abstractmethod
     def __call__(
@@ -62,6 +69,18 @@ class MSE(Loss):
         return token_mean((a - y).square().mean(dim=-1), mask)
 
 
+class SensitivityOptions(StrategyOptions):
+    """The ridge on the loss's metric."""
+
+    damping: float = Field(
+        default=1e-2,
+        description="ridge on E[g g^T], relative to its mean diagonal: directions in which the few gradients say"
+        " nothing keep a small weight",
+        gt=0.0,
+        le=10.0,
+    )
+
+
 class Sensitivity(Loss):
     """mean (a - y)^T S (a - y) with S = E[g g^T], g the gradient of the model's loss at the block's output.
 
@@ -71,7 +90,13 @@ class Sensitivity(Loss):
     """
 
     name = "sensitivity"
+    Options = SensitivityOptions
+    options: SensitivityOptions
     needs_sensitivity = True
+
+    @property
+    def fisher_damping(self) -> float:
+        return self.options.damping
 
     def __call__(
         self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None

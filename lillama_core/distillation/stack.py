@@ -28,11 +28,6 @@ from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.memory import release_memory
 from lillama_core.system.progress import Progress
 
-LOSS_DAMPING = 1e-2
-"""Ridge on the second moment of a block's output gradients, relative to its mean diagonal, where a loss weighs by it.
-
-A guess that was not tuned: directions that no gradient of the few rows measured has must still count a little."""
-
 
 @dataclass(frozen=True)
 class BatchRoles:
@@ -131,7 +126,7 @@ class StackCompressor:
             # Nothing is trained, and nothing else needed the backward pass: the loss is only reported, and named so.
             training = replace(training, loss=MSE())
         elif training.loss.needs_sensitivity and gradient_moment is not None:
-            fisher_factor = loss_factor(gradient_moment).to(self.recorder.device)
+            fisher_factor = loss_factor(gradient_moment, training.loss.fisher_damping).to(self.recorder.device)
         shrinkage = 0.0
         if last is not None:
             corrected = correct(last, block, student, runner, data, correct_on, fisher_factor)
@@ -156,7 +151,7 @@ class StackCompressor:
         self.finished.write(block, student, ranks, note)
 
 
-def loss_factor(gradient_moment: torch.Tensor) -> torch.Tensor:
+def loss_factor(gradient_moment: torch.Tensor, damping: float) -> torch.Tensor:
     """C [d, d] of C C^T = E[g g^T] / mean diagonal + ridge, for a loss that weighs output errors e as |e C|^2."""
     moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
-    return root(moment, LOSS_DAMPING).float()
+    return root(moment, damping).float()

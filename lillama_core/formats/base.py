@@ -7,15 +7,15 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from lillama_core.strategies import Strategy
 
-class Format(ABC):
+
+class Format(Strategy, ABC):
     """A way to store and apply W' = B A with B [out, r] and A [r, in].
 
     Training always uses plain factors; a format converts from and to them without changing the function,
     so it decides how many parameters a rank costs and what the file holds.
     """
-
-    name: str
 
     @abstractmethod
     def parameters(self, out_features: int, in_features: int, rank: int) -> int:

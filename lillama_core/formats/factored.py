@@ -31,6 +31,8 @@ class FactoredLinear(LowRankLinear):
 
 
 class Factored(Format):
+    """Store both factors as they are: r (m + n) parameters of an m x n map at rank r."""
+
     name = "factored"
 
     def stored_as_weight(self, out_features: int, in_features: int) -> str:

@@ -100,6 +100,8 @@ def interpolate(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 class Pivoted(Format):
+    """Store one factor without the identity that it holds: r (m + n - r) parameters of an m x n map at rank r."""
+
     name = "pivoted"
 
     @staticmethod

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lillama_core.allocation import Spectrum
+from lillama_core.strategies import Strategy
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,9 @@ def balance(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return (B * scale).contiguous(), (A / scale[:, None]).contiguous()
 
 
-class Initializer(ABC):
+class Initializer(Strategy, ABC):
     """Turns a matrix into factors; found by its name."""
 
-    name: str
     needs_inputs: bool = False
     needs_gradients: bool = False
     corrects: bool = False

@@ -11,16 +11,38 @@ their covariance instead.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from lillama_core.allocation import Spectrum
 from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics
+from lillama_core.strategies import StrategyOptions
 
-INPUT_DAMPING = 1e-4
-"""Ridge on G, relative to its mean diagonal: makes a singular G (fewer tokens than inputs, dead inputs) invertible."""
-GRADIENT_DAMPING = 0.1
-"""Ridge on F, relative likewise; F comes from fewer tokens than G, and is only a second-order guide."""
+
+class WhitenedOptions(StrategyOptions):
+    """The ridge that keeps second moments invertible."""
+
+    input_damping: float = Field(
+        1e-4,
+        description="ridge on E[x x^T], relative to its mean diagonal: makes it invertible where there are fewer"
+        " tokens than inputs, or dead inputs",
+        gt=0.0,
+        le=1.0,
+    )
+
+
+class FisherOptions(WhitenedOptions):
+    """The ridges that keep second moments invertible."""
+
+    gradient_damping: float = Field(
+        0.1,
+        description="ridge on E[g g^T], relative to its mean diagonal; larger than that on the inputs, because"
+        " gradients come from fewer tokens and are a second-order guide only",
+        gt=0.0,
+        le=10.0,
+    )
 
 
 def root(moment: torch.Tensor, damping: float) -> torch.Tensor:
@@ -51,6 +73,8 @@ class Whitened(Initializer):
     """
 
     name = "whitened"
+    Options: ClassVar[type[StrategyOptions]] = WhitenedOptions
+    options: WhitenedOptions
     needs_inputs = True
     corrects = True
 
@@ -70,7 +94,7 @@ class Whitened(Initializer):
             left = U if L is None else torch.linalg.solve_triangular(L.T, U, upper=True)
             right = U.T if L is None else U.T @ L.T
         else:
-            C = root(G, INPUT_DAMPING)
+            C = root(G, self.options.input_damping)
             squared_singular_values, V = descending_eigenpairs(C.T @ self.weighted_gram(statistics, W) @ C)
             left = C @ V
             right = torch.linalg.solve_triangular(C.T, V, upper=True).T
@@ -101,6 +125,8 @@ class Fisher(Whitened):
     """
 
     name = "fisher"
+    Options = FisherOptions
+    options: FisherOptions
     needs_gradients = True
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
@@ -111,14 +137,14 @@ class Fisher(Whitened):
         return replace(found, spectrum=Spectrum(found.spectrum.squared_singular_values * rows, comparable=True))
 
     def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
-        return None if statistics.gradients is None else root(statistics.gradients, GRADIENT_DAMPING)
+        return None if statistics.gradients is None else root(statistics.gradients, self.options.gradient_damping)
 
     def weighted_gram(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor:
         scale = statistics.gradient_scale
         if statistics.gradients is None or not scale > 0:
             return W.T @ W
         weights = W.float()
-        return statistics.gradients.double() + GRADIENT_DAMPING * scale * (weights.T @ weights)
+        return statistics.gradients.double() + self.options.gradient_damping * scale * (weights.T @ weights)
 
 
 def descending_eigenpairs(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

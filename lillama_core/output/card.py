@@ -21,6 +21,7 @@ from lillama_core.data.sources import Source
 from lillama_core.errors import one_line
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
+from lillama_core.strategies import StrategyChoice
 
 if TYPE_CHECKING:
     from lillama_core.pipeline.spec import CompressionSpec
@@ -320,7 +321,7 @@ def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:
 
 def recipe_rows(record: RunRecord) -> list[tuple[str, str, str]]:
     """Option, value and meaning."""
-    help_ = {field.name: str(field.metadata["help"]) for field in dataclasses.fields(Recipe)}
+    help_ = {name: field.description or "" for name, field in Recipe.model_fields.items()}
     return [(k, _plain(v), help_.get(k, "")) for k, v in public_recipe(record).items()]
 
 
@@ -329,6 +330,8 @@ def _plain(value: Any) -> str:
         return "default"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return str(StrategyChoice.model_validate(value))
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return str(value)

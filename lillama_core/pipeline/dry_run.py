@@ -26,8 +26,8 @@ def dry_run(
     dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)
     totals = describe_plan(prepared.maps, plan, prepared.format, prepared.total_parameters, dtype.itemsize)
     note = (
-        f"allocation {recipe.allocation!r} chooses ranks from measured spectra; shown are uniform ranks at the same"
-        " budget, and the totals hold for both"
+        f"allocation {recipe.allocation.name!r} chooses ranks from measured spectra; shown are uniform ranks at the"
+        " same budget, and the totals hold for both"
         if measured
         else None
     )
@@ -45,8 +45,8 @@ def dry_run(
         "model": model,
         "architecture": prepared.architecture.name,
         "remarks": list(prepared.architecture.remarks),
-        "allocation": recipe.allocation,
-        "format": recipe.format,
+        "allocation": recipe.allocation.to_plain(),
+        "format": recipe.format.to_plain(),
         "dtype": str(dtype).removeprefix("torch."),
         "note": note,
         **totals,

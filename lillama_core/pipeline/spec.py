@@ -24,9 +24,10 @@ from lillama_core.formats import Format
 from lillama_core.models.loading import count_parameters, load_config, meta_model
 from lillama_core.models.source import ModelSource, locate
 from lillama_core.recipe.model import Recipe
+from lillama_core.recipe.reading import check_options_are_read
 from lillama_core.statistics.loss_calibration import scaled_spectrum
 from lillama_core.statistics.store import DecompositionStore
-from lillama_core.strategies import make
+from lillama_core.strategies import StrategyChoice, make
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class CompressionSpec:
     total_parameters: int
     budget: Budget
     format: Format
-    minimum_rank: int
-    rank_step: int
     embedding: Block | None = None
     """The token embedding, when it is to be compressed."""
 
@@ -58,9 +57,7 @@ def prepare(
 ) -> CompressionSpec:
     """Find the maps of a model and the budget from its config alone, on the meta device."""
     format_ = make("formats", recipe.format)
-    make("allocators", recipe.allocation)
-    make("initializers", recipe.init)
-    make("losses", recipe.loss)
+    check_options_are_read(recipe)
     if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
         raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
     source = locate(model, trust_remote_code)
@@ -83,7 +80,6 @@ def prepare(
         raise UserError(f"--share-experts: model {model!r} has no experts")
     maps = planned_maps(whole)
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
-    width = max(min(m.map.out_features, m.map.in_features) for m in maps)
     return CompressionSpec(
         source,
         config,
@@ -93,9 +89,6 @@ def prepare(
         count_parameters(meta),
         make_budget(maps, reference, recipe.reduction, format_, of_what),
         format_,
-        # The paper's 1024 and 256 at a width of 4096.
-        recipe.minimum_rank or max(1, width // 4),
-        recipe.rank_step or max(1, width // 16),
         embedding,
     )
 
@@ -132,7 +125,7 @@ def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
 
 def make_plan(
     prepared: CompressionSpec,
-    allocation: str,
+    allocation: str | StrategyChoice,
     store: DecompositionStore | None,
     scales: Mapping[str, float] = MappingProxyType({}),
 ) -> RankPlan:
@@ -150,11 +143,9 @@ def make_plan(
             for map_ in block.maps:
                 name = block.full_name(map_)
                 spectra[name] = scaled_spectrum(found[map_.name].spectrum, scales.get(name, typical))
-    request = AllocationRequest(
-        prepared.maps, prepared.budget, prepared.format, prepared.minimum_rank, prepared.rank_step, spectra
-    )
+    request = AllocationRequest(prepared.maps, prepared.budget, prepared.format, spectra)
     plan = allocator.allocate(request)
-    _check_plan(plan, request, allocation)
+    _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
     return plan
 
 

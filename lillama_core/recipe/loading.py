@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from lillama_core.errors import UserError, one_line
-from lillama_core.recipe.model import Recipe, _shown
+from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import get, names
+from lillama_core.strategies.validation import shown
 
 
 def recipe_names() -> list[str]:
@@ -40,22 +41,22 @@ def _load(name_or_file: str, folder: Path | None, chain: tuple[str, ...]) -> Rec
     elif isinstance(base_name, str):
         base = _load(base_name, path.parent if is_file else None, (*chain, key))
     else:
-        raise UserError(f"{where}: recipe must be the name of its base, not {_shown(base_name)}")
+        raise UserError(f"{where}: recipe must be the name of its base, not {shown(base_name)}")
     return base.with_options({"name": path.stem if is_file else name_or_file, **data}, where)
 
 
-def _from_file(path: Path, shown: str) -> dict[str, Any]:
+def _from_file(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no recipe file {shown!r}")
+        raise UserError(f"no recipe file {name!r}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     # Whatever is in the file: values such as the date 2024-99-99 fail in Python, not in the parser.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"recipe {shown!r} is not YAML: {one_line(error)}") from None
+        raise UserError(f"recipe {name!r} is not YAML: {one_line(error)}") from None
     if data is None:
-        raise UserError(f"recipe {shown!r} is empty")
+        raise UserError(f"recipe {name!r} is empty")
     if not isinstance(data, dict):
-        raise UserError(f"recipe {shown!r} must be a mapping of option to value")
+        raise UserError(f"recipe {name!r} must be a mapping of option to value")
     return data
 
 

@@ -1,154 +1,222 @@
-"""TODO."""
+"""The recipe: every choice of a compression as one validated, frozen model."""
 
 from __future__ import annotations
 
-import dataclasses
-import reprlib
-import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import yaml
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from lillama_core.errors import UserError, nearest
+from lillama_core.strategies.options import StrategyChoice
+from lillama_core.strategies.validation import Validated, explain, shown
+
+COMMAND_LINE = "command line"
+"""Name of the layer whose options are told with dashes."""
+
+SLOTS = {"init": "initializers", "allocation": "allocators", "loss": "losses", "format": "formats"}
+"""Field that chooses a strategy -> kind of strategy."""
+
+MOVED = {"minimum_rank": ("allocation", "minimum_rank"), "rank_step": ("allocation", "rank_step")}
+"""Flat names of earlier versions -> the slot and the option of its strategy that they stand for."""
+
+ALIASES = {"init": {"sensitivity": "fisher", "activation": "whitened"}}
+"""By slot: names of strategies that recipes of earlier versions may have."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field of the recipe: its default, what it means, and the values it may take."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-INIT_ALIASES = {"sensitivity": "fisher", "activation": "whitened"}
-"""Names of initialisers that recipes of earlier versions may have."""
+def option(default: Any, group: str, help: str, **bounds: Any) -> Any:
+    """A field of the recipe: its default, the heading that it stands under, what it means, and its bounds."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What to remove, from what data, and how. The defaults are the recipe ``default``."""
+class Layer:
+    """What one file or command line set, and the recipe that resulted there."""
 
-    name: str = option("default", "name under which the recipe is recorded")
-    reduction: float = option(0.2, "fraction of the parameters to remove")
-    stacks: tuple[str, ...] = option((), "stacks to compress, such as 'decoder'; empty: all of the model")
+    where: str
+    spelled: Mapping[str, str]
+    """What was set, ``steps`` or ``init.input_damping`` -> how it was written."""
+    values: Mapping[str, Any]
 
-    include: tuple[str, ...] = option((), "maps that are compressed on request only, as paths from the block")
-    exclude: tuple[str, ...] = option((), "maps to leave dense, as paths from the block; '*' stands for one part")
-    share_experts: bool = option(False, "one input projection for all experts of a layer, one output projection")
 
-    compress_embeddings: bool = option(False, "compress the token embedding, and the output head tied to it, as well")
+def chosen(default: str, group: str, help: str) -> Any:
+    return option(StrategyChoice(name=default), group, help)
+
+
+class Recipe(Validated):
+    """What to remove, from what data, and how. The defaults are the recipe ``default``.
+
+    ``Recipe(...)`` and `with_options` take what YAML takes; a wrong name, type or value is a `UserError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = option("default", "recipe", "name under which the recipe is recorded")
+    reduction: float = option(0.2, "what to remove", "fraction of the parameters to remove, such as 0.2 or 20%")
+    stacks: tuple[str, ...] = option(
+        (), "what to remove", "stacks to compress, such as 'decoder'; empty: all of the model"
+    )
+    include: tuple[str, ...] = option(
+        (), "what to remove", "maps that are compressed on request only, as paths from the block"
+    )
+    exclude: tuple[str, ...] = option(
+        (), "what to remove", "maps to leave dense, as paths from the block; '*' stands for one part"
+    )
+    share_experts: bool = option(
+        False, "what to remove", "one input projection for all experts of a layer, one output projection"
+    )
+    compress_embeddings: bool = option(
+        False, "what to remove", "compress the token embedding, and the output head tied to it, as well"
+    )
 
     calibration: tuple[str, ...] = option(
         (),
+        "data",
         "calibration data: a text, JSONL or Parquet file, a dataset name, or 'self'; SRC@WEIGHT to mix several",
     )
-    self_share: float = option(0.5, "part of the tokens that the model writes itself when other data is named")
-    tokens: int = option(32768, "calibration tokens")
-    sequence_length: int = option(512, "tokens in a calibration row")
-    samples: int = option(128, "calibration rows of a model that is not fed text: utterances or images")
-    use_all_tokens: bool = option(False, "take what there is when the data has fewer tokens")
-    held_out: float = option(0.0625, "part of the rows that is kept for choosing checkpoints and for the report")
+    self_share: float = option(
+        0.5, "data", "part of the tokens that the model writes itself when other data is named", ge=0.0, le=1.0
+    )
+    tokens: int = option(32768, "data", "calibration tokens", ge=1)
+    sequence_length: int = option(512, "data", "tokens in a calibration row", ge=2)
+    samples: int = option(128, "data", "calibration rows of a model that is not fed text: utterances or images", ge=2)
+    use_all_tokens: bool = option(False, "data", "take what there is when the data has fewer tokens")
+    held_out: float = option(
+        0.0625,
+        "data",
+        "part of the rows that is kept for choosing checkpoints and for the report",
+        ge=0.0,
+        le=0.5,
+    )
 
-    init: str = option("fisher", "where the factors start: fisher, whitened, svd or random")
-    sensitivity_tokens: int = option(8192, "calibration tokens of the backward pass that 'fisher' needs")
-    allocation: str = option("spectrum", "how ranks are shared out: spectrum, uniform, bottom-first or top-first")
-    rescaling_tokens: int = option(
-        2048,
-        "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
+    init: StrategyChoice = chosen(
+        "fisher", "initialisation", "where the factors start: fisher, whitened, svd or random"
+    )
+    sensitivity_tokens: int = option(
+        8192, "initialisation", "calibration tokens of the backward pass that 'fisher' needs", ge=1
     )
     correction_tokens: int = option(
         0,
+        "initialisation",
         "calibration tokens on which the last map of a block learns to make up for what was lost below; 0: none",
+        ge=0,
     )
-    minimum_rank: int | None = option(None, "smallest rank of bottom-first and top-first; default: width / 4")
-    rank_step: int | None = option(None, "their distance between ranks; default: width / 16")
-    format: str = option("pivoted", "how a low-rank map is stored: pivoted or factored")
 
-    loss: str = option("sensitivity", "distillation loss: sensitivity, l1+logcos or mse")
-    mode: str = option("student", "whose inputs the student block sees", ("teacher", "student", "teacher+student"))
-    train: str = option("factors", "what of a block is trained", ("factors", "block"))
-    steps: int = option(45, "optimiser steps a block; 0: no distillation")
-    batch_size: int = option(4, "rows in a step")
-    learning_rate: float = option(2e-4, "peak learning rate")
-    schedule: str = option("cosine", "decay of the learning rate after the warm-up", ("cosine", "constant"))
-    warmup: float = option(0.1, "part of the steps in which the learning rate rises")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    gradient_clip: float = option(0.0, "largest norm of a block's gradient; 0: no limit")
-
-    dtype: str | None = option(
-        None,
-        "dtype of the saved weights; default: the input's, float16 for GGUF",
-        ("float32", "bfloat16", "float16"),
+    allocation: StrategyChoice = chosen(
+        "spectrum", "ranks", "how ranks are shared out: spectrum, uniform, bottom-first or top-first"
     )
-    compute: str = option(
-        "auto",
-        "arithmetic of matrix products; auto: bfloat16 where the processor has it",
-        ("auto", "float32", "bfloat16"),
+    rescaling_tokens: int = option(
+        2048,
+        "ranks",
+        "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
+        ge=0,
     )
-    seed: int = option(0, "seed of everything random")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "init", INIT_ALIASES.get(self.init, self.init))
-        hints = typing.get_type_hints(Recipe)
-        for spec in dataclasses.fields(self):
-            # The three views accept the same: a list for a tuple, a whole number for a fraction.
-            value = _converted(getattr(self, spec.name), hints[spec.name], dashed(spec.name))
-            object.__setattr__(self, spec.name, value)
-        for name, low, high in (
-            ("self_share", 0.0, 1.0),
-            ("held_out", 0.0, 0.5),
-            ("warmup", 0.0, 1.0),
-            ("weight_decay", 0.0, 1.0),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"{dashed(name)} must be between {low:g} and {high:g}, not {value!r}")
-        for name, least in (
-            ("tokens", 1),
-            ("samples", 2),
-            ("sequence_length", 2),
-            ("sensitivity_tokens", 1),
-            ("rescaling_tokens", 0),
-            ("correction_tokens", 0),
-            ("batch_size", 1),
-            ("steps", 0),
-            ("seed", 0),
-            ("minimum_rank", 1),
-            ("rank_step", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{dashed(name)} must be at least {least}, not {value}")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed must be less than 2^32, not {self.seed}")
-        for name in ("learning_rate", "gradient_clip"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise UserError(f"{dashed(name)} must be a finite number and not negative, not {value!r}")
-        for spec in dataclasses.fields(self):
-            choices, value = spec.metadata["choices"], getattr(self, spec.name)
-            if choices and value is not None and value not in choices:
-                raise UserError(
-                    f"{dashed(spec.name)} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}"
-                )
+    loss: StrategyChoice = chosen("sensitivity", "distillation", "distillation loss: sensitivity, l1+logcos or mse")
+    mode: Literal["teacher", "student", "teacher+student"] = option(
+        "student", "distillation", "whose inputs the student block sees"
+    )
+    train: Literal["factors", "block"] = option("factors", "distillation", "what of a block is trained")
+    steps: int = option(45, "distillation", "optimiser steps a block; 0: no distillation", ge=0)
+    batch_size: int = option(4, "distillation", "rows in a step", ge=1)
+    learning_rate: float = option(2e-4, "distillation", "peak learning rate", ge=0.0, allow_inf_nan=False)
+    schedule: Literal["cosine", "constant"] = option(
+        "cosine", "distillation", "decay of the learning rate after the warm-up"
+    )
+    warmup: float = option(0.1, "distillation", "part of the steps in which the learning rate rises", ge=0.0, le=1.0)
+    weight_decay: float = option(0.0, "distillation", "AdamW's weight decay", ge=0.0, le=1.0)
+    gradient_clip: float = option(
+        0.0, "distillation", "largest norm of a block's gradient; 0: no limit", ge=0.0, allow_inf_nan=False
+    )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values, ready for YAML or JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+    format: StrategyChoice = chosen("pivoted", "result", "how a low-rank map is stored: pivoted or factored")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "result", "dtype of the saved weights; default: the input's, float16 for GGUF"
+    )
+    compute: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "result", "arithmetic of matrix products; auto: bfloat16 where the processor has it"
+    )
+    seed: int = option(0, "result", "seed of everything random", ge=0, lt=2**32)
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+    _layers: tuple[Layer, ...] = PrivateAttr(default=())
+
+    def __init__(self, **options: Any) -> None:
+        self._fill({}, (), options, "recipe", dashed)
+
+    def _fill(
+        self,
+        base: Mapping[str, Any],
+        below: tuple[Layer, ...],
+        options: Mapping[str, Any],
+        where: str,
+        spell: Callable[[str], str],
+    ) -> None:
+        """Become ``options`` over ``base``; ``spell`` writes a key as the user knows it."""
+        values, spelled = _merged(base, options, where, spell)
+        try:
+            Validated.__init__(self, **values)
+        except ValidationError as error:
+            raise UserError(explain(error, Recipe, lambda name: spelled.get(name, dashed(name)))) from None
+        # What was written out in full, as a finished run does, says nothing of what somebody chose.
+        if spelled and not set(Recipe.model_fields) <= set(spelled):
+            below = (*below, Layer(where, spelled, dict(self)))
+        self._layers = below
+
+    @field_validator("reduction", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        """``20%`` is 0.2."""
+        if isinstance(value, str) and value.rstrip().endswith("%"):
+            try:
+                return float(value.rstrip()[:-1]) / 100
+            except ValueError:
+                pass
+        return value
+
+    @field_validator(*SLOTS, mode="before")
+    @classmethod
+    def _choice(cls, value: Any, info: ValidationInfo) -> Any:
+        """A name or a mapping as a choice, with the names of earlier versions as those of today."""
+        if isinstance(value, str):
+            return StrategyChoice(name=ALIASES.get(info.field_name or "", {}).get(value, value))
+        if not isinstance(value, StrategyChoice):
+            raise PydanticCustomError("value_error", "the name of a strategy, or a mapping with its name and options")
+        return value
 
     def with_options(self, options: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """This recipe with ``options`` over it; raises UserError for unknown keys and wrong types."""
-        known = {spec.name: spec for spec in dataclasses.fields(self)}
-        hints = typing.get_type_hints(Recipe)
-        values: dict[str, Any] = {}
-        for key, value in options.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise UserError(f"{where}: unknown key {_shown(key)}{nearest(name, list(known))}")
-            values[name] = _converted(value, hints[name], f"{where}: {key}")
-        return dataclasses.replace(self, **values)
+        """This recipe with ``options`` over it: fields, options of strategies as ``init.input_damping``, old names.
+
+        ``where`` says in messages who gave them. A strategy's options from below are kept under the same strategy and
+        dropped under another one. Raises UserError for unknown keys, wrong types and values out of range; whether each
+        option is read is checked later, see `lillama_core.recipe.reading`.
+        """
+        found = Recipe.__new__(Recipe)
+        spell = dashed if where == COMMAND_LINE else lambda key: f"{where}: {key}"
+        found._fill(dict(self), self._layers, options, where, spell)
+        return found
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """What each file and command line set, in the order in which they were laid over one another."""
+        return self._layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, ready for YAML or JSON; a strategy without options is its name."""
+        return {name: _plain(getattr(self, name)) for name in Recipe.model_fields}
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load_recipe` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def __eq__(self, other: object) -> bool:
+        # Two recipes are equal when they say the same, wherever each value comes from.
+        return isinstance(other, Recipe) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(dict(self).items()))
 
 
 def dashed(name: str) -> str:
@@ -156,35 +224,56 @@ def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _converted(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the field's type, or a UserError that says what was expected."""
-    accepted = typing.get_args(hint)
-    if type(None) in accepted:
-        if value is None:
-            return None
-        hint = next(a for a in accepted if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, list | tuple) and all(isinstance(i, str) for i in items):
-            return tuple(items)
-        raise UserError(f"{where} must be a string or a list of strings, not {_shown(value)}")
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 3e-4 as a string, because it has no point.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is hint:
-        return value
-    expected = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}[hint]
-    raise UserError(f"{where} must be {expected}, not {_shown(value)}")
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrategyChoice):
+        return value.to_plain()
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> str:
-    """A value from a file in a message: a few lines of YAML can stand for more than fits into memory."""
-    short = reprlib.Repr()
-    short.maxlevel = 2
-    text = short.repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+def _merged(
+    base: Mapping[str, Any], options: Mapping[str, Any], where: str, spell: Callable[[str], str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of ``base`` with ``options`` over them, and which of them ``options`` sets, as they were written."""
+    values, spelled = dict(base), {}
+    strategy_options: list[tuple[str, str, Any, str]] = []
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        slot, dot, own = name.partition(".")
+        if name in MOVED:
+            # Written out by an earlier version: the strategy's own default.
+            if value is not None:
+                strategy_options.append((*MOVED[name], value, spell(str(key))))
+        elif dot and slot in SLOTS and own:
+            strategy_options.append((slot, own, value, spell(str(key))))
+        elif name not in Recipe.model_fields:
+            known = [*Recipe.model_fields, *MOVED]
+            raise UserError(f"{where}: unknown key {shown(key)}{nearest(name, known)}")
+        elif name in SLOTS and isinstance(value, Mapping | StrategyChoice):
+            given = value.to_plain() if isinstance(value, StrategyChoice) else value
+            given = {"name": given} if isinstance(given, str) else given
+            # Options alone are for the strategy that is chosen already.
+            if "name" in given:
+                values[name] = _same_or_new(values.get(name), given["name"], name)
+                spelled[name] = spell(str(key))
+            own_options = given.get("options") if set(given) == {"name", "options"} else None
+            for option_, own_value in (own_options or {k: v for k, v in given.items() if k != "name"}).items():
+                own = str(option_).replace("-", "_")
+                strategy_options.append((name, own, own_value, f"{spell(str(key))}.{option_}"))
+        else:
+            values[name] = _same_or_new(values.get(name), value, name) if name in SLOTS else value
+            spelled[name] = spell(str(key))
+    for slot, own, value, written in strategy_options:
+        choice = values.get(slot, Recipe.model_fields[slot].default)
+        if isinstance(choice, str):
+            choice = StrategyChoice(name=choice)
+        if isinstance(choice, StrategyChoice):
+            values[slot] = choice.with_option(own, value)
+            spelled[f"{slot}.{own}"] = written
+    return values, spelled
+
+
+def _same_or_new(present: Any, name: Any, slot: str) -> Any:
+    """The present choice if ``name`` is the same strategy; another one brings no options along."""
+    if isinstance(name, str):
+        name = ALIASES.get(slot, {}).get(name, name)
+    return present if isinstance(present, StrategyChoice) and present.name == name else name

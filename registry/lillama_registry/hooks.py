@@ -4,22 +4,25 @@ A plugin is a module or package named by an entry point of the group ``lillama``
 ``lillama_core.hookimpl``. What lillama brings itself comes in by the same door (``lillama_core/builtin.py``).
 
 Most hooks give a mapping of name to thing. A thing is an object, a class that is instantiated without arguments (or
-with its validated ``Options``, see `lillama_core.recipe.options`), or a reference ``"package.module:attribute"`` that
-is imported when the name is first used, so that listing names costs nothing.
+with its validated ``Options``, see `lillama_core.strategies.StrategyOptions`), or a reference
+``"package.module:attribute"`` that is imported when the name is first used, so that listing names costs nothing.
 
 Two plugins that give one name are an error that names both when that name is used, and a line in ``lillama plugins``.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
+from lillama_registry.commands import LazyCommand
+
 if TYPE_CHECKING:
+    import click
+
     from lillama_core.allocation import Allocator
     from lillama_core.architecture import Architecture
     from lillama_core.architecture.targets.base import TargetModule
@@ -98,5 +101,7 @@ def lillama_checkpoints() -> Named[CheckpointReader]:  # type: ignore[empty-body
 
 
 @hookspec
-def lillama_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Commands: add a parser whose ``run`` default takes the parsed arguments and returns an exit status."""
+def lillama_commands() -> Mapping[str, click.Command | LazyCommand | str]:  # type: ignore[empty-body]
+    """Commands of the command line by their names. A command returns its exit status, or None for 0; what it raises is
+    told as for the core's own. A reference is imported when the command is called; `LazyCommand` adds the line that
+    ``lillama --help`` shows of it."""

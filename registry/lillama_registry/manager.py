@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from lillama_registry import hooks
+from lillama_registry.commands import LazyCommand
 
 if TYPE_CHECKING:
     from lillama_core.architecture import Architecture
@@ -30,6 +31,7 @@ NAMED_HOOKS = {
     "stages": "lillama_stages",
     "recipes": "lillama_recipes",
     "checkpoints": "lillama_checkpoints",
+    "commands": "lillama_commands",
 }
 """Kinds of thing that plugins add by name, and the hook that gives them."""
 
@@ -129,23 +131,12 @@ class Registry:
 
     def _check_marked(self, module: Any) -> None:
         """A hook without its decorator would be passed over in silence."""
-        for hook in ("lillama_architectures", "lillama_commands", *NAMED_HOOKS.values()):
+        for hook in ("lillama_architectures", *NAMED_HOOKS.values()):
             if hasattr(module, hook) and self.manager.parse_hookimpl_opts(module, hook) is None:
                 raise TypeError(f"{hook} is not marked with @lillama_core.hookimpl")
 
-    def add_commands(self, subparsers: Any) -> None:
-        """Let every plugin add its commands; one that fails is recorded, and the others go on."""
-        for plugin in list(self.loaded):
-            own = f"{plugin.name} of {plugin.distribution}"
-            others = [p for name, p in self.manager.list_name_plugin() if name != own]
-            hook = self.manager.subset_hook_caller("lillama_commands", remove_plugins=others)
-            try:
-                hook(subparsers=subparsers)
-            except (Exception, SystemExit) as error:
-                self._fail(plugin.name, plugin.distribution, error, "its commands")
-
-    def _fail(self, name: str, distribution: str, error: BaseException, what: str = "") -> None:
-        reason = " ".join(f"{f'{what}: ' if what else ''}{type(error).__name__}: {error}".split())
+    def _fail(self, name: str, distribution: str, error: BaseException) -> None:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         failure = PluginFailure(name, distribution, reason)
         if failure not in self.failures:
             self.failures.append(failure)
@@ -167,18 +158,24 @@ class Registry:
         """All names of one kind (a key of ``NAMED_HOOKS``), sorted."""
         return sorted({name for plugin in self.loaded for name in plugin.named[kind]})
 
+    def claims(self, kind: str, name: str) -> list[tuple[LoadedPlugin, Any]]:
+        """The plugins that give ``name``, each with what it gives: a reference is not imported."""
+        return [(plugin, plugin.named[kind][name]) for plugin in self.loaded if name in plugin.named[kind]]
+
     def get(self, kind: str, name: str) -> Any:
         """What a plugin gives under ``name``: an object or a class; a reference is imported first.
 
         Raises KeyError when no plugin gives it, ConflictError when several do, and ImportError, naming the plugin, when
         the reference leads nowhere.
         """
-        claiming = [plugin for plugin in self.loaded if name in plugin.named[kind]]
+        claiming = self.claims(kind, name)
         if not claiming:
             raise KeyError(name)
         if len(claiming) > 1:
-            raise ConflictError(str(Conflict(kind, name, tuple(claiming))))
-        found = claiming[0].named[kind][name]
+            raise ConflictError(str(Conflict(kind, name, tuple(plugin for plugin, _ in claiming))))
+        plugin, found = claiming[0]
+        if isinstance(found, LazyCommand):
+            found = found.reference
         if not isinstance(found, str):
             return found
         module, _, attribute = found.partition(":")
@@ -186,7 +183,7 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ImportError(f"plugin {claiming[0]} gives {found!r} for {name!r}: {reason}") from error
+            raise ImportError(f"plugin {plugin} gives {found!r} for {name!r}: {reason}") from error
 
     def each(self, kind: str) -> Iterator[tuple[str, Any]]:
         """Name and thing of one kind, imported; a name that several plugins claim is left out."""
@@ -234,7 +231,8 @@ def _named(module: Any, kind: str) -> dict[str, Any]:
     found = {} if hook is None else hook()
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise TypeError(f"{NAMED_HOOKS[kind]} must give a dict of name to {kind}, not {found!r}")
-    for name, thing in found.items():
+    for name, given in found.items():
+        thing = given.reference if isinstance(given, LazyCommand) else given
         if isinstance(thing, str) and not all(thing.partition(":")):
             raise TypeError(f"{NAMED_HOOKS[kind]} gives {thing!r} for {name!r}; a reference is 'package.module:name'")
     return dict(found)

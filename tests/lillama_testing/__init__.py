@@ -9,18 +9,23 @@ def test_conformance(check):
 
 from __future__ import annotations
 
-from lillama_testing.checks import (
-    CHECKS,
-    Case,
-    CheckFailed,
-    Outcome,
-    cases,
-    check_architecture,
-    parametrize_with_checks,
-    run_check,
-)
-from lillama_testing.command import lillama_commands
-from lillama_testing.tiny import TinyModel, make_tiny_model, specimen_at
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lillama_registry import LazyCommand, hookimpl
+
+if TYPE_CHECKING:
+    from lillama_testing.checks import (
+        CHECKS,
+        Case,
+        CheckFailed,
+        Outcome,
+        cases,
+        check_architecture,
+        parametrize_with_checks,
+        run_check,
+    )
+    from lillama_testing.tiny import TinyModel, make_tiny_model, specimen_at
 
 __all__ = [
     "CHECKS",
@@ -36,3 +41,19 @@ __all__ = [
     "run_check",
     "specimen_at",
 ]
+
+_IN_TINY = ("TinyModel", "make_tiny_model", "specimen_at")
+
+
+@hookimpl
+def lillama_commands() -> dict[str, LazyCommand]:
+    return {
+        "plugin": LazyCommand("lillama_testing.command:plugin", "check that a plugin's architectures do what they must")
+    }
+
+
+def __getattr__(name: str) -> Any:
+    """Import the kit, which needs torch, when it is used: this module is loaded as a plugin by every command."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lillama_testing.{'tiny' if name in _IN_TINY else 'checks'}"), name)

@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from lillama_registry import hookimpl, registry
+import click
+
+import lillama_registry
+from lillama_core.cli.options import LillamaCommand, debug_option, option
+from lillama_core.cli.silence import silence_transformers
 
 
-@hookimpl
-def lillama_commands(subparsers: Any) -> None:
-    plugin = subparsers.add_parser("plugin", help="check that a plugin's architectures do what they must")
-    commands = plugin.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser = commands.add_parser(
-        "check",
-        help="run the conformance kit",
-        description="Try an architecture on a tiny random model of each of its model types, or on a model of yours.",
-    )
-    parser.add_argument("name", metavar="NAME", help="a plugin or an architecture; auto with --model")
-    parser.add_argument("--model", metavar="DIR", help="check on this model instead of tiny ones")
-    parser.add_argument(
-        "--calibration", metavar="SRC", action="append", help="its calibration data (default: what the kit has)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.set_defaults(run=run_plugin_check)
+@click.group(help="Check that a plugin's architectures do what they must.", no_args_is_help=False)
+def plugin() -> None:
+    """The group of what can be done with a plugin."""
 
 
-def run_plugin_check(options: argparse.Namespace) -> int:
+@plugin.command(
+    cls=LillamaCommand,
+    short_help="run the conformance kit",
+    help="Try an architecture on a tiny random model of each of its model types, or on a model of yours."
+    " NAME is a plugin or an architecture; auto with --model.",
+)
+@click.argument("name", metavar="NAME")
+@option("--model", metavar="DIR", help="check on this model instead of tiny ones")
+@option("--calibration", metavar="SRC", multiple=True, help="its calibration data (default: what the kit has)")
+@debug_option
+def check(**options: Any) -> int:
+    """Parse the options and run."""
+    with silence_transformers():
+        return run_plugin_check(options)
+
+
+def run_plugin_check(options: dict[str, Any]) -> int:
     """One line a check on stdout; 0 when all passed, 1 otherwise. Raises UserError for an unknown name."""
     from lillama_core.architecture.auto import AUTO
     from lillama_core.errors import LillamaError, UserError, nearest, one_line
     from lillama_testing.checks import CHECKS, Outcome, run_check
     from lillama_testing.tiny import make_tiny_model, specimen_at
 
-    found = registry()
-    chosen = [a for a in found.architectures if options.name in (a.name, found.plugin_of(a).name)]
-    if not chosen and not (options.name == AUTO and options.model is not None):
-        failed = next((f for f in found.failures if f.name == options.name), None)
+    found = lillama_registry.registry()
+    chosen = [a for a in found.architectures if options["name"] in (a.name, found.plugin_of(a).name)]
+    if not chosen and not (options["name"] == AUTO and options["model"] is not None):
+        failed = next((f for f in found.failures if f.name == options["name"]), None)
         if failed is not None:
             raise UserError(f"plugin {failed.name!r} could not be loaded: {failed.reason}")
         known = sorted({n for a in found.architectures for n in (a.name, found.plugin_of(a).name)})
         raise UserError(
-            f"no plugin with architectures is named {options.name!r} (there are: {', '.join(known)})"
-            f"{nearest(options.name, known)}"
+            f"no plugin with architectures is named {options['name']!r} (there are: {', '.join(known)})"
+            f"{nearest(options['name'], known)}"
         )
     outcomes: list[Outcome] = []
 
@@ -53,14 +59,14 @@ def run_plugin_check(options: argparse.Namespace) -> int:
         line = f"{'ok    ' if outcome.passed else 'FAILED'}  {outcome.model_type}  {outcome.check}"
         print(line if outcome.passed else f"{line}: {outcome.error}", flush=True)
 
-    if options.model is not None:
-        tiny = specimen_at(Path(options.model), options.name, tuple(options.calibration or ()))
+    if options["model"] is not None:
+        tiny = specimen_at(Path(options["model"]), options["name"], options["calibration"])
         for name in CHECKS:
             tell(run_check(name, tiny))
     else:
         types = [(a, t) for a in chosen for t in a.model_types]
         if not types:
-            raise UserError(f"architecture {options.name!r} claims no model type; name a model with --model")
+            raise UserError(f"architecture {options['name']!r} claims no model type; name a model with --model")
         with tempfile.TemporaryDirectory() as scratch:
             for architecture, model_type in types:
                 try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ class TinyModel:
     def recipe(self, **options: Any) -> Recipe:
         """A recipe that is quick and takes this specimen's data."""
         stacks = tuple(self.architecture.stacks)
-        return dataclasses.replace(Recipe(), calibration=self.calibration, stacks=stacks, **{**QUICK, **options})
+        return Recipe(calibration=self.calibration, stacks=stacks, **{**QUICK, **options})
 
 
 def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, ...]) -> TinyModel:

@@ -42,7 +42,7 @@ class EncoderText(Text, ComparableModality):
                 "this model predicts no next token and cannot write its calibration text itself:"
                 " name a text with --calibration FILE"
             )
-        super().check(replace(recipe, self_share=0.0))
+        super().check(_without_self(recipe))
 
     def load(self, request: SampleRequest) -> Samples:
         length, longest = request.recipe.sequence_length, longest_row(request.model)
@@ -51,7 +51,7 @@ class EncoderText(Text, ComparableModality):
                 f"--sequence-length {length} is more than the {longest} positions that the model knows;"
                 f" ask for at most {longest}"
             )
-        named = replace(request, recipe=replace(request.recipe, self_share=0.0))
+        named = replace(request, recipe=_without_self(request.recipe))
         found = super().load(named)
         made = self.rows(found.inputs["input_ids"], request.model, request.processor)
         # Not of the running text: with other special tokens it is other data.
@@ -142,3 +142,8 @@ def with_special_ends(rows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     rows[:, : len(before)] = torch.tensor(before, dtype=rows.dtype)
     rows[:, rows.shape[1] - len(after) :] = torch.tensor(after, dtype=rows.dtype)
     return rows
+
+
+def _without_self(recipe: Recipe) -> Recipe:
+    """The recipe with all of its data from the sources that it names: such a model cannot write its own."""
+    return recipe.model_copy(update={"self_share": 0.0})

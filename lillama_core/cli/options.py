@@ -1,0 +1,196 @@
+"""Options that several commands share, and those of the recipe, made from its fields."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from lillama_core.recipe.loading import load_recipe
+from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, Recipe, dashed
+from lillama_core.strategies.validation import choices_of, kind_of
+
+MODEL = "MODEL is a hub id, a local directory, or a .gguf file."
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DOTTED = re.compile(rf"--({'|'.join(SLOTS)})\.([\w-]+)")
+"""An option of a chosen strategy: ``--init.input-damping``."""
+OF_STRATEGIES = "strategy_options"
+RECIPE = "recipe__"
+"""Prefix of the parameters that are fields of the recipe."""
+
+
+class GroupedOption(click.Option):
+    """An option that stands under a heading of its own in the help."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+        self.group = group
+        super().__init__(*args, **kwargs)
+
+
+class LillamaCommand(click.Command):
+    """A command whose options stand under headings, and never take another option for their value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        taking = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
+        for word, following in itertools.pairwise(args):
+            if word == "--":
+                break
+            if word in taking and following.startswith("--") and len(following) > 2:
+                raise click.BadOptionUsage(word, f"Option {word!r} requires an argument.", ctx)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            # Arguments are explained in the text above.
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", ""), []).append(record)
+        # Options without a heading, --help among them, come last.
+        for group in sorted(groups, key=lambda name: name == ""):
+            with formatter.section(group.capitalize() or "Other options"):
+                formatter.write_dl(groups[group])
+
+
+class RecipeCommand(LillamaCommand):
+    """A command that takes a recipe: the options of the strategies are taken out before click sees the others."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest, dotted = [], {}
+        words = iter(args)
+        for word in words:
+            if word == "--":
+                rest += [word, *words]
+                break
+            name, equals, value = word.partition("=")
+            if not DOTTED.fullmatch(name):
+                rest.append(word)
+                continue
+            if not equals:
+                value = next(words, "--")
+                if value.startswith("--"):
+                    raise click.BadOptionUsage(name, f"Option {name!r} requires an argument.", ctx)
+            dotted[name.removeprefix("--")] = value
+        left = super().parse_args(ctx, rest)
+        ctx.params[OF_STRATEGIES] = dotted
+        return left
+
+
+def option(*names: str, group: str = "", **settings: Any) -> Callable[[F], F]:
+    """``click.option`` under a heading."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def model_options(function: F) -> F:
+    """MODEL, ``--architecture`` and ``--trust-remote-code``."""
+    for decorate in (
+        option(
+            "--trust-remote-code", is_flag=True, group="model", help="run code that the model brings (off by default)"
+        ),
+        option(
+            "--architecture",
+            metavar="NAME",
+            group="model",
+            help="use this architecture instead of the one found by model type; 'auto' finds the blocks in the model",
+        ),
+        click.argument("model", metavar="MODEL"),
+    ):
+        function = decorate(function)
+    return function
+
+
+def tokenizer_option(function: F) -> F:
+    return option("--tokenizer", metavar="SRC", group="model", help="tokenizer, if the model does not bring one")(
+        function
+    )
+
+
+def device_option(function: F) -> F:
+    return option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")(
+        function
+    )
+
+
+def debug_option(function: F) -> F:
+    """``--debug``, which `main` looks for itself."""
+    return option("--debug", is_flag=True, expose_value=False, help="show tracebacks")(function)
+
+
+def exclusive(context: click.Context, first: str, second: str) -> None:
+    """Raise a usage error when both of two options are given."""
+    if context.params.get(first.replace("-", "_")) and context.params.get(second.replace("-", "_")):
+        raise click.UsageError(f"--{second} is not allowed with --{first}", context)
+
+
+def recipe_options(function: F) -> F:
+    """``--recipe``, an option for every field of the recipe, and the flat names of earlier versions."""
+    decorators = [
+        option(
+            "--recipe",
+            default="default",
+            metavar="NAME|FILE.yaml",
+            group="recipe",
+            help="a named recipe, or a file; each option below overrides it, and a YAML file takes the same names",
+        )
+    ]
+    for name, field in Recipe.model_fields.items():
+        if name != "name":
+            decorators.append(_field_option(name, field))
+    for name, (slot, own) in MOVED.items():
+        decorators.append(
+            option(
+                dashed(name),
+                f"{RECIPE}{name}",
+                metavar="N",
+                group="ranks",
+                help=f"the same as --{slot}.{dashed(own)[2:]}",
+            )
+        )
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def _field_option(name: str, field: Any) -> Callable[[F], F]:
+    """The option of one field; its value stays text, which the recipe reads."""
+    default = Recipe.model_fields[name].default
+    shown = "" if default in (None, ()) else f" (default: {default})"
+    group = field.json_schema_extra["group"]
+    settings: dict[str, Any] = {"help": f"{field.description}{shown}", "default": None, "group": group}
+    kind = kind_of(Recipe, name)
+    if kind is bool:
+        return option(f"{dashed(name)}/{dashed('no_' + name)}", f"{RECIPE}{name}", **settings)
+    if kind is tuple:
+        settings |= {"multiple": True, "metavar": "SRC" if name == "calibration" else "NAME"}
+    elif name in SLOTS:
+        settings["metavar"] = "NAME"
+        settings["help"] += f"; its own options as --{name}.OPTION VALUE, see 'lillama strategies'"
+    else:
+        settings["metavar"] = "|".join(choices_of(Recipe, name)) or {int: "N", float: "X"}[kind]
+    return option(dashed(name), f"{RECIPE}{name}", **settings)
+
+
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that a command's options describe; raises UserError for values that it does not take."""
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        if key.startswith(RECIPE) and value not in (None, ()):
+            name = key.removeprefix(RECIPE)
+            given[name] = [part for item in value for part in _parts(item)] if isinstance(value, tuple) else value
+    named = {name.replace("_", "-"): value for name, value in given.items()}
+    return load_recipe(options["recipe"]).with_options({**named, **options.get(OF_STRATEGIES, {})}, COMMAND_LINE)
+
+
+def _parts(item: str) -> Sequence[str]:
+    """The names in ``a,b,c``, unless there is a file of just that name."""
+    # Not by pathlib: a list may be longer than any name of a file.
+    if os.path.exists(item.rpartition("@")[0] or item) or os.path.exists(item):
+        return [item]
+    # Empty parts are for whoever reads the names to refuse.
+    return item.split(",")

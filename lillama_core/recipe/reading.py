@@ -1,0 +1,98 @@
+"""Which options a recipe's choices read: one that does nothing is a mistake of whoever set it.
+
+Each file and command line is checked against the recipe that resulted there. What a preset sets for training is thus no
+mistake of somebody who lays ``steps: 0`` over it, and options of a strategy go with it when another one is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lillama_core.errors import UserError
+from lillama_core.recipe.model import SLOTS, Recipe
+from lillama_core.strategies import ChosenStrategies, Strategy, get, make, names
+
+TRAINING = ("mode", "train", "learning_rate", "schedule", "warmup", "weight_decay", "gradient_clip")
+"""Fields that only distillation reads."""
+
+DATA = ("self_share", "tokens", "sequence_length", "samples", "use_all_tokens")
+"""Fields that a modality may read or not, see `lillama_core.data.modality.Modality`."""
+
+OFF = {"correction_tokens": 0, "rescaling_tokens": 0, "weight_decay": 0.0, "gradient_clip": 0.0, "warmup": 0.0}
+"""Values by which a field says that something is not to be done: not a mistake where it cannot be done."""
+
+
+def choose(recipe: Recipe) -> ChosenStrategies:
+    """The strategies of a recipe; raises UserError for an unknown name or an option that one of them does not have."""
+    written = {key: text for layer in recipe.layers for key, text in layer.spelled.items()}
+
+    def made(slot: str) -> Any:
+        spelled = {key.partition(".")[2]: text for key, text in written.items() if key.startswith(f"{slot}.")}
+        return make(SLOTS[slot], getattr(recipe, slot), spelled)
+
+    return ChosenStrategies(made("init"), made("allocation"), made("loss"), made("format"))
+
+
+def unread_options(recipe: Recipe, chosen: ChosenStrategies, data: Collection[str] | None = None) -> dict[str, str]:
+    """Fields, and options as ``init.input_damping``, that nothing reads beside the ``chosen`` strategies: the reason.
+
+    ``data`` names the fields of `DATA` that the model's modality reads; None: not known, none is reported.
+    """
+    found: dict[str, str] = {}
+    init, allocation, loss = recipe.init.name, recipe.allocation.name, recipe.loss.name
+    gradients = getattr(chosen.init, "needs_gradients", False)
+    for slot in SLOTS:
+        strategy = getattr(chosen, slot)
+        if isinstance(strategy, Strategy):
+            found |= {f"{slot}.{name}": reason for name, reason in strategy.unread_options(chosen).items()}
+    if recipe.steps == 0:
+        reason = "with --steps 0 nothing is trained"
+        found |= dict.fromkeys(TRAINING, reason)
+        if not (recipe.correction_tokens and gradients and getattr(chosen.init, "corrects", False)):
+            # The correction minimises the loss's metric as well.
+            found |= dict.fromkeys(("loss", *(f"loss.{name}" for name in recipe.loss.options)), reason)
+    embedding = recipe.compress_embeddings and getattr(chosen.init, "needs_inputs", False)
+    if not (gradients or embedding or (recipe.steps > 0 and getattr(chosen.loss, "needs_sensitivity", False))):
+        nor = f", nor does the loss {loss!r}" if recipe.steps > 0 else ""
+        found["sensitivity_tokens"] = f"the initialiser {init!r} needs no gradients{nor}"
+    if not getattr(chosen.init, "corrects", False):
+        found["correction_tokens"] = f"the initialiser {init!r} makes no correction{_those_that_correct()}"
+    if not getattr(chosen.allocation, "needs_spectra", False):
+        found["rescaling_tokens"] = f"the allocator {allocation!r} looks at no spectra"
+    elif not gradients:
+        found["rescaling_tokens"] = f"the initialiser {init!r} needs no gradients, so that its spectra predict no loss"
+    if data is not None:
+        found |= {name: "models that are fed such data do not read it" for name in DATA if name not in data}
+    return found
+
+
+def check_options_are_read(recipe: Recipe, data: Collection[str] | None = None) -> None:
+    """Raise UserError for the first option that a file or command line sets and that its choices do not read.
+
+    ``data`` as in `unread_options`. The recipe's strategies are made, which says what is wrong with their options.
+    """
+    choose(recipe)
+    for layer in recipe.layers:
+        there = Recipe.model_construct(**layer.values)
+        try:
+            chosen = choose(there)
+        except UserError:
+            # Chosen below and replaced above: it need not even be installed.
+            continue
+        unread = unread_options(there, chosen, data)
+        for key, written in layer.spelled.items():
+            if key in unread and not (key in OFF and layer.values[key] == OFF[key]):
+                raise UserError(f"{written} does nothing: {unread[key]}")
+
+
+def _those_that_correct() -> str:
+    """``; 'fisher' and 'whitened' do``."""
+    able = []
+    for name in names("initializers"):
+        try:
+            if getattr(get("initializers", name), "corrects", False):
+                able.append(repr(name))
+        except UserError:
+            continue
+    return f"; {' and '.join(able)} {'does' if len(able) == 1 else 'do'}" if able else ""
