@@ -19,7 +19,6 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.linear import linear_targets
-from lillama_core.distillation import correction
 from lillama_core.distillation.correction import Corrected, LastMap, correct, find_last_map
 from lillama_core.distillation.training import BlockData
 from lillama_core.initialization import MapStatistics
@@ -67,6 +66,10 @@ def test_the_last_map_is_found_where_its_output_is_added(
         assert torch.equal(runner(module, block, 0, hidden), before)
 
 
+SMALL_RIDGE = 1e-3
+"""So that few rows are followed too closely."""
+
+
 class Layer(nn.Module):
     """A residual block whose last map has a bias or none."""
 
@@ -102,17 +105,13 @@ def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRun
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
-    bias: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A small ridge, so that few rows are followed too closely.
-    monkeypatch.setattr(correction, "RIDGE", 1e-3)
+def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(bias: bool, masked: bool) -> None:
     dense, student, block, runner, data = setting(bias, masked)
     target = block.targets[1]
     last = LastMap.of(target, target.maps[0], dense)
     fisher_factor = torch.randn(WIDTH, WIDTH)
     correction_batches = [1]
-    found = correct(last, block, student, runner, data, correction_batches, fisher_factor)
+    found = correct(last, block, student, runner, data, correction_batches, fisher_factor, SMALL_RIDGE)
 
     def rows(batches: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, what the map lacks, and weights."""
@@ -127,7 +126,7 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     center = (w[:, None] * x).sum(0) / w.sum()
     torch.testing.assert_close(found.center.double(), center, rtol=1e-4, atol=1e-5)
     spread = x - center if bias else x
-    ridge = 1e-3 * (w[:, None] * spread.square()).sum(0).mean()
+    ridge = SMALL_RIDGE * (w[:, None] * spread.square()).sum(0).mean()
     # A ridge is so many more rows; one more column, of ones, is the shift, which has no ridge.
     design = torch.cat([x, torch.ones(len(x), 1)], 1) if bias else x
     extra = ridge.sqrt() * torch.eye(x.shape[1], design.shape[1], dtype=torch.float64)
@@ -171,7 +170,7 @@ def test_nothing_lost_nothing_corrected() -> None:
     data.targets[:] = data.student
     runner.advance(dense, block, data.targets)
     target = block.targets[1]
-    found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
+    found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None, 0.1)
     assert found.bias is not None
     torch.testing.assert_close(found.weight, dense.down.weight, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.bias, dense.down.bias, rtol=0, atol=1e-4)

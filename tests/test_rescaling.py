@@ -27,7 +27,7 @@ from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.loss_calibration import PARTS, Ablation, kinds_of, measure_scales, parts_of, safe_ratio
+from lillama_core.statistics.loss_calibration import Ablation, kinds_of, measure_scales, parts_of, safe_ratio
 from lillama_core.statistics.store import DecompositionStore
 
 CPU = torch.device("cpu")
@@ -41,6 +41,9 @@ def test_parts_are_about_equal_runs(blocks: int, parts: int) -> None:
     assert len(found) == min(blocks, parts)
     lengths = {len(part) for part in found}
     assert max(lengths) - min(lengths) <= 1
+
+
+PARTS = 10
 
 
 def test_kinds_do_not_count_experts() -> None:
@@ -82,7 +85,7 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     activations = ActivationStore(Recorder(architecture, CPU, None), batches).record(parent)
     heard: list[str] = []
     ablation = Ablation(parent, source, activations, low_rank)
-    scales = measure_scales(ablation, ranks, left_out, heard.append)
+    scales = measure_scales(ablation, ranks, left_out, PARTS, heard.append)
 
     dense = model(tokens).logits.double().log_softmax(-1)
 

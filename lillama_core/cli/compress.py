@@ -72,7 +72,7 @@ def run(options: dict[str, Any]) -> int:
     if fidelity.get("perplexity_after") is not None:
         print(
             f"perplexity  {fidelity['perplexity_before']:.2f} -> {fidelity['perplexity_after']:.2f}"
-            f"  (held-out calibration rows, {fidelity['tokens']} tokens)"
+            f"  (calibration rows that chose nothing, {fidelity['tokens']} tokens)"
         )
     print(f"time        {record.seconds['total']:.0f} s, peak memory {record.peak_memory_bytes / 1e6:,.0f} MB")
     print(f"report      {Path(options['output']) / 'report.html'}")

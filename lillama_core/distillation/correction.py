@@ -31,9 +31,6 @@ from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 from lillama_core.system.devices import exact_device
 
-RIDGE = 0.1
-"""On the second moment of x', relative to its mean diagonal."""
-
 
 @dataclass(frozen=True)
 class LastMap:
@@ -67,7 +64,7 @@ class Corrected:
     center: torch.Tensor
     """E[x'] [in]."""
     shrinkage: float
-    """Part of K that held-out rows confirm, between 0 and 1."""
+    """Part of K that rows which took no part in it confirm, between 0 and 1."""
 
     def factored(
         self,
@@ -135,11 +132,13 @@ def correct(
     data: BlockData,
     correction_batches: Sequence[int],
     fisher_factor: torch.Tensor | None,
+    ridge: float,
 ) -> Corrected:
     """The dense map ``last`` with what ``student``, whose maps are low rank already, needs of it besides.
 
-    ``data`` holds the student's stream and the dense block's outputs. K is fitted on ``correction_batches``, its
-    shrinkage on the held-out ones, where ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2.
+    ``data`` holds the student's stream and the dense block's outputs. K is fitted on ``correction_batches``
+    with a ``ridge`` relative to the mean diagonal of E[x x^T], its shrinkage on the batches that choose, where
+    ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2.
     """
     W, bias = last.weight.to(runner.device), None if last.bias is None else last.bias.to(runner.device)
     moment, cross, wanted = SecondMoment(), torch.zeros_like(W), torch.zeros_like(W[:, 0])
@@ -163,6 +162,7 @@ def correct(
         precise(cross / moment.count),
         precise(wanted / moment.count),
         None if bias is None else precise(bias),
+        ridge,
     )
     K, shift = K.float().to(W.device), shift.float().to(W.device)
 
@@ -215,6 +215,7 @@ def _regression(
     cross: torch.Tensor,
     wanted: torch.Tensor,
     bias: torch.Tensor | None,
+    ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K [out, in] and the shift [out] that r - (W x + b) = K x + shift is fitted with; no shift without a bias.
 
@@ -225,7 +226,7 @@ def _regression(
     mean = P.diagonal().mean()
     if not mean > 0:
         return torch.zeros_like(W), torch.zeros_like(wanted)
-    C = root(P, RIDGE)
+    C = root(P, ridge)
     K = torch.cholesky_solve((cross - W @ P).T, C).T
     shift = torch.zeros_like(wanted) if bias is None else wanted - bias - (W + K) @ center
     return K, shift

@@ -49,6 +49,8 @@ class StackCompressor:
     training: TrainingOptions
     corrects: bool
     """Whether the last map of a block makes up in closed form for what was lost below."""
+    correction_ridge: float
+    """Ridge of that regression, relative to the mean diagonal of the second moment of its inputs."""
     initializer: Initializer
     recorder: Recorder
     source: WeightSource
@@ -129,7 +131,7 @@ class StackCompressor:
             fisher_factor = loss_factor(gradient_moment, training.loss.fisher_damping).to(self.recorder.device)
         shrinkage = 0.0
         if last is not None:
-            corrected = correct(last, block, student, runner, data, correct_on, fisher_factor)
+            corrected = correct(last, block, student, runner, data, correct_on, fisher_factor, self.correction_ridge)
             shrinkage, name = corrected.shrinkage, last.map.name
             if shrinkage > 0:
                 seen, generator = self.store.gradients(block), self.finished.generator(block)

@@ -70,7 +70,7 @@ def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> No
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
-            chosen=chosen_by_held_out(record),
+            parts=part_rows(record),
             whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
@@ -270,13 +270,19 @@ def size_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     return [(c.label, exactly(c, c.before), exactly(c, c.after), signed_percent(c.ratio - 1)) for c in changes(record)]
 
 
-def chosen_by_held_out(record: RunRecord) -> str:
-    """What was chosen by the rows that fidelity is measured on, in words; empty: nothing."""
-    choices = {
-        "the checkpoint of each block": record.recipe.get("steps"),
-        "how much of its correction each block took": record.recipe.get("correction_tokens"),
+def part_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """What each part of the calibration rows served, how many rows it has, and its hash."""
+    served = {
+        "fit": "statistics, training and correction",
+        "choose": "choosing checkpoints and the size of a correction",
+        "report": "the numbers under Fidelity; nothing was chosen by them",
     }
-    return " and ".join(name for name, made in choices.items() if made)
+    parts = record.data.get("parts", {})
+    return [
+        (name, what, f"{parts[name]['rows']:,}", f"`{parts[name]['sha256'][:16]}`" if parts[name]["rows"] else "")
+        for name, what in served.items()
+        if name in parts
+    ]
 
 
 def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:

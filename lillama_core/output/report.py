@@ -16,7 +16,6 @@ from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.output.card import (
     Change,
     changes,
-    chosen_by_held_out,
     cost_rows,
     count,
     duration,
@@ -128,7 +127,6 @@ def write_report(result: Path, record: RunRecord) -> None:
             size_plot=size_plot,
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
-            chosen=chosen_by_held_out(record),
             recipe=recipe_rows(record),
             data=record.data,
             sources=source_rows(record),
@@ -148,7 +146,7 @@ def verdict(record: RunRecord) -> str:
     before, after = found.get("perplexity_before"), found.get("perplexity_after")
     if before is None or after is None:
         return parameters
-    return f"{parameters}; perplexity on held-out rows {number(before)} → {number(after)}"
+    return f"{parameters}; perplexity on rows that chose nothing {number(before)} → {number(after)}"
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -291,7 +289,7 @@ def _training(stack: Stack) -> Figure:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new_figure(WIDTH, 3.2)
-    panels = (("loss", "held-out loss"), ("error", "relative squared error of the output"))
+    panels = (("loss", "loss on rows that chose nothing"), ("error", "relative squared error of the output"))
     handles: list[Any] = []
     for column, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, 2, column + 1)

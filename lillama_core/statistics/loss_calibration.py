@@ -26,9 +26,6 @@ from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import WeightSource
 
-PARTS = 10
-"""Runs of blocks of a stack that are measured apart, each with as many blocks as the others or one more."""
-
 ByMap = Mapping[str, float]
 """A number for maps of a block, by the names that they have there."""
 Ranks = Mapping[str, int]
@@ -71,18 +68,22 @@ class Ablation:
 
 
 def measure_scales(
-    ablation: Ablation, ranks: Mapping[str, Ranks], left_out: Mapping[str, ByMap], report: Callable[[str], None]
+    ablation: Ablation,
+    ranks: Mapping[str, Ranks],
+    left_out: Mapping[str, ByMap],
+    parts: int,
+    report: Callable[[str], None],
 ) -> dict[str, float]:
     """What the energies of each map of a stack count for, by its path.
 
-    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. ``report`` hears what has been
-    measured.
+    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. At most ``parts`` runs of blocks
+    are measured apart. ``report`` hears what has been measured.
     """
     blocks = ablation.harness.blocks
     dense = ablation.advance(ablation.activations.hidden, blocks, {})
     entering, rest = ablation.activations.hidden, blocks
     measured: list[tuple[Sequence[Block], float, float]] = []
-    for part in parts_of(blocks, PARTS):
+    for part in parts_of(blocks, parts):
         low = {block.name: ranks[block.name] for block in part if block.name in ranks}
         cost = ablation.cost(dense, ablation.advance(entering, rest, low)) if low else 0.0
         measured.append((part, cost, sum(sum(left_out[name].values()) for name in low)))

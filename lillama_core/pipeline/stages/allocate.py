@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from pydantic import Field
 from torch import nn
 
 from lillama_core.allocation.plan import RankPlan, describe_plan
@@ -15,7 +16,6 @@ from lillama_core.pipeline.spec import make_plan
 from lillama_core.pipeline.stage import Stage
 from lillama_core.pipeline.stages.statistics import ROWS_PER_BATCH
 from lillama_core.statistics.loss_calibration import (
-    PARTS,
     Ablation,
     Ranks,
     kinds_of,
@@ -23,15 +23,28 @@ from lillama_core.statistics.loss_calibration import (
     parts_of,
     truncation_error,
 )
-from lillama_core.strategies import make
+from lillama_core.strategies import StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
+
+
+class AllocateOptions(StrategyOptions):
+    """How predicted losses are set against measured ones."""
+
+    parts: int = Field(
+        default=10,
+        description="runs of consecutive blocks of a stack whose loss is measured apart, each a forward pass of some"
+        " rows; ten are three blocks each in a model of thirty, not swept since",
+        ge=1,
+    )
 
 
 class AllocateStage(Stage):
     """Let the allocator share out ranks within the budget; where spectra decide, scale them by measured losses."""
 
     name = "ranks"
+    Options = AllocateOptions
+    options: AllocateOptions
     reads = (DenseModel, CalibrationSplit, Statistics)
     gives = (RankPlan,)
 
@@ -61,8 +74,7 @@ class AllocateStage(Stage):
         )
         context.put(plan)
 
-    @staticmethod
-    def _measure_losses(context: Context, plan: RankPlan) -> dict[str, float]:
+    def _measure_losses(self, context: Context, plan: RankPlan) -> dict[str, float]:
         """What the predicted loss of each map counts for, measured on some of the rows that are fitted to."""
         dense, found = context.get(DenseModel), context.get(Statistics)
         rows = context.get(CalibrationSplit).rows_for(context.recipe.rescaling_tokens, context.given_tokens)
@@ -71,7 +83,8 @@ class AllocateStage(Stage):
             name: {block.name: r for block in harness.blocks if (r := plan.of(block))}
             for name, harness in dense.chosen.items()
         }
-        steps = sum(len(parts_of(dense.chosen[n].blocks, PARTS)) + len(kinds_of(r)) for n, r in ranks.items())
+        parts = self.options.parts
+        steps = sum(len(parts_of(dense.chosen[n].blocks, parts)) + len(kinds_of(r)) for n, r in ranks.items())
         context.progress.phase("Measuring what each part costs", steps)
         finished = context.finished_blocks(dense)
         scales: dict[str, float] = {}
@@ -82,7 +95,7 @@ class AllocateStage(Stage):
                 block.name: truncation_error(found.store.load(block)[0], ranks[name].get(block.name, {}))
                 for block in harness.blocks
             }
-            scales |= measure_scales(ablation, ranks[name], left_out, context.progress.step)
+            scales |= measure_scales(ablation, ranks[name], left_out, parts, context.progress.step)
         return scales
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import nn
 
 from lillama_core.allocation.plan import RankPlan
@@ -15,12 +16,27 @@ from lillama_core.pipeline.context import CalibrationRows, CompressedStacks, Con
 from lillama_core.pipeline.stage import Stage
 from lillama_core.runtime.activations import ActivationStore, StackActivations
 from lillama_core.runtime.modules import swapped_modules
+from lillama_core.strategies import StrategyOptions
+
+
+class BlocksOptions(StrategyOptions):
+    """How blocks are compressed, beyond what the recipe says of training."""
+
+    correction_ridge: float = Field(
+        default=0.1,
+        description="ridge of the closed-form correction, relative to the mean diagonal of the second moment of the"
+        " last map's inputs; a choice that was made when the correction was built, not swept since",
+        gt=0.0,
+        le=10.0,
+    )
 
 
 class BlocksStage(Stage):
     """Compress the embedding, if asked to, and the stacks, in place; each finished block is a file of the run."""
 
     name = "blocks"
+    Options = BlocksOptions
+    options: BlocksOptions
     reads = (DenseModel, CalibrationRows, CalibrationSplit, Statistics, RankPlan)
     gives = (CompressedStacks,)
 
@@ -39,6 +55,7 @@ class BlocksStage(Stage):
             plan,
             training_options(context),
             context.corrects,
+            self.options.correction_ridge,
             context.initializer,
             context.recorder,
             dense.source,
