@@ -142,7 +142,7 @@ def test_maker_gives_the_files_that_are_shipped(tmp_path: Path) -> None:
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
     assert len(made) == 3
     for path in made:
-        assert (tmp_path / path).read_bytes() == (zero_shot.TASKS_FOLDER.parent / path).read_bytes()
+        assert (tmp_path / path).read_bytes() == (ROOT / "lillama_core" / path).read_bytes()
 
 
 def test_accuracy_is_that_of_the_likeliest_answer(subject: Subject, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.models.source import QUANT_METHOD, ModelSource
+from lillama_core.models.transformers_adapter import detach_quantizer, from_config
 from lillama_core.models.unclaimed import no_plugin
 from lillama_core.system.quiet import quiet
 
@@ -71,13 +72,7 @@ def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool 
     """The model without weights, on the meta device: shapes and names only."""
     try:
         with torch.device("meta"):
-            found = auto_class(architecture)
-            # An auto class, or a model's own.
-            model: nn.Module = (
-                found.from_config(config, trust_remote_code=trust_remote_code)
-                if hasattr(found, "from_config")
-                else found._from_config(config)
-            )
+            model = from_config(auto_class(architecture), config, trust_remote_code)
     except Exception as error:
         raise UserError(f"cannot build a {config.model_type!r} model from its config: {one_line(error)}") from None
     tie = getattr(model, "tie_weights", None)
@@ -144,12 +139,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
             f"model {source.spec!r} has {len(dropped)} weights that would be dropped, such as {dropped[0]}{other}"
         )
     if source.gguf_file is not None:
-        # The weights are plain numbers now; transformers would otherwise refuse to save them.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model._weight_conversions = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        detach_quantizer(model)
     model.eval().requires_grad_(False)
     architecture.adapt(model)
     return model

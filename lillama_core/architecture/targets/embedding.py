@@ -40,6 +40,7 @@ from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats.base import Format
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.models.transformers_adapter import tied_weights
 from lillama_core.runtime.modules import replace_module
 
 
@@ -145,7 +146,7 @@ def tied_paths(model: nn.Module, name: str) -> list[str]:
     """Paths of the modules whose weight is the same parameter as that of the module ``name``."""
     own = f"{name}.weight"
     names = {own}
-    ties = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+    ties = tied_weights(model)
     for _ in ties:
         names |= {n for pair in ties if names & set(pair) for n in pair}
     return sorted(n.removesuffix(".weight") for n in names - {own})

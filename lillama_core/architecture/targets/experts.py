@@ -29,6 +29,7 @@ from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats.base import Format
+from lillama_core.models.transformers_adapter import has_own_gate
 
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 """A part of an expert -> the parameter that holds it for all experts."""
@@ -54,12 +55,11 @@ def has_known_layout(module: nn.Module) -> bool:
     if set(own) != set(FUSED.values()) or any(p.dim() != 3 for p in own.values()):
         return False
     experts, twice, width = own["gate_up_proj"].shape
-    gate = getattr(type(module), "_apply_gate", None)
     return (
         own["down_proj"].shape == (experts, width, twice // 2)
         and all(getattr(module, name, expected) == expected for name, expected in LAYOUT.items())
         # A class with a gate of its own computes something else between the two matrices.
-        and (gate is None or gate.__name__ == "_default_apply_gate")
+        and not has_own_gate(module)
         and hasattr(module, "act_fn")
     )
 

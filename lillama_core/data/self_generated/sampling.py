@@ -14,6 +14,7 @@ from torch import nn
 
 from lillama_core.data.self_generated.cache import BatchCache
 from lillama_core.errors import LillamaError, UserError
+from lillama_core.models.transformers_adapter import can_use_static_cache
 from lillama_core.system.cache import default_cache_dir
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
@@ -180,7 +181,7 @@ class _Sampler:
         self._place = place
         self._progress = progress
         # Appending to a growing cache copies all of it for every token; a static one is written in place.
-        self._static = bool(getattr(model, "_can_compile_fullgraph", False))
+        self._static = can_use_static_cache(model)
 
     def batch(self, seed: int, number: int) -> torch.Tensor:
         """int64 ``[width, sequence_length]`` on the CPU."""
