@@ -14,7 +14,7 @@ from conftest import QUICK, Ended
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
-from lillama_core import Recipe, Request, compress
+from lillama_core import Recipe
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
@@ -23,6 +23,7 @@ from lillama_core.distillation import correction
 from lillama_core.distillation.correction import Corrected, LastMap, correct, find_last_map
 from lillama_core.distillation.training import BlockData
 from lillama_core.initialization import MapStatistics
+from lillama_core.pipeline.engine import Request, compress
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource

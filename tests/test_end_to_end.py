@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lillama_core import Request, Samples, compress, load_recipe
+from lillama_core import Samples, load_recipe
 from lillama_core.models.loading import count_parameters
 from lillama_core.output.record import peak_memory_bytes
-from lillama_core.pipeline.engine import _Run
+from lillama_core.pipeline.engine import Request, _Run, compress
 
 SMALL = {
     "stacks": ["decoder"], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "sensitivity_tokens": 128,

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lillama_core import LillamaError, Recipe, Request, compress
+from lillama_core import LillamaError, Recipe
 from lillama_core.models.loading import count_parameters
 from lillama_core.output import verify
+from lillama_core.pipeline.engine import Request, compress
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lillama_core import Architecture, Recipe, Request, compress, load_recipe
+from lillama_core import Architecture, Recipe, load_recipe
 from lillama_core.allocation.plan import Budget
 from lillama_core.models.source import ModelSource
 from lillama_core.output import card
 from lillama_core.output.card import write_card
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import stacks, write_report
+from lillama_core.pipeline.engine import Request, compress
 from lillama_core.pipeline.spec import CompressionSpec
 from lillama_core.strategies import make
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lillama_core import Request, compress, load_recipe
+from lillama_core import load_recipe
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.data.modality import Samples
 from lillama_core.output.record import RunRecord
 from lillama_core.pipeline import engine
-from lillama_core.pipeline.engine import has_stale_upstream
+from lillama_core.pipeline.engine import Request, compress, has_stale_upstream
 from lillama_core.pipeline.stack import CalibrationSplit, StackCompressor
 from lillama_core.runtime import recording
 from lillama_core.runtime.harness import StackHarness

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core import Recipe, Request, compress, load_recipe
+from lillama_core import Recipe, load_recipe
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Decomposition
 from lillama_core.output.record import RunRecord
+from lillama_core.pipeline.engine import Request, compress
 from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+# Not from the package: it may be on its way to be imported, and this module a part of that.
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
@@ -221,6 +223,11 @@ def attach(model: Any, config: LillamaConfig) -> None:
 
 def register() -> None:
     """Make the format known to transformers; calling it again does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LillamaConfig)
-        register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)
+    # Looked up anew: whoever reloads transformers' table has a new one.
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(LillamaConfig)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)
+
+
+register()
