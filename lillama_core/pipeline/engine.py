@@ -16,6 +16,7 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, dense_blocks
 from lillama_core.architecture.targets.embedding import embedding_target
 from lillama_core.data.modality import SampleRequest, Samples, modality_of
+from lillama_core.data.objects import given_data
 from lillama_core.distillation.losses import Loss
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.evaluation.fidelity import measure_fidelity
@@ -49,7 +50,7 @@ from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import make
 from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.files import read_json, read_tensors, write_json, write_tensors
-from lillama_core.system.memory import release_memory
+from lillama_core.system.memory import limit_kernel_caches, release_memory
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_registry import registry
 
@@ -68,6 +69,8 @@ class Request:
     trust_remote_code: bool = False
     overwrite: bool = False
     resume: bool = False
+    data: Any = None
+    """Calibration data as objects, see `lillama_core.data.objects.given_data`; None: what the recipe names."""
 
 
 def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
@@ -76,7 +79,10 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for
     what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
     """
+    limit_kernel_caches()
     recipe = request.recipe
+    given = None if request.data is None else given_data(request.data)
+    request = replace(request, data=given)
     directory = RunDirectory(request.output)
     directory.check(request.overwrite, request.resume)
     device = choose_device(request.device)
@@ -85,7 +91,10 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         # An allocator may refuse what the budget allows, and this one can be asked already.
         make_plan(prepared, recipe.allocation, None)
     modality = modality_of(prepared.architecture)
-    modality.check(recipe)
+    if given is None:
+        modality.check(recipe)
+    else:
+        modality.check_given(recipe, given)
     processor = modality.load_processor(prepared.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
@@ -203,7 +212,8 @@ class _Run:
 
     def _load_data(self, model: nn.Module, fingerprint: str) -> Samples:
         with self.record.timed("calibration data"):
-            data = self.modality.load(
+            load = self.modality.load if self.request.data is None else self.modality.load_given
+            data = load(
                 SampleRequest(
                     self.recipe,
                     model,
@@ -212,6 +222,7 @@ class _Run:
                     self.device,
                     self.autocast,
                     self.progress,
+                    self.request.data,
                 )
             )
         self.record.data = {
