@@ -1,35 +1,66 @@
 """lillama: pretrained models made smaller by low-rank maps and local distillation.
 
-Importing this package makes transformers load compressed models with ``from_pretrained``.
+Importing this package loads neither torch nor transformers: its names are imported when they are first used. Once it
+is imported, transformers loads compressed models with ``from_pretrained``, whichever of the two comes first.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# A CPU's kernels are compiled and kept for every shape of matrix, and a compression meets a thousand ranks: without a
-# limit these caches grow to more memory than the model. They are read when torch is first used, hence here.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+from lillama_core import transformers_hook
 
-from lillama_core.allocation.plan import RankPlan
-from lillama_core.architecture.base import Architecture
-from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
-from lillama_core.errors import LillamaError, UserError
-from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Measurement, Metric, Subject
-from lillama_core.output.quantizer import register
-from lillama_core.pipeline import Request, compress
-from lillama_core.pipeline.spec import make_plan, prepare
-from lillama_core.recipe.loading import load_recipe
-from lillama_core.recipe.model import Recipe
-from lillama_registry import hookimpl
+if TYPE_CHECKING:
+    from lillama_core.allocation.plan import RankPlan
+    from lillama_core.api import CompressionResult, EvaluationResult, compress, evaluate, load
+    from lillama_core.architecture.base import Architecture
+    from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
+    from lillama_core.errors import LillamaError, UserError
+    from lillama_core.evaluation.base import (
+        Evaluation,
+        EvaluationOptions,
+        Measurement,
+        Metric,
+        Subject,
+        language_model_evaluation,
+    )
+    from lillama_core.recipe.loading import load_recipe
+    from lillama_core.recipe.model import Recipe
+    from lillama_registry import hookimpl
 
-register()
+_HOMES = {
+    "Architecture": "lillama_core.architecture.base",
+    "CompressionResult": "lillama_core.api",
+    "Evaluation": "lillama_core.evaluation.base",
+    "EvaluationOptions": "lillama_core.evaluation.base",
+    "EvaluationResult": "lillama_core.api",
+    "Inputs": "lillama_core.data.modality",
+    "LillamaError": "lillama_core.errors",
+    "Measurement": "lillama_core.evaluation.base",
+    "Metric": "lillama_core.evaluation.base",
+    "Modality": "lillama_core.data.modality",
+    "RankPlan": "lillama_core.allocation.plan",
+    "Recipe": "lillama_core.recipe.model",
+    "SampleRequest": "lillama_core.data.modality",
+    "Samples": "lillama_core.data.modality",
+    "Subject": "lillama_core.evaluation.base",
+    "UserError": "lillama_core.errors",
+    "compress": "lillama_core.api",
+    "evaluate": "lillama_core.api",
+    "hookimpl": "lillama_registry",
+    "language_model_evaluation": "lillama_core.evaluation.base",
+    "load": "lillama_core.api",
+    "load_recipe": "lillama_core.recipe.loading",
+}
+"""Public name -> the module that it is imported from when it is first used."""
 
 __all__ = [
     "Architecture",
+    "CompressionResult",
     "Evaluation",
     "EvaluationOptions",
+    "EvaluationResult",
     "Inputs",
     "LillamaError",
     "Measurement",
@@ -37,14 +68,30 @@ __all__ = [
     "Modality",
     "RankPlan",
     "Recipe",
-    "Request",
     "SampleRequest",
     "Samples",
     "Subject",
     "UserError",
     "compress",
+    "evaluate",
     "hookimpl",
+    "language_model_evaluation",
+    "load",
     "load_recipe",
-    "make_plan",
-    "prepare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    # The next use finds it without coming here.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+transformers_hook.install()

@@ -25,7 +25,7 @@ from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.models.loading import count_parameters
 from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer
 from lillama_core.strategies import make
-from lillama_plugins.mixtral.evaluation import Routing, agreement, choices, token_shares
+from lillama_plugins.mixtral.routing import Routing, agreement, choices, token_shares
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 48, "num_local_experts": 4},

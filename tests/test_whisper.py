@@ -29,7 +29,8 @@ from lillama_core.evaluation.metrics.speech import SPEECH_SETS, Scored, WordErro
 from lillama_core.models.source import locate
 from lillama_core.pipeline.evaluate import EvaluationRequest, compare
 from lillama_plugins.whisper import ctranslate2
-from lillama_plugins.whisper.evaluation import evaluation, normalizer
+from lillama_plugins.whisper.evaluation import evaluation
+from lillama_plugins.whisper.metrics import normalizer
 from lillama_plugins.whisper.model_file import read_model_file
 
 TYPES = {

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lillama_core.errors import UserError
 from lillama_core.strategies import make
 
 if TYPE_CHECKING:
+    from lillama_core.data.objects import GivenData
     from lillama_core.models.source import ModelSource
     from lillama_core.recipe.model import Recipe
     from lillama_core.system.progress import Progress
@@ -82,6 +84,8 @@ class SampleRequest:
     device: torch.device
     autocast: torch.dtype | None
     progress: Progress
+    data: GivenData | None = None
+    """What was handed over as objects: in place of named sources, or texts beside them."""
 
 
 class Modality(ABC):
@@ -110,6 +114,38 @@ class Modality(ABC):
     @abstractmethod
     def load(self, request: SampleRequest) -> Samples:
         """The calibration data that the recipe asks for; raises UserError when it cannot be had."""
+
+    def check_given(self, recipe: Recipe, data: GivenData) -> None:
+        """Do what `check` does where data is handed over as objects, without reading it."""
+        from lillama_core.data.objects import BatchData
+
+        if not isinstance(data, BatchData):
+            raise UserError(f"a model that is fed {self.name} takes batches of its inputs as data=, not texts")
+        if recipe.calibration:
+            raise UserError("batches in data= are all that a model is calibrated on; leave out --calibration")
+
+    def load_given(self, request: SampleRequest) -> Samples:
+        """The samples made of ``request.data``, at most ``recipe.samples`` rows; raises UserError for unfit data.
+
+        Here batches of the inputs that `dummy_inputs` names.
+        """
+        from lillama_core.data.objects import DATA, BatchData, inputs_sha256, stack_batches
+
+        assert isinstance(request.data, BatchData)
+        inputs = stack_batches(request.data, self.dummy_inputs(request.model.config), request.recipe.samples)
+        check_two_batches(len(next(iter(inputs.values()))), request.recipe)
+        sha256 = inputs_sha256(inputs)
+        description = {"kind": "batches", "rows": len(next(iter(inputs.values()))), "sha256": sha256}
+        return Samples(inputs, {DATA: description}, sha256)
+
+
+def check_two_batches(rows: int, recipe: Recipe) -> None:
+    """Raise UserError when ``rows`` of objects that were handed over are too few to train on and to hold some out."""
+    if rows < 2 * recipe.batch_size:
+        raise UserError(
+            f"data= has {rows} rows; at least two batches of {recipe.batch_size} are needed: give more, or lower"
+            " --batch-size"
+        )
 
 
 def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:

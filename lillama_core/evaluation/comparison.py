@@ -26,8 +26,11 @@ def by_model(found: list[Evaluated]) -> dict[str, list[dict[str, Any]]]:
     return named
 
 
-def show_comparison(found: list[Evaluated]) -> str:
-    """A table with a row for each metric and a column for each model, then what each metric means."""
+def comparison_rows(found: list[Evaluated]) -> tuple[list[list[str]], list[str]]:
+    """The cells of a table with a row for each metric and a column for each model, and what each metric means.
+
+    The first row is the header.
+    """
     names = [Path(e.model).name for e in found]
     header = ["metric", *names, *(["change"] if len(found) == 2 else []), "unit", "better"]
     rows, meanings = [header], []
@@ -41,10 +44,16 @@ def show_comparison(found: list[Evaluated]) -> str:
             cells.append(f"{after.value / before.value - 1:+.1%}" if relative and after and before else "")
         rows.append([first.name, *cells, first.unit, first.better])
         meanings.append(f"{first.name}: {first.meaning}")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return rows, meanings
+
+
+def show_comparison(found: list[Evaluated]) -> str:
+    """The table of `comparison_rows` as lines of text, then what each metric means."""
+    rows, meanings = comparison_rows(found)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if i == 0 or i > len(names) else cell.rjust(w)
+            cell.ljust(w) if i == 0 or i > len(found) else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

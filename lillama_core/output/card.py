@@ -364,6 +364,8 @@ def _what(source: Mapping[str, Any]) -> str:
     if kind == "dataset":
         details = (source.get("dataset"), source.get("config"), source.get("split"))
         return "dataset " + ", ".join(one_line(d, None) for d in details if d)
+    if kind in ("texts", "batches"):
+        return f"{kind} handed over in Python"
     return f"{kind} file"
 
 

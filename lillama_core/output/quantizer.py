@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+
+# Not from the package: it may be on its way to be imported, and this module a part of that.
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
@@ -213,6 +216,11 @@ def attach(model: Any, config: LillamaConfig) -> None:
 
 def register() -> None:
     """Make the format known to transformers; calling it again does nothing."""
+    # Looked up anew: whoever reloads transformers' table has a new one.
     if not is_registered(QUANT_METHOD):
-        register_quantization_config(QUANT_METHOD)(LillamaConfig)
-        register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)
+        auto.register_quantization_config(QUANT_METHOD)(LillamaConfig)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)
+
+
+register()

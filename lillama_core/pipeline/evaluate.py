@@ -33,7 +33,7 @@ class EvaluationRequest:
     """Its ``details`` get a folder for each model."""
     baseline_details: Path | None = None
     """Such a folder of an earlier run: its model stands before ``models``, and is not measured again."""
-    architecture: str | None = None
+    architecture: str | Architecture | None = None
     tokenizer: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lillama_core import strategies
 from lillama_core.data.modality import modality_of
+from lillama_core.data.objects import given_data
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.models.source import model_fingerprint
 from lillama_core.output.record import RunRecord
@@ -16,6 +18,7 @@ from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.pipeline.stage import Stage
 from lillama_core.runtime.recording import Recorder
 from lillama_core.system.devices import choose_autocast, choose_device
+from lillama_core.system.memory import limit_kernel_caches
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_registry import registry
 
@@ -77,7 +80,10 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for
     what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
     """
+    limit_kernel_caches()
     recipe = request.recipe
+    given = None if request.data is None else given_data(request.data)
+    request = replace(request, data=given)
     directory = RunDirectory(request.output)
     directory.check(request.overwrite, request.resume)
     device = choose_device(request.device)
@@ -87,7 +93,10 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         make_plan(spec, recipe.allocation, None)
     pipeline = CompressionPipeline.registered()
     modality = modality_of(spec.architecture)
-    modality.check(recipe)
+    if given is None:
+        modality.check(recipe)
+    else:
+        modality.check_given(recipe, given)
     processor = modality.load_processor(spec.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
     with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:

@@ -22,7 +22,7 @@ class Request:
     """By name, or one that no plugin brings; None: the one that claims the model's type."""
     tokenizer: str | None = None
     data: Any = None
-    """Calibration data as objects, beside the sources that the recipe names; see `SampleRequest`."""
+    """Calibration data as objects, see `lillama_core.data.objects.given_data`; None: what the recipe names."""
     device: str = "auto"
     trust_remote_code: bool = False
     overwrite: bool = False

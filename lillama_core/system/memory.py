@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -28,3 +29,15 @@ def release_memory() -> None:
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
+
+
+def limit_kernel_caches() -> None:
+    """Bound the caches of compiled CPU kernels; without effect once torch has used one in this process.
+
+    Kernels of oneDNN are compiled and kept for every shape of matrix, and a compression meets a thousand ranks: 1200
+    products in bfloat16 left 680 MB behind, 145 MB with this limit. Not for whoever only runs a model, whose hundreds
+    of shapes would be compiled anew for every token. A variable that the user has set stays.
+    """
+    # Read when the first kernel is made, not when torch is imported.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")

@@ -1,7 +1,8 @@
-"""Progress for people: a live bar on a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress for people: a live bar on a terminal or in a notebook, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from types import TracebackType
@@ -11,6 +12,70 @@ from lillama_core.errors import UserError
 from lillama_core.system.interrupt import raise_if_interrupted
 
 Verbosity = Literal["quiet", "normal", "verbose"]
+
+
+def _notebook_display() -> Any:
+    """The function that shows an object below the cell of a notebook; None where this process is not a notebook's."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    # A shell on a terminal has no kernel: it gets what a terminal gets.
+    if shell is None or not hasattr(shell, "kernel"):
+        return None
+    from IPython.display import display
+
+    return display
+
+
+class _NotebookBar:
+    """Of rich's progress bar what `Progress` uses, below the cell: rich's own needs ipywidgets there."""
+
+    INTERVAL = 0.2
+    """Seconds between two pictures: each is a message to the browser, and stays in some until the cell is run again."""
+
+    def __init__(self, display: Any) -> None:
+        self._display = display
+        self._handle: Any = None
+        self._shown = self._begun = 0.0
+        self._text, self._note = "", ""
+        self._done, self._total = 0, 0
+
+    def start(self) -> None:
+        self._handle = self._display({"text/plain": ""}, raw=True, display_id=True)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.update({"text/plain": ""}, raw=True)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def add_task(self, name: str, total: int | None, note: str) -> int:
+        self._text, self._note, self._done, self._total = name, note, 0, total or 0
+        self._begun = time.monotonic()
+        self._show()
+        return 0
+
+    def remove_task(self, task: int) -> None:
+        self._text = ""
+
+    def update(self, task: int, *, advance: int = 0, note: str | None = None, description: str | None = None) -> None:
+        self._done += advance
+        self._note = self._note if note is None else note
+        self._text = self._text if description is None else description
+        if time.monotonic() - self._shown >= self.INTERVAL or self._done == self._total:
+            self._show()
+
+    def _show(self) -> None:
+        if self._handle is None:
+            return
+        self._shown = time.monotonic()
+        spent = self._shown - self._begun
+        left = spent / self._done * (self._total - self._done) if self._done else 0.0
+        clock = f"{self._done}/{self._total}  {self._note}  elapsed {spent:.0f} s, remaining {left:.0f} s"
+        plain = f"{self._text}  {clock}" if self._total else self._text
+        bar = f'<progress value="{self._done}" max="{self._total}"></progress> ' if self._total else ""
+        picture = f"{html.escape(self._text)} {bar}{html.escape(clock if self._total else '')}"
+        self._handle.update({"text/plain": plain, "text/html": picture}, raw=True)
 
 
 class Progress:
@@ -34,7 +99,10 @@ class Progress:
         self._phase_started = self._started
         self._last_line = 0.0
         self._held: list[str] | None = []
-        if verbosity != "quiet" and sys.stderr.isatty():
+        notebook = None if verbosity == "quiet" else _notebook_display()
+        if notebook is not None:
+            self._bar = _NotebookBar(notebook)
+        elif verbosity != "quiet" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -45,7 +113,11 @@ class Progress:
             )
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(
+            class _TerminalBar(Bar):
+                def say(self, text: str) -> None:
+                    self.console.print(text, highlight=False, markup=False)
+
+            self._bar = _TerminalBar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -124,6 +196,6 @@ class Progress:
             elif self._bar is not None:
                 self._bar.update(self._task, description=text)
         elif self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.say(text)
         else:
             print(text, file=sys.stderr, flush=True)

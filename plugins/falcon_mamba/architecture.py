@@ -1,8 +1,9 @@
 """Falcon-Mamba is a Mamba with norms inside its mixers."""
 
-from torch import nn
+from typing import Any
 
-from lillama_core import Architecture, hookimpl
+from lillama_core.architecture import Architecture
+from lillama_registry import hookimpl
 
 from ..mamba.architecture import Mamba
 from .evaluation import evaluation
@@ -14,7 +15,7 @@ class FalconMamba(Mamba):
     name = "falcon_mamba"
     evaluation = evaluation
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         super().adapt(model)
         # In a model marked as quantized the mixer calls dt_proj and takes its bias off again, which in half precision
         # costs digits. dt_proj is dense here.

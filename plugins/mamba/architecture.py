@@ -1,11 +1,11 @@
 """Where Mamba keeps its blocks, and which of its mixers' maps are called as modules."""
 
-from torch import nn
+from typing import Any
 
-from lillama_core import Architecture, hookimpl
+from lillama_core.architecture import Architecture
+from lillama_registry import hookimpl
 
 from .evaluation import evaluation
-from .mixer import call_maps_as_modules
 
 
 class Mamba(Architecture):
@@ -17,7 +17,9 @@ class Mamba(Architecture):
     optional = ("mixer.x_proj",)
     evaluation = evaluation
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
+        from .mixer import call_maps_as_modules
+
         call_maps_as_modules(model)
 
 

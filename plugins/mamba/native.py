@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lillama_core import UserError, hookimpl
-from lillama_core.errors import is_out_of_memory, one_line
+from lillama_core.errors import UserError, is_out_of_memory, one_line
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
 
@@ -174,8 +173,3 @@ def expected_shapes(config: Any) -> dict[str, torch.Size]:
     if config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found
-
-
-@hookimpl
-def lillama_checkpoints() -> dict[str, MambaSsmCheckpoint]:
-    return {MambaSsmCheckpoint.name: MambaSsmCheckpoint()}

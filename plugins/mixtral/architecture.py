@@ -1,8 +1,12 @@
 """Where mixture-of-experts decoders keep their blocks and routers; the core finds their fused experts by structure."""
 
-from lillama_core import Architecture, hookimpl
+from lillama_core.architecture import Architecture
+from lillama_registry import hookimpl
 
-from .evaluation import ROUTER, evaluation
+from .evaluation import evaluation
+
+ROUTER = "mlp.gate"
+"""Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
 
 
 class Mixtral(Architecture):
@@ -14,12 +18,7 @@ class Mixtral(Architecture):
     evaluation = evaluation
 
 
-FAMILIES = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-)
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 @hookimpl

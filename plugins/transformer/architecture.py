@@ -1,6 +1,7 @@
 """Where decoder-only transformers keep their blocks; every linear map in a block is compressed."""
 
-from lillama_core import Architecture, hookimpl
+from lillama_core.architecture import Architecture
+from lillama_registry import hookimpl
 
 from .evaluation import evaluation
 
@@ -12,21 +13,10 @@ class Transformer(Architecture):
     evaluation = evaluation
 
 
+# Llama's layout; InkubaLM is a Llama, and Phi-1 and Phi-2 are `phi`.
+LLAMAS = ("llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "stablelm")
 FAMILIES = {
-    # Llama's layout; InkubaLM is a Llama, and Phi-1 and Phi-2 are `phi`.
-    "model.layers": (
-        "llama",
-        "mistral",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "smollm3",
-        "stablelm",
-    ),
+    "model.layers": LLAMAS,
     "model.decoder.layers": ("opt",),
     "transformer.h": ("gpt2",),
     "gpt_neox.layers": ("gpt_neox",),

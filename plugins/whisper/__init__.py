@@ -1,6 +1,18 @@
 """Speech recognition: Whisper (Radford et al. 2022), in transformers' format and in CTranslate2's."""
 
-from .architecture import lillama_architectures
-from .ctranslate2 import lillama_checkpoints
+from lillama_registry import hookimpl
 
-__all__ = ["lillama_architectures", "lillama_checkpoints"]
+from .architecture import lillama_architectures
+from .evaluation import lillama_metrics
+
+__all__ = ["lillama_architectures", "lillama_checkpoints", "lillama_metrics", "lillama_modalities"]
+
+
+@hookimpl
+def lillama_modalities() -> dict[str, str]:
+    return {"speech": "lillama_plugins.whisper.speech:Speech"}
+
+
+@hookimpl
+def lillama_checkpoints() -> dict[str, str]:
+    return {"ctranslate2": "lillama_plugins.whisper.ctranslate2:CTranslate2Checkpoint"}

@@ -1,9 +1,9 @@
 """Where Whisper keeps its blocks: an encoder and a decoder, whose student hears what the compressed encoder says."""
 
-from lillama_core import Architecture, hookimpl
+from lillama_core.architecture import Architecture
+from lillama_registry import hookimpl
 
 from .evaluation import evaluation
-from .speech import Speech
 
 
 class Whisper(Architecture):
@@ -11,7 +11,7 @@ class Whisper(Architecture):
 
     name = "whisper"
     auto_class = "AutoModelForSpeechSeq2Seq"
-    modality = Speech()
+    modality = "speech"
     evaluation = evaluation
 
 

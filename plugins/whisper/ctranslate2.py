@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lillama_core import hookimpl
 from lillama_core.errors import UserError, one_line
 
 from .model_file import ModelFile, read_model_file
@@ -57,11 +56,6 @@ class CTranslate2Checkpoint:
     def convert(self, folder: Path, target: Path) -> None:
         """Write the model and its processor to ``target``; raises UserError as :func:`convert` does."""
         save(convert(folder), target)
-
-
-@hookimpl
-def lillama_checkpoints() -> dict[str, Any]:
-    return {"ctranslate2": CTranslate2Checkpoint()}
 
 
 def convert(directory: Path) -> Converted:

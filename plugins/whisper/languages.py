@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lillama_core import UserError
+from lillama_core.errors import UserError
 
 
 def is_multilingual(settings: Any) -> bool:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lillama_core import Inputs, Modality, Recipe, SampleRequest, Samples, UserError
-from lillama_core.data.modality import IGNORE_INDEX
+from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples
 from lillama_core.data.speech.audio import RATE, Sound
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
 from lillama_core.data.text.modality import random_tokens
+from lillama_core.errors import UserError
+from lillama_core.recipe.model import Recipe
 
 from .ctranslate2 import save_processor
 from .languages import is_multilingual, language_code, prompt, usual_language

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lillama_core.data.hashing import rows_sha256
+from lillama_core.data.objects import DATA
 from lillama_core.data.self_generated.sampling import (
     SAMPLER_VERSION,
     TEMPERATURE,
@@ -20,7 +21,7 @@ from lillama_core.data.self_generated.sampling import (
 )
 from lillama_core.data.sources import SELF, Source
 from lillama_core.data.text.checks import check_sources
-from lillama_core.data.text.named import Demand, NamedWindows, named_windows
+from lillama_core.data.text.named import Demand, NamedWindows, given_windows, named_windows
 from lillama_core.data.text.options import CalibrationOptions
 from lillama_core.errors import UserError
 from lillama_core.system.progress import Progress
@@ -138,7 +139,10 @@ def _rows_by_source(options: CalibrationOptions, total: int) -> dict[str, int]:
 def _named(source: Source, tokenizer: Any, count: int, options: CalibrationOptions) -> NamedWindows:
     """``count`` rows of ``source``, or what there is when the user allowed that."""
     demand = Demand(options.sequence_length, count, options.seed)
-    found = named_windows(source, tokenizer, demand, "calibration")
+    if source.name == DATA and options.given is not None:
+        found = given_windows(options.given, tokenizer, demand)
+    else:
+        found = named_windows(source, tokenizer, demand, "calibration")
     if len(found.rows) == count:
         return found
     if not len(found.rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lillama_core.data.objects import DATA
 from lillama_core.data.sources import SELF, LocalFile, Source, locate
 from lillama_core.data.text.files import check_json, check_parquet, check_text
 from lillama_core.data.text.options import CalibrationOptions
@@ -22,6 +23,8 @@ def check_sources(options: CalibrationOptions) -> None:
         if source.name in seen:
             raise UserError(f"source {source.name} is named twice; name it once, with the sum of the weights")
         seen.add(source.name)
+        if source.name == DATA and options.given is not None:
+            continue
         location = locate(source.name)
         if isinstance(location, LocalFile):
             _check_file(location)

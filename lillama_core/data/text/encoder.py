@@ -10,7 +10,8 @@ import torch
 
 from lillama_core.data.comparable import ComparableModality, EvaluationRows
 from lillama_core.data.hashing import rows_sha256
-from lillama_core.data.modality import Inputs, SampleRequest, Samples
+from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
+from lillama_core.data.objects import GivenData, TextData
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import SELF, Source
 from lillama_core.data.text.calibration import load_text_windows
@@ -43,6 +44,13 @@ class EncoderText(Text, ComparableModality):
                 " name a text with --calibration FILE"
             )
         super().check(_without_self(recipe))
+
+    def check_given(self, recipe: Recipe, data: GivenData) -> None:
+        super().check_given(recipe.with_options({"self_share": 0.0}), data)
+
+    def load_given(self, request: SampleRequest) -> Samples:
+        # Batches are taken as they stand: with whatever special tokens they have.
+        return self.load(request) if isinstance(request.data, TextData) else Modality.load_given(self, request)
 
     def load(self, request: SampleRequest) -> Samples:
         length, longest = request.recipe.sequence_length, longest_row(request.model)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples
+from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples, check_two_batches
 
 if TYPE_CHECKING:
+    from lillama_core.data.objects import GivenData, TextData
     from lillama_core.models.source import ModelSource
     from lillama_core.recipe.model import Recipe
 
@@ -34,10 +35,13 @@ class Text(Modality):
     name = "text"
 
     def check(self, recipe: Recipe) -> None:
+        self._check(recipe)
+
+    def _check(self, recipe: Recipe, given: TextData | None = None) -> None:
         from lillama_core.data.text.checks import check_sources
         from lillama_core.errors import UserError
 
-        check_sources(self._options(recipe))
+        check_sources(self._options(recipe, given))
         rows = recipe.tokens // recipe.sequence_length
         if rows < 2 * recipe.batch_size:
             raise UserError(
@@ -56,13 +60,44 @@ class Text(Modality):
     def dummy_inputs(self, config: Any) -> Inputs:
         return {"input_ids": random_tokens(config)}
 
+    def check_given(self, recipe: Recipe, data: GivenData) -> None:
+        from lillama_core.data.objects import TextData
+
+        if isinstance(data, TextData):
+            self._check(recipe, data)
+        else:
+            super().check_given(recipe, data)
+
+    def load_given(self, request: SampleRequest) -> Samples:
+        """Samples of texts, put together as those of a file are; of batches the rows as they stand, ``tokens`` in all.
+
+        The model adds no text of its own to batches.
+        """
+        from lillama_core.data.hashing import rows_sha256
+        from lillama_core.data.objects import DATA, BatchData, stack_batches
+        from lillama_core.data.text.calibration import check_rows
+
+        recipe, data = request.recipe, request.data
+        if not isinstance(data, BatchData):
+            return self.load(request)
+        rows = stack_batches(data, {"input_ids": self.dummy_inputs(request.model.config)["input_ids"]}, recipe.tokens)
+        tokens = rows["input_ids"]
+        tokens = tokens[: max(1, recipe.tokens // max(1, tokens.shape[1]))]
+        check_two_batches(len(tokens), recipe)
+        check_rows(DATA, tokens, request.model)
+        sha256 = rows_sha256(tokens)
+        described = {"kind": "batches", "rows": len(tokens), "tokens": tokens.numel(), "sha256": sha256}
+        return self.samples(tokens, {DATA: described}, sha256)
+
     def load(self, request: SampleRequest) -> Samples:
+        from lillama_core.data.objects import TextData
         from lillama_core.data.text.calibration import load_calibration
         from lillama_core.errors import UserError
 
         recipe = request.recipe
+        given = request.data if isinstance(request.data, TextData) else None
         data = load_calibration(
-            self._options(recipe),
+            self._options(recipe, given),
             request.model,
             request.processor,
             model_fingerprint=request.model_fingerprint,
@@ -83,15 +118,17 @@ class Text(Modality):
         return Samples({"input_ids": rows}, description, sha256, rows.numel(), targets=next_tokens(rows))
 
     @staticmethod
-    def _options(recipe: Recipe) -> Any:
+    def _options(recipe: Recipe, given: TextData | None = None) -> Any:
+        from lillama_core.data.objects import DATA
         from lillama_core.data.sources import Source
         from lillama_core.data.text.options import CalibrationOptions
 
         return CalibrationOptions(
-            sources=tuple(Source.parse(s) for s in recipe.calibration),
+            sources=(*(Source.parse(s) for s in recipe.calibration), *((Source(DATA),) if given else ())),
             tokens=recipe.tokens,
             sequence_length=recipe.sequence_length,
             seed=recipe.seed,
             self_share=recipe.self_share,
             use_all=recipe.use_all_tokens,
+            given=given,
         )

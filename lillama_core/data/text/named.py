@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lillama_core.data.hub import dataset_rows
+from lillama_core.data.objects import DATA, TextData
 from lillama_core.data.sources import HubDataset, LocalFile, OwnText, Purpose, Row, Source, locate
 from lillama_core.data.text.documents import Document, document_of
 from lillama_core.data.text.files import ROW_BYTES, TEXT_BYTES, json_rows, parquet_rows, read_text
@@ -59,6 +60,12 @@ def named_windows(source: Source, tokenizer: Any, demand: Demand, purpose: Purpo
     when the data cannot be read or has no text.
     """
     found = _windows(source, tokenizer, demand, purpose)
+    return replace(found, rows=with_bos(found.rows, tokenizer))
+
+
+def given_windows(given: TextData, tokenizer: Any, demand: Demand) -> NamedWindows:
+    """Rows of the texts and conversations that were handed over, joined in their order like the rows of a file."""
+    found = _from_rows(DATA, given.rows, tokenizer, demand, {"kind": "texts"})
     return replace(found, rows=with_bos(found.rows, tokenizer))
 
 
@@ -120,7 +127,11 @@ def _from_text(name: str, text: str, tokenizer: Any, demand: Demand, description
 
 
 def _from_rows(
-    name: str, rows: Iterator[Row], tokenizer: Any, demand: Demand, description: dict[str, Any]
+    name: str,
+    rows: Iterator[tuple[str, Mapping[str, Any]]],
+    tokenizer: Any,
+    demand: Demand,
+    description: dict[str, Any],
 ) -> NamedWindows:
     documents: Iterator[Document] = (
         document for where, row in rows if (document := document_of(row, where)) is not None

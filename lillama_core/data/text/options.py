@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lillama_core.data.objects import TextData
 from lillama_core.data.sources import SELF, Source
 
 
@@ -25,6 +26,8 @@ class CalibrationOptions:
     """
     use_all: bool = False
     """Take what there is of data that is too small, instead of an error that says how much there is."""
+    given: TextData | None = None
+    """What the source `DATA`, if it is among the sources, refers to."""
 
     def effective_sources(self) -> tuple[Source, ...]:
         """Return the sources with the model itself among them; the weights need not sum to one."""

@@ -21,7 +21,8 @@ class CalibrateStage(Stage):
 
     def run(self, context: Context) -> None:
         recipe, dense = context.recipe, context.get(DenseModel)
-        data = context.modality.load(
+        load = context.modality.load if context.request.data is None else context.modality.load_given
+        data = load(
             SampleRequest(
                 recipe,
                 dense.model,
@@ -30,6 +31,7 @@ class CalibrateStage(Stage):
                 context.device,
                 context.autocast,
                 context.progress,
+                context.request.data,
             )
         )
         split = CalibrationSplit.of(data, recipe.batch_size, recipe.held_out, recipe.steps > 0 or context.corrects)
