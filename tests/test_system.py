@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.errors import one_line
+from lillama_core.system.cache import default_cache_dir
 from lillama_core.system.devices import exact_device
 from lillama_core.system.files import apply_umask
 from lillama_core.system.quiet import quiet
@@ -78,3 +79,16 @@ def test_files_get_the_mode_that_the_umask_gives(tmp_path: Path, mask: int, mode
     finally:
         os.umask(former)
     assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LILLAMA_CACHE", "~/own")
+    assert default_cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("LILLAMA_CACHE")
+    assert default_cache_dir().name == "lillama"
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert default_cache_dir() == tmp_path / "xdg" / "lillama"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert default_cache_dir() == tmp_path / ".cache" / "lillama"

@@ -36,7 +36,7 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give every file in ``folder`` and below the mode that a new file has: some libraries write for the owner alone."""
+    """Give every file below ``folder`` the mode of a new file: some libraries write for their owner only."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*"):
