@@ -38,6 +38,12 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, dense: Path, calibratio
     return out
 
 
+def test_everybody_may_read_what_a_new_file_lets_them(compressed: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    assert {p.name: p.stat().st_mode for p in compressed.iterdir() if p.stat().st_mode != expected} == {}
+
+
 def test_the_directory_is_complete(compressed: Path) -> None:
     names = {p.name for p in compressed.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md",

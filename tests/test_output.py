@@ -382,9 +382,9 @@ def test_report_shares_are_those_of_the_format(result: Path) -> None:
     (stack,) = stacks(record)
     assert stack.cells["attention.query"][0].text == "dense"
     cell = stack.cells["mlp.up"][0]
-    assert (cell.text, cell.share) == ("3", 3 * (16 + 8 - 3) / (16 * 8))
+    assert (cell.text, cell.kept_fraction) == ("3", 3 * (16 + 8 - 3) / (16 * 8))
     _, page = report_of(result, record)
-    assert f"{100 * cell.share:.0f}" in page.text
+    assert f"{100 * cell.kept_fraction:.0f}" in page.text
 
 
 def test_report_escapes_names(result: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.errors import one_line
+from lillama_core.system.cache import default_cache_dir
 from lillama_core.system.devices import exact_device
+from lillama_core.system.files import apply_umask
 from lillama_core.system.quiet import quiet
 
 
@@ -57,3 +62,33 @@ def test_libraries_are_quiet_inside_and_as_they_were_afterwards() -> None:
     finally:
         if not bars:
             transformers_logging.disable_progress_bar()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_get_the_mode_that_the_umask_gives(tmp_path: Path, mask: int, mode: int) -> None:
+    (tmp_path / "tasks").mkdir()
+    files = [tmp_path / "private.safetensors", tmp_path / "tasks" / "open.json"]
+    for file, before in zip(files, (0o600, 0o666), strict=True):
+        file.touch()
+        file.chmod(before)
+    former = os.umask(mask)
+    try:
+        apply_umask(tmp_path)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(former)
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LILLAMA_CACHE", "~/own")
+    assert default_cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("LILLAMA_CACHE")
+    assert default_cache_dir().name == "lillama"
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert default_cache_dir() == tmp_path / "xdg" / "lillama"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert default_cache_dir() == tmp_path / ".cache" / "lillama"

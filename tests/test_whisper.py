@@ -24,8 +24,10 @@ from lillama_core.data.speech.utterances import read_speech
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Subject
 from lillama_core.evaluation.comparison import Evaluated, show_comparison
-from lillama_core.evaluation.metrics import speech
-from lillama_core.evaluation.metrics.speech import SPEECH_SETS, Scored, WordErrorRate, paired_difference, transcribe
+from lillama_core.evaluation.metrics import error_rates, speech
+from lillama_core.evaluation.metrics.error_rates import Scored, paired_difference
+from lillama_core.evaluation.metrics.speech import SPEECH_SETS, WordErrorRate
+from lillama_core.evaluation.metrics.transcription import transcribe
 from lillama_core.models.source import locate
 from lillama_core.pipeline.evaluate import EvaluationRequest, compare
 from lillama_plugins.whisper import ctranslate2
@@ -431,7 +433,7 @@ def levenshtein(a: list[str], b: list[str]) -> int:
 @settings(max_examples=60, deadline=None)
 @given(*[st.lists(st.sampled_from(["a", "he", "son", "had"]), min_size=1, max_size=8)] * 2)
 def test_errors_are_counted_as_by_hand(reference: list[str], hypothesis: list[str]) -> None:
-    scored = speech.score("x", " ".join(reference), " ".join(hypothesis))
+    scored = error_rates.score("x", " ".join(reference), " ".join(hypothesis))
     assert (scored.word_errors, scored.words) == (levenshtein(reference, hypothesis), len(reference))
     joined = list(scored.reference), list(scored.hypothesis)
     assert (scored.character_errors, scored.characters) == (levenshtein(*joined), len(joined[0]))
@@ -444,9 +446,9 @@ def made_up(errors: np.ndarray, words: int = 10) -> list[Scored]:
 def test_the_bootstrap_agrees_with_the_formula_for_equal_lengths() -> None:
     errors = np.random.default_rng(1).poisson(2, size=400)
     expected = 100 * errors.std() / 10 / np.sqrt(len(errors))
-    found = speech._standard_error(list(errors), [10] * len(errors), seed=0)
+    found = error_rates.standard_error(list(errors), [10] * len(errors), seed=0)
     assert found == pytest.approx(expected, rel=0.08)
-    assert speech._standard_error([1], [10], seed=0) is None
+    assert error_rates.standard_error([1], [10], seed=0) is None
 
 
 def test_a_paired_difference_ignores_what_is_hard_for_both() -> None:
@@ -466,7 +468,7 @@ def test_a_paired_difference_ignores_what_is_hard_for_both() -> None:
 def test_transcripts_do_not_depend_on_the_batch(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     sounds = [u.sound() for u in read_speech(SPEECH_SETS["synthetic"], 5)]
     together = transcribe(subject, sounds)
-    monkeypatch.setattr(speech, "BATCH", 2)
+    monkeypatch.setattr("lillama_core.evaluation.metrics.transcription.BATCH", 2)
     assert transcribe(subject, sounds[::-1]) == together[::-1]
     assert len(set(together)) > 1
 
@@ -518,8 +520,8 @@ def test_the_evaluation_measures_both_sets_and_the_change(
     found = evaluation.metrics[0].measure(again, replace(options, limit=1), fewer.append)
     assert not any(m.name.startswith("wer_change") for m in found)
     assert "wer_change/read: the first model was not measured on these utterances; not compared" in fewer
-    speech.write_transcripts(noted["read"], tmp_path / "out", "read")
-    assert speech.read_transcripts(tmp_path / "out" / "read.jsonl") == noted["read"]
+    error_rates.write_transcripts(noted["read"], tmp_path / "out", "read")
+    assert error_rates.read_transcripts(tmp_path / "out" / "read.jsonl") == noted["read"]
     table = (tmp_path / "out" / "read.txt").read_text()
     assert table.startswith(f"read: {by_hand:.2f} % word errors, 2 utterances")
     assert all(s.name in table for s in noted["read"])

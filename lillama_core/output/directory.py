@@ -19,7 +19,7 @@ from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import TRUST
-from lillama_core.system.files import write_json, write_tensors
+from lillama_core.system.files import apply_umask, write_json, write_tensors
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
 
@@ -56,6 +56,8 @@ def write_result(
     write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)
     write_report(result, record)
+    # safetensors makes its files readable for their owner alone.
+    apply_umask(result)
     directory.publish()
 
 

@@ -72,7 +72,7 @@ class Cell:
         return any(rank is not None for rank in self.ranks)
 
     @property
-    def share(self) -> float:
+    def kept_fraction(self) -> float:
         """Part of the dense parameters that is kept."""
         return self.kept / self.dense
 
@@ -232,9 +232,9 @@ def _rank_map(stack: Stack) -> Figure:
     from matplotlib.patches import Rectangle
 
     names, blocks = list(stack.cells), len(stack.blocks)
-    shares = [c.share for row in stack.cells.values() for c in row.values() if c.low_rank]
+    fractions = [c.kept_fraction for row in stack.cells.values() for c in row.values() if c.low_rank]
     # From the next lower tenth, so that neighbours can be told apart; up to all, so that colours keep their meaning.
-    lowest = min(math.floor(min(shares) * 10) / 10, 0.9)
+    lowest = min(math.floor(min(fractions) * 10) / 10, 0.9)
     norm = Normalize(lowest, 1.0)
     colours = colormaps["cividis"]
     figure = new_figure(WIDTH, 1.1 + 0.3 * len(names))
@@ -243,10 +243,12 @@ def _rank_map(stack: Stack) -> Figure:
     for y, row in enumerate(stack.cells.values()):
         for x, cell in row.items():
             if cell.low_rank:
-                grid[y][x] = cell.share
+                grid[y][x] = cell.kept_fraction
                 if blocks <= 16:
-                    ink = "black" if norm(cell.share) > 0.55 else "white"
-                    axes.text(x, y, f"{100 * cell.share:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+                    ink = "black" if norm(cell.kept_fraction) > 0.55 else "white"
+                    axes.text(
+                        x, y, f"{100 * cell.kept_fraction:.0f}", ha="center", va="center", color=ink, fontsize=8.5
+                    )
             else:
                 axes.add_patch(
                     Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0)

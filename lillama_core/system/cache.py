@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 
 def default_cache_dir() -> Path:
-    """``LILLAMA_CACHE``, else ``lillama`` in the user's cache folder."""
+    """Return the folder that ``LILLAMA_CACHE`` names, else ``lillama`` in the user's cache folder of this system."""
     chosen = os.environ.get("LILLAMA_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lillama"
+    return Path(chosen).expanduser() if chosen else user_cache_path("lillama", appauthor=False)

@@ -35,6 +35,15 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None
 
 
+def apply_umask(folder: Path) -> None:
+    """Give every file below ``folder`` the mode of a new file: some libraries write for their owner only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file so that ``path`` is complete whenever it exists."""
     temporary = path.with_name(path.name + ".tmp")

@@ -61,8 +61,9 @@ def perplexity(model: Any, rows: Tensor, device: torch.device, batch: int | None
 class Perplexity:
     """Perplexity on the first ``options.windows`` windows of ``options.data``, or of the text shipped.
 
-    The text is encoded once, without special tokens, and cut into windows of ``options.sequence_length``
-    tokens that follow each other without overlap; every window starts without context.
+    The text is encoded once and cut into windows of ``options.sequence_length`` tokens that follow each other without
+    overlap. If the tokenizer begins every text with a token of its own, that token takes the place of the first one of
+    each window. No window sees the one before.
     """
 
     name = "perplexity"

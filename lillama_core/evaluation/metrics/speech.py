@@ -1,35 +1,32 @@
-"""How well and how fast a model turns speech into text."""
+"""How well and how fast a model turns speech into text: word error rate and real-time factor."""
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from lillama_core.data.shipped import SPEECH_SETS
-from lillama_core.data.speech.audio import RATE, Sound, require_extra
+from lillama_core.data.speech.audio import RATE, require_extra
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
-from lillama_core.system.quiet import quiet
+from lillama_core.evaluation.metrics.error_rates import (
+    Scored,
+    character_error_rate,
+    paired_difference,
+    read_transcripts,
+    score,
+    standard_error,
+    word_error_rate,
+    write_transcripts,
+)
+from lillama_core.evaluation.metrics.transcription import transcribe
 
-BATCH = 16
-"""Utterances transcribed together."""
 AT_HAND = 128
 """Utterances whose sound is in memory together, to be sorted by length: an hour of them is 230 MB."""
-TOKENS_PER_SECOND = 10
-"""More than anybody says; a model that repeats itself without end is cut off there."""
-RESAMPLES = 2000
-"""Draws of the bootstrap."""
 TIMED = 5
 """Utterances whose transcription is timed."""
 NOTES = "speech"
@@ -38,141 +35,6 @@ NOTES = "speech"
 Normalizer = Callable[[str], str]
 Generation = Callable[[Subject, str | None], dict[str, Any]]
 """What ``generate`` is told besides the sound, for a model and the language spoken, where the data says which."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One utterance as transcribed, both texts normalised."""
-
-    name: str
-    reference: str
-    hypothesis: str
-    word_errors: int
-    """Substitutions, deletions and insertions (Levenshtein)."""
-    words: int
-    """In the reference."""
-    character_errors: int
-    characters: int
-
-
-@torch.inference_mode()
-def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> list[str]:
-    """What is said in ``sounds`` (float32 [samples] at 16 kHz), decoded greedily, in their order.
-
-    ``subject.tokenizer`` is a processor with a feature extractor and a tokenizer. ``generation`` goes to ``generate``.
-    Long and short sounds go into different batches, so that a short one need not wait for a long one's last word.
-    """
-    processor = subject.tokenizer
-    dtype = next(p.dtype for p in subject.model.parameters() if p.is_floating_point())
-    order = sorted(range(len(sounds)), key=lambda index: -len(sounds[index]))
-    texts = [""] * len(sounds)
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        found = processor.feature_extractor(
-            [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt"
-        )
-        most = [_most_tokens(subject.model, len(sounds[index])) for index in chosen]
-        with quiet():
-            tokens = subject.model.generate(
-                encoder_outputs=_encoded(subject.model, found["input_features"].to(subject.device, dtype)),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=max(most),
-                **generation,
-            )
-        # Each is cut at its own limit, not at that of the longest it happens to share a batch with.
-        written = [row[:limit] for row, limit in zip(tokens.tolist(), most, strict=True)]
-        for index, text in zip(chosen, processor.batch_decode(written, skip_special_tokens=True), strict=True):
-            texts[index] = text.strip()
-    return texts
-
-
-def _encoded(model: Any, features: Tensor) -> Any:
-    """What the encoder makes of ``features`` [utterances, bands, frames].
-
-    On a CPU one utterance at a time: its caches hold the activations of one, which saved a sixth of the time of all.
-    """
-    from transformers.modeling_outputs import BaseModelOutput
-
-    encoder = model.get_encoder()
-    parts = features.split(1) if features.device.type == "cpu" else (features,)
-    return BaseModelOutput(last_hidden_state=torch.cat([encoder(part).last_hidden_state for part in parts]))
-
-
-def _most_tokens(model: Any, samples: int) -> int:
-    """New tokens allowed for a sound of so many samples; never more than there are positions for."""
-    room = getattr(model.config, "max_target_positions", None)
-    most = 16 + math.ceil(TOKENS_PER_SECOND * samples / RATE)
-    # A prompt of up to four tokens stands before them.
-    return most if room is None else max(1, min(most, room - 4))
-
-
-def score(name: str, reference: str, hypothesis: str) -> Scored:
-    """The errors in ``hypothesis``; both texts are normalised already, ``reference`` is not empty."""
-    jiwer = require_extra("jiwer")
-    words = jiwer.process_words(reference, hypothesis)
-    characters = jiwer.process_characters(reference, hypothesis)
-    return Scored(
-        name,
-        reference,
-        hypothesis,
-        words.substitutions + words.deletions + words.insertions,
-        words.substitutions + words.deletions + words.hits,
-        characters.substitutions + characters.deletions + characters.insertions,
-        characters.substitutions + characters.deletions + characters.hits,
-    )
-
-
-def word_error_rate(scored: Sequence[Scored]) -> float:
-    """Errors per word of the references, of all utterances together, in %."""
-    return 100 * sum(s.word_errors for s in scored) / sum(s.words for s in scored)
-
-
-def character_error_rate(scored: Sequence[Scored]) -> float:
-    """Errors per character of the references, of all utterances together, in %."""
-    return 100 * sum(s.character_errors for s in scored) / sum(s.characters for s in scored)
-
-
-def _draws(count: int, seed: int) -> np.ndarray:
-    """How often each of ``count`` utterances is in each resample [RESAMPLES, count]."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-
-
-def _standard_error(errors: Sequence[int], lengths: Sequence[int], seed: int) -> float | None:
-    """Of the rate sum(errors) / sum(lengths), in %, by resampling utterances; None for a single one."""
-    if len(errors) < 2:
-        return None
-    draws = _draws(len(errors), seed)
-    return float(np.std(100 * (draws @ np.array(errors)) / (draws @ np.array(lengths)), ddof=1))
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One model's word error rate minus another's on the same utterances, in points of %."""
-
-    value: float
-    standard_error: float | None
-    low: float
-    high: float
-    """The middle 95 % of the resamples."""
-
-
-def paired_difference(baseline: Sequence[Scored], other: Sequence[Scored], seed: int = 0) -> Difference:
-    """Word error rate of ``other`` minus that of ``baseline``, with a paired bootstrap over utterances.
-
-    Both must hold the same utterances in the same order (ValueError); resampling draws them together, so what makes an
-    utterance hard for both does not widen the interval (Bisani & Ney 2004).
-    """
-    if [(s.name, s.reference) for s in baseline] != [(s.name, s.reference) for s in other] or not baseline:
-        raise ValueError("a paired comparison needs the same utterances on both sides")
-    change = np.array([b.word_errors - a.word_errors for a, b in zip(baseline, other, strict=True)])
-    words = np.array([s.words for s in baseline])
-    draws = _draws(len(words), seed)
-    resampled = 100 * (draws @ change) / (draws @ words)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    error = float(np.std(resampled, ddof=1)) if len(words) > 1 else None
-    return Difference(float(100 * change.sum() / words.sum()), error, float(low), float(high))
 
 
 def set_name(data: str) -> str:
@@ -293,7 +155,7 @@ class WordErrorRate:
                 unit="%",
                 better="lower",
                 meaning=f"Words wrong, missing or too many per word said; {len(scored)} utterances, {words} words.",
-                standard_error=_standard_error([s.word_errors for s in scored], [s.words for s in scored], seed),
+                standard_error=standard_error([s.word_errors for s in scored], [s.words for s in scored], seed),
             ),
             Measurement(
                 name=f"cer/{name}",
@@ -301,7 +163,7 @@ class WordErrorRate:
                 unit="%",
                 better="lower",
                 meaning="The same for characters.",
-                standard_error=_standard_error(
+                standard_error=standard_error(
                     [s.character_errors for s in scored], [s.characters for s in scored], seed
                 ),
             ),
@@ -326,31 +188,6 @@ class WordErrorRate:
                 )
             )
         return found
-
-
-def write_transcripts(scored: Sequence[Scored], folder: Path, name: str) -> None:
-    """``NAME.jsonl``, one `Scored` a line, and ``NAME.txt``, every utterance with its alignment, worst first."""
-    jiwer = require_extra("jiwer")
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(s), ensure_ascii=False) + "\n" for s in scored]
-    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    parts = [f"{name}: {word_error_rate(scored):.2f} % word errors, {len(scored)} utterances\n"]
-    for one in sorted(scored, key=lambda s: -s.word_errors / s.words):
-        aligned = jiwer.visualize_alignment(
-            jiwer.process_words(one.reference, one.hypothesis), show_measures=False, skip_correct=False
-        )
-        # Its heading counts the sentences of one comparison; here that is always the first.
-        body = "\n".join(line.rstrip() for line in aligned.splitlines() if not line.startswith("===")).strip("\n")
-        parts.append(f"\n{one.name}: {one.word_errors} of {one.words} words\n{body}\n")
-    (folder / f"{name}.txt").write_text("".join(parts), encoding="utf-8")
-
-
-def read_transcripts(path: Path) -> list[Scored]:
-    """What `write_transcripts` wrote into a ``.jsonl``; raises ValueError when it holds anything else."""
-    try:
-        return [Scored(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path.name} does not hold transcripts: {error}") from None
 
 
 class RealTimeFactor:
