@@ -13,8 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
 METHODS = {"fast": "fast (no training)", "default": "default"}
-WIDTH, HEIGHT = 640, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 132, 44, 52
+TITLE = "SmolLM2-135M-Instruct, perplexity on WikiText-2 (lower is better)"
+WIDTH, HEIGHT = 680, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 172, 44, 52
 TICKS = (20, 30, 40, 50, 60, 70)
 REMOVED = (0, 10, 20, 30, 40)
 
@@ -59,7 +60,7 @@ def draw(results: dict[str, dict[int, float]]) -> str:
         "<title>Perplexity of SmolLM2-135M-Instruct on WikiText-2 by parameters removed</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="bg" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',
-        f'<text class="title" x="{LEFT}" y="26">SmolLM2-135M-Instruct, perplexity on WikiText-2 (lower is better)</text>',
+        f'<text class="title" x="{LEFT}" y="26">{TITLE}</text>',
     ]
     for tick in TICKS:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
@@ -78,11 +79,11 @@ def draw(results: dict[str, dict[int, float]]) -> str:
         parts.append(f'<polyline class="line {method}" points="{line}"/>')
         for removed, perplexity in points[1:]:
             parts.append(f'<circle class="dot-{method}" cx="{x(removed):.1f}" cy="{y(perplexity):.1f}" r="4"/>')
-            # Above the upper line, below the lower one.
-            shift = -10 if method == "fast" else 20
-            parts.append(
-                f'<text x="{x(removed):.1f}" y="{y(perplexity) + shift:.1f}" text-anchor="middle">{perplexity:.1f}</text>'
-            )
+            # Left of the upper line, below the lower one.
+            left, down = (6, -9) if method == "fast" else (0, 20)
+            anchor = "end" if method == "fast" else "middle"
+            place = f'x="{x(removed) - left:.1f}" y="{y(perplexity) + down:.1f}" text-anchor="{anchor}"'
+            parts.append(f"<text {place}>{perplexity:.1f}</text>")
         last = points[-1]
         parts.append(f'<text x="{x(last[0]) + 24:.1f}" y="{y(last[1]) + 4:.1f}">{label}</text>')
     return "\n".join([*parts, "</svg>", ""])
