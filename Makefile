@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed"'
@@ -31,8 +32,13 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 
-# The figures of the README, measured again; about 40 minutes on two cores.
+# The documentation, into build/site; a warning is an error.
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict --quiet
+
+# The figures of SmolLM2, measured again; about 40 minutes on two cores.
 bench: .venv/smollm2.gguf
 	$(BIN)/python benchmarks/figures.py --model .venv/smollm2.gguf
 

@@ -1,4 +1,4 @@
-"""Measures the figures of the README on this machine and writes them to benchmarks/results/figures.json.
+"""Measures the figures of SmolLM2 in docs/results.md here and writes them to benchmarks/results/figures.json.
 
     python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed initialization] [--recipes fast]
 
