@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
+from lillama_core.data.documents import document_of, render_chat, replace_surrogates
 from lillama_core.data.self_generated import sampling
 from lillama_core.data.sources import Source
 from lillama_core.data.text import files
 from lillama_core.data.text import named as named_module
 from lillama_core.data.text.calibration import CalibrationData, interleaved, load_calibration, load_text_windows
 from lillama_core.data.text.checks import check_sources
-from lillama_core.data.text.documents import document_of, render_chat, replace_surrogates
 from lillama_core.data.text.options import CalibrationOptions
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.system.cache import default_cache_dir

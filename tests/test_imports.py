@@ -11,7 +11,7 @@ from conftest import environment
 
 import lillama_core
 
-HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "matplotlib", "pydantic", "safetensors")
+HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "matplotlib", "safetensors")
 
 
 def run(code: str, *arguments: str | Path, **changes: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lillama_core.data.text.documents import has_document, unknown_columns
+from lillama_core.data.documents import has_document, unknown_columns
 from lillama_core.errors import UserError
 
 DATA = "data="

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lillama_core.data import hub
+from lillama_core.data.documents import replace_surrogates
 from lillama_core.data.sources import Purpose
 from lillama_core.data.speech.audio import LONGEST, SUFFIXES, Sound, decode_audio, read_audio, require_extra
-from lillama_core.data.text.documents import replace_surrogates
 from lillama_core.errors import UserError, nearest, one_line
 
 

@@ -10,8 +10,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from lillama_core.data.documents import COLUMNS, has_document, unknown_columns
 from lillama_core.data.sources import Row
-from lillama_core.data.text.documents import COLUMNS, has_document, unknown_columns
 from lillama_core.errors import UserError
 from lillama_core.system.seeds import permutation
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lillama_core.data.text.documents import Document, UnrenderableChatError, render_chat
+from lillama_core.data.documents import Document, UnrenderableChatError, render_chat
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
