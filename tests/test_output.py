@@ -110,8 +110,6 @@ def make_preparation(source: ModelSource, **fields: Any) -> CompressionSpec:
         total_parameters=1,
         budget=Budget(1, 1, 0),
         format=make("formats", "pivoted"),
-        minimum_rank=1,
-        rank_step=1,
         **fields,
     )
 
