@@ -223,8 +223,8 @@ def current_name(slot: str, name: str) -> str:
 
 
 def dashed(name: str) -> str:
-    """The option of a field: ``--learning-rate``."""
-    return "--" + name.replace("_", "-")
+    """The option of a field: ``--learning-rate``; that of a strategy, ``--init.input_damping``, as it is written."""
+    return "--" + (name if "." in name else name.replace("_", "-"))
 
 
 def _plain(value: Any) -> Any:
