@@ -35,11 +35,12 @@ from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.evaluation.metrics.perplexity import perplexity
 from lillama_core.models.loading import load_config, load_model, load_tokenizer
 from lillama_core.models.source import locate
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.dense_pass import profile_blocks
-from lillama_core.statistics.moments import Masks
+from lillama_core.statistics.dense_pass import decompose_blocks
 from lillama_core.statistics.sensitivity import measure_sensitivity
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import make
@@ -162,40 +163,33 @@ def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
     blocks = find_blocks(architecture, model)["decoder"]
     source = ResidentSource(model, CPU)
     rows = load_text_windows(Source.parse(str(DATA / "wikitext2-valid.txt")), tokenizer, 512, tokens // 512)
-    batches = [{"input_ids": r} for r in rows.split(4)]
-    parent = StackHarness(model, architecture, blocks)
-    recorded = [parent.record(b) for b in batches]
-    runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, autocast)
-    stream = [hidden for hidden, _ in recorded]
+    harness = StackHarness(model, architecture, blocks)
+    recorder = Recorder(architecture, CPU, autocast)
+    activations = ActivationStore(recorder, [Samples({"input_ids": r}) for r in rows.split(4)]).record(harness)
 
     def forward() -> None:
-        current = list(stream)
+        current = activations.fork()
         for block in blocks:
-            module = source.block(block)
-            current = runner.over(module, block, current)
+            current.advance(source.block(block), block)
 
     with tempfile.TemporaryDirectory() as folder:
         forward_seconds = median_seconds(forward, 1)
         started = time.perf_counter()
         small = [Samples({"input_ids": r}) for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
-        entering, small_calls = zip(*(parent.record(b.inputs) for b in small), strict=True)
-        small_runner = BlockRunner(architecture, list(small_calls), CPU, autocast)
-        profile = DecompositionStore(Path(folder))
-        for block, found in measure_sensitivity(
-            parent, source, small_runner, small, list(entering), 0, Progress("quiet")
-        ):
-            profile.save_gradients(block, found)
+        store = DecompositionStore(Path(folder))
+        few = ActivationStore(recorder, small).record(harness)
+        for block, found in measure_sensitivity(harness, source, few, 0, Progress("quiet")):
+            store.save_gradients(block, found)
         backward_seconds = time.perf_counter() - started
 
         started = time.perf_counter()
         initializer = make("initializers", "fisher")
-        masks: list[Masks] = [()] * len(stream)
-        profile_blocks(blocks, source, runner, list(stream), initializer, masks, profile, Progress("quiet"))
+        decompose_blocks(blocks, source, activations.fork(), initializer, store, Progress("quiet"))
         statistics_seconds = time.perf_counter() - started
         started = time.perf_counter()
         for block in blocks:
             module = source.block(block)
-            decompositions, _ = profile.load(block)
+            decompositions, _ = store.load(block)
             for target in block.targets:
                 map_ = target.maps[0]
                 W = target.weight(module, map_)

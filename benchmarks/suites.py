@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -83,7 +84,9 @@ def _held_out(folder: Path) -> Path:
 
 
 def cross_architecture(folder: Path) -> list[SuiteModel]:
-    """The zoo: one trained model of each architecture."""
+    """The zoo, one trained model of each architecture; empty outside of a clone of the repository."""
+    if importlib.util.find_spec("lillama_benchmarks.zoo") is None:
+        return []
     from lillama_benchmarks import zoo
     from lillama_core.data.shipped import SPEECH_SETS
 
@@ -168,6 +171,11 @@ def choose_models(suite: Suite, names: tuple[str, ...], folder: Path) -> list[Su
     name, and for data that is missing.
     """
     known = {m.name: m for m in suite.models(folder)}
+    if not known and not (names and all(Path(name).is_dir() for name in names)):
+        raise UserError(
+            f"the models of suite {suite.name!r} come with the repository, not with the package: work in a clone of it,"
+            " or name directories of models with --models"
+        )
     chosen = list(_named(suite, names, known)) if names else [m for m in known.values() if not m.on_request]
     for model in chosen:
         model.check()

@@ -18,7 +18,7 @@ from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Measurement, Metric, Subject
 from lillama_core.output.quantizer import register
-from lillama_core.pipeline.engine import Request, compress
+from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import Recipe

@@ -77,6 +77,12 @@ def lillama_losses() -> dict[str, str]:
 
 
 @hookimpl
+def lillama_stages() -> dict[str, str]:
+    stages = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "write")
+    return {stage: f"{CORE}.pipeline.stages.{stage}:{stage.capitalize()}Stage" for stage in stages}
+
+
+@hookimpl
 def lillama_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted((Path(__file__).parent / "recipe" / "presets").glob("*.yaml"))}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
 
@@ -36,10 +37,15 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, which may be a page, as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "…"
+def one_line(text: object, most: int | None = 300) -> str:
+    """Return ``text``, or an error's message, as one line of at most ``most`` characters (None: however many).
+
+    White space and control characters become single spaces. An error without a message gives the name of its class.
+    """
+    line = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip()
+    if not line and isinstance(text, BaseException):
+        line = type(text).__name__
+    return line if most is None or len(line) <= most else line[: most - 1] + "…"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

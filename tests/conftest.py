@@ -18,11 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core.cli.main import main
 from lillama_registry import registry
+from lillama_testing.tiny import byte_level_tokenizer
 
 TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-valid.txt"
 VOCABULARY = 384
@@ -74,18 +75,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of a few hundred tokens, with begin and end of text and a chat template."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([TEXT.read_text(encoding="utf-8")[:50_000]], trainer)
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    text = TEXT.read_text(encoding="utf-8")[:50_000]
+    tokenizer = byte_level_tokenizer(text, VOCABULARY, bos_token="<s>", eos_token="</s>")
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

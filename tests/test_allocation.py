@@ -173,15 +173,6 @@ def test_the_floor_of_ranks_is_an_option() -> None:
     assert smallest(0.5) == min(make("allocators", "spectrum").allocate(asked).ranks.values())
 
 
-def test_plan_json_round_trip_and_rejection() -> None:
-    plan = RankPlan("pivoted", {"a.b": 3})
-    assert RankPlan.from_json(plan.to_json()) == plan
-    for bad in ("", "[]", "{}", '{"format": 1, "ranks": {}}', '{"format": "x", "ranks": {"a": 0}}',
-                '{"format": "x", "ranks": {"a": true}}', '{"format": "x", "ranks": {}, "more": 1}'):  # fmt: skip
-        with pytest.raises(UserError):
-            RankPlan.from_json(bad)
-
-
 @given(fraction=st.floats(allow_nan=True, allow_infinity=True))
 @settings(max_examples=200, deadline=None)
 def test_a_budget_is_refused_or_reachable(fraction: float) -> None:

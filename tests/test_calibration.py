@@ -18,7 +18,7 @@ from lillama_core.data.self_generated import sampling
 from lillama_core.data.sources import Source
 from lillama_core.data.text import files
 from lillama_core.data.text import named as named_module
-from lillama_core.data.text.calibration import CalibrationData, load_calibration, load_text_windows
+from lillama_core.data.text.calibration import CalibrationData, interleaved, load_calibration, load_text_windows
 from lillama_core.data.text.checks import check_sources
 from lillama_core.data.text.documents import document_of, render_chat, replace_surrogates
 from lillama_core.data.text.options import CalibrationOptions
@@ -240,7 +240,6 @@ def test_text_windows_are_those_of_one_encode(tmp_path: Path, tokenizer: Any, ca
     assert data.rows.shape == (10, LENGTH)
     assert data.rows.dtype == torch.int64
     assert len({tuple(row) for row in data.rows.tolist()} & windows) == 10
-    assert data.origin == (str(path),) * 10
     json.dumps(data.description)
     assert data.description[str(path)]["tokens"] == 80
 
@@ -670,32 +669,27 @@ def test_half_is_the_models_own_by_default(model: Any, tokenizer: Any, tmp_path:
     first, second = text_file(tmp_path), text_file(tmp_path, name="b.txt")
     chosen = options(first, f"{second}@3", tokens=16 * LENGTH, self_share=0.5)
     data = load(chosen, model, tokenizer, cache)
-    assert {name: data.origin.count(name) for name in data.origin} == {
-        "self": 8,
-        str(first): 2,
-        str(second): 6,
-    }
+    counts = {name: found["rows"] for name, found in data.description.items()}
+    assert counts == {"self": 8, str(first): 2, str(second): 6}
+    assert len(data.rows) == 16
+
+
+def test_every_beginning_of_the_rows_holds_about_the_mix() -> None:
+    order = [name for name, _ in interleaved({"self": 8, "a.txt": 2, "b.txt": 6})]
+    assert len(order) == 16
     for prefix in (4, 8, 12):
-        assert abs(data.origin[:prefix].count("self") - prefix / 2) <= 1
-        assert abs(data.origin[:prefix].count(str(second)) - prefix * 3 / 8) <= 1
-    own = [row for row, name in zip(data.rows, data.origin, strict=True) if name == "self"]
-    assert all(row[0] == BOS for row in own)
+        assert abs(order[:prefix].count("self") - prefix / 2) <= 1
+        assert abs(order[:prefix].count("b.txt") - prefix * 3 / 8) <= 1
 
 
 def test_weights_decide_when_self_is_named(model: Any, tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     chosen = options("self@1", f"{text_file(tmp_path)}@3", tokens=8 * LENGTH, self_share=0.5)
-    assert load(chosen, model, tokenizer, cache).origin.count("self") == 2
+    assert load(chosen, model, tokenizer, cache).description["self"]["rows"] == 2
 
 
 def test_share_of_zero_never_asks_the_model(model: Any, tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     load(options(text_file(tmp_path), self_share=0.0), model, tokenizer, cache)
     assert model.calls == 0
-
-
-def test_limit_keeps_the_proportions(model: Any, tokenizer: Any, tmp_path: Path, cache: Path) -> None:
-    data = load(options(text_file(tmp_path), self_share=0.5), model, tokenizer, cache, limit_rows=4)
-    assert data.origin.count("self") == 2
-    assert len(data.rows) == 4
 
 
 def test_source_that_would_get_nothing(tokenizer: Any, tmp_path: Path, cache: Path) -> None:

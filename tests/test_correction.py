@@ -14,15 +14,15 @@ from conftest import QUICK, Ended
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
-from lillama_core import Recipe, Request, UserError, compress
+from lillama_core import Recipe, UserError
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.linear import linear_targets
-from lillama_core.distillation import correction
 from lillama_core.distillation.correction import Corrected, LastMap, correct, find_last_map
 from lillama_core.distillation.training import BlockData
 from lillama_core.initialization import MapStatistics
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource
@@ -66,6 +66,10 @@ def test_the_last_map_is_found_where_its_output_is_added(
         assert torch.equal(runner(module, block, 0, hidden), before)
 
 
+SMALL_RIDGE = 1e-3
+"""So that few rows are followed too closely."""
+
+
 class Layer(nn.Module):
     """A residual block whose last map has a bias or none."""
 
@@ -88,29 +92,26 @@ def setting(bias: bool, masked: bool) -> tuple[Layer, nn.Module, Block, BlockRun
     change = torch.eye(WIDTH) - 0.3 * torch.rand(WIDTH, WIDTH)
     stream = [h @ change + 1.2 * torch.randn_like(h) + 0.1 for h in teacher]
     masks = [torch.rand(4, 8).round(decimals=1).clamp(min=0.2) - 0.2 if masked else None for _ in range(7)]
-    targets = runner.over(dense, block, teacher)
+    targets = list(teacher)
+    runner.advance(dense, block, targets)
     student = copy.deepcopy(dense)
     for target in block.targets:
         map_ = target.maps[0]
         W = target.weight(student, map_)
         B, A = make("initializers", "svd").decompose(W, MapStatistics()).factors(W, 3)
         target.replace(student, {map_.name: make("formats", "factored").from_factors(B, A, target.bias(student, map_))})
-    return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6])
+    return dense, student, block, runner, BlockData([], stream, targets, masks, [5, 6], [])
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
-    bias: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A small ridge, so that few rows are followed too closely.
-    monkeypatch.setattr(correction, "RIDGE", 1e-3)
+def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(bias: bool, masked: bool) -> None:
     dense, student, block, runner, data = setting(bias, masked)
     target = block.targets[1]
     last = LastMap.of(target, target.maps[0], dense)
     fisher_factor = torch.randn(WIDTH, WIDTH)
     correction_batches = [1]
-    found = correct(last, block, student, runner, data, correction_batches, fisher_factor)
+    found = correct(last, block, student, runner, data, correction_batches, fisher_factor, SMALL_RIDGE)
 
     def rows(batches: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs, what the map lacks, and weights."""
@@ -125,7 +126,7 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     center = (w[:, None] * x).sum(0) / w.sum()
     torch.testing.assert_close(found.center.double(), center, rtol=1e-4, atol=1e-5)
     spread = x - center if bias else x
-    ridge = 1e-3 * (w[:, None] * spread.square()).sum(0).mean()
+    ridge = SMALL_RIDGE * (w[:, None] * spread.square()).sum(0).mean()
     # A ridge is so many more rows; one more column, of ones, is the shift, which has no ridge.
     design = torch.cat([x, torch.ones(len(x), 1)], 1) if bias else x
     extra = ridge.sqrt() * torch.eye(x.shape[1], design.shape[1], dtype=torch.float64)
@@ -133,7 +134,7 @@ def test_the_correction_is_a_ridge_regression_and_the_share_a_line_search(
     right = torch.cat([lacking * w.sqrt()[:, None], torch.zeros(x.shape[1], WIDTH, dtype=torch.float64)])
     solution = torch.linalg.lstsq(left, right).solution
 
-    x, lacking, w = rows(data.held_out)
+    x, lacking, w = rows(data.choose)
     offered = torch.cat([x, torch.ones(len(x), 1)], 1) @ solution if bias else x @ solution
 
     def error(shrinkage: float) -> float:
@@ -166,9 +167,10 @@ def test_experts_that_share_a_projection_are_not_taken_for_a_last_map(
 def test_nothing_lost_nothing_corrected() -> None:
     dense, _, block, runner, data = setting(True, False)
     data.student[:] = [h.clone() for h in data.student]
-    data.targets[:] = runner.over(dense, block, data.student)
+    data.targets[:] = data.student
+    runner.advance(dense, block, data.targets)
     target = block.targets[1]
-    found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None)
+    found = correct(LastMap.of(target, target.maps[0], dense), block, dense, runner, data, [0, 1, 2, 3, 4], None, 0.1)
     assert found.bias is not None
     torch.testing.assert_close(found.weight, dense.down.weight, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.bias, dense.down.bias, rtol=0, atol=1e-4)
@@ -179,7 +181,7 @@ def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
     W, b = torch.randn(4, 6), torch.randn(4)
     x = torch.randn(500, 6) @ torch.diag(torch.tensor([5.0, 1, 1, 0.5, 0.1, 0.1])) + 2
     corrected = Corrected(W, b, x.T @ x / 500, x.mean(0), 0.5)
-    layer = corrected.factored(2, make("initializers", "activation"), None, 0.0, torch.Generator())
+    layer = corrected.factored(2, make("initializers", "whitened"), None, 0.0, torch.Generator())
     y = x @ W.T + b
     # No affine map of rank 2 does better: that is the principal components of the outputs.
     S = torch.linalg.svdvals(y - y.mean(0))

@@ -17,13 +17,14 @@ from test_generic import inputs_of, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lillama_core import Recipe, Request, compress
+from lillama_core import Recipe
 from lillama_core.architecture.targets.embedding import embedding_block, embedding_target
 from lillama_core.architecture.targets.embedding_modules import LowRankEmbedding
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Fisher, MapStatistics
 from lillama_core.models.loading import count_parameters
 from lillama_core.models.outputs import main_output
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.modules import swapped_modules
 from lillama_core.statistics.embedding import EmbeddingObserver
 from lillama_core.strategies import make

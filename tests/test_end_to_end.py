@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lillama_core import Request, Samples, compress, load_recipe
+from lillama_core import load_recipe
 from lillama_core.models.loading import count_parameters
 from lillama_core.output.record import peak_memory_bytes
-from lillama_core.pipeline.engine import _Run
+from lillama_core.pipeline import Request, compress
 
 SMALL = {
     "stacks": ["decoder"], "reduction": 0.2, "tokens": 512, "sequence_length": 32,
@@ -94,21 +93,6 @@ def test_what_was_trained_is_rounded_once(
             weight = found[f"{block}.{norm}.weight"]
             assert weight.dtype == torch.float32
             assert not torch.equal(weight, weight.bfloat16().float()), block
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
-def test_as_many_rows_as_were_asked_for(batch_size: int) -> None:
-    rows = torch.arange(24)[:, None].expand(24, 32)
-    batches = [Samples({"input_ids": part}) for part in rows.split(batch_size)]
-    run: Any = SimpleNamespace(
-        record=SimpleNamespace(data={"rows": 24, "tokens": 24 * 32}),
-        # More than there is, as with --use-all-tokens.
-        recipe=SimpleNamespace(tokens=99 * 32),
-        device=torch.device("cpu"),
-    )
-    found = _Run._first_rows(run, batches, 7 * 32)
-    assert torch.cat([part.inputs["input_ids"] for part in found])[:, 0].tolist() == list(range(7))
-    assert max(len(part) for part in found) <= 2
 
 
 def test_peak_memory_without_the_kernels_high_water_mark(monkeypatch: pytest.MonkeyPatch) -> None:

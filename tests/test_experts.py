@@ -222,15 +222,15 @@ def test_gradient_moments_equal_those_of_single_tokens(layer: Layer, call: Any) 
     hidden, index, weights = call
     target = site_of(layer)
     observer = GradientObserver(Block("decoder", 0, "", (target,)))
-    target = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
-    observer.output.add(target)
+    slope = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+    observer.output.add(slope)
     with observer.observe(layer):
-        layer(hidden.clone().requires_grad_(True), index, weights).backward(target)
+        layer(hidden.clone().requires_grad_(True), index, weights).backward(slope)
     found = observer.statistics()
 
     gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
     experts: Any = layer.experts
-    for x, chosen, share, g in zip(hidden, index.tolist(), weights, target, strict=True):
+    for x, chosen, share, g in zip(hidden, index.tolist(), weights, slope, strict=True):
         for e, w in zip(chosen, share, strict=True):
             y = (experts.gate_up_proj[e] @ x).detach().requires_grad_(True)
             gate, up = y.chunk(2)

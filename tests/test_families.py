@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core import Recipe, Request, compress
+from lillama_core import Recipe
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.models.loading import count_parameters
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource

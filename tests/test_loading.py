@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lillama_core import LillamaError, Recipe, Request, compress
+from lillama_core import LillamaError, Recipe
 from lillama_core.models.loading import count_parameters
 from lillama_core.output import verify
+from lillama_core.pipeline import Request, compress
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def first_site(config: dict[str, Any]) -> dict[str, Any]:
         (lambda c: first_site(c).update(format="nobody's"), "install the lillama plugin"),
         (lambda c: first_site(c).update(kind="nobody's"), "kind"),
         (lambda c: first_site(c).update(code="import os"), "exactly"),
-        (lambda c: c.update(targets=[]), "sites"),
+        (lambda c: c.update(sites=[]), "sites"),
         (lambda c: c.update(version=99), "version"),
     ],
 )

@@ -19,13 +19,14 @@ from conftest import core_names
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lillama_core import LillamaError, Recipe, Request, UserError, compress
+from lillama_core import LillamaError, Recipe, UserError
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.formats import LowRankLinear
 from lillama_core.models.loading import count_parameters
 from lillama_core.models.source import locate
+from lillama_core.pipeline import Request, compress
 from lillama_core.strategies import make
 from lillama_plugins.mamba.mixer import call_maps_as_modules
 from lillama_plugins.mamba.native import MambaSsmCheckpoint

@@ -12,25 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.errors import UserError
-from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject
+from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject, language_model_evaluation
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.evaluation.metrics import (
     DecodeSpeed,
     Footprint,
     Perplexity,
     ZeroShotAccuracy,
-    language_model_evaluation,
     zero_shot,
 )
 from lillama_core.evaluation.metrics.perplexity import perplexity, window_losses
+from lillama_testing.tiny import byte_level_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("continuation", "cloze")
@@ -39,17 +38,8 @@ SETS = ("continuation", "cloze")
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     """A tiny Llama with random weights and tied embeddings, and a byte-level tokenizer to match."""
-    tokens = Tokenizer(models.BPE())
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokens.train_from_iterator(OFFLINE_TEXT.read_text(encoding="utf-8").splitlines()[:40], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+    text = "\n".join(OFFLINE_TEXT.read_text(encoding="utf-8").splitlines()[:40])
+    tokenizer = byte_level_tokenizer(text, 400, eos_token="<end>")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -152,7 +142,7 @@ def test_maker_gives_the_files_that_are_shipped(tmp_path: Path) -> None:
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
     assert len(made) == 3
     for path in made:
-        assert (tmp_path / path).read_bytes() == (zero_shot.TASKS_FOLDER.parent / path).read_bytes()
+        assert (tmp_path / path).read_bytes() == (ROOT / "lillama_core" / path).read_bytes()
 
 
 def test_accuracy_is_that_of_the_likeliest_answer(subject: Subject, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,14 @@ from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lillama_core import Architecture, Recipe, Request, compress, load_recipe
+from lillama_core import Architecture, Recipe, load_recipe
 from lillama_core.allocation.plan import Budget
 from lillama_core.models.source import ModelSource
 from lillama_core.output import card
 from lillama_core.output.card import write_card
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import stacks, write_report
+from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import CompressionSpec
 from lillama_core.strategies import make
 
@@ -242,23 +243,19 @@ def test_card_states_the_numbers_of_the_record(result: Path, local: CompressionS
     assert "lillama compress tiny --recipe lillama_recipe.yaml --output OUTPUT\n" in text
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"steps": 0, "correction_tokens": 0}, "come from the calibration data. They"),
-        ({"steps": 8, "correction_tokens": 0}, "and chose the checkpoint of each block. They"),
-        ({"steps": 0, "correction_tokens": 64}, "and chose how much of its correction each block took. They"),
-        (
-            {"steps": 8, "correction_tokens": 64},
-            "and chose the checkpoint of each block and how much of its correction each block took. They",
-        ),
-    ],
-)
-def test_card_says_what_the_held_out_rows_chose(
-    result: Path, local: CompressionSpec, options: dict[str, int], said: str
-) -> None:
-    write_card(result, make_record(recipe=Recipe(**options).to_dict()), local)
-    assert said in " ".join((result / "README.md").read_text(encoding="utf-8").split())
+def test_card_lists_the_parts_of_the_rows(result: Path, local: CompressionSpec) -> None:
+    record = make_record()
+    record.data["parts"] = {
+        "fit": {"rows": 28, "sha256": "a" * 64},
+        "choose": {"rows": 0, "sha256": "b" * 64},
+        "report": {"rows": 4, "sha256": "c" * 64},
+    }
+    write_card(result, record, local)
+    text = (result / "README.md").read_text(encoding="utf-8")
+    assert "to which nothing was fitted and by which nothing was chosen" in " ".join(text.split())
+    assert f"| fit | statistics, training and correction | 28 | `{'a' * 16}` |" in text
+    assert "| choose | choosing checkpoints and the size of a correction | 0 |  |" in text
+    assert f"nothing was chosen by them | 4 | `{'c' * 16}` |" in text
 
 
 def test_card_leaks_no_folder(result: Path, local: CompressionSpec) -> None:
@@ -366,7 +363,7 @@ def test_report_states_the_numbers_of_the_record(result: Path) -> None:
     _, page = report_of(result, record)
     assert (
         "20.0 % smaller: 134.5 M → 107.6 M parameters, 269.0 MB → 215.3 MB;"
-        " perplexity on held-out rows 20.1 → 22.3" in page.text
+        " perplexity on rows that chose nothing 20.1 → 22.3" in page.text
     )
     for expected in (record.data["sha256"], record.model_fingerprint, "2.3 GB", "107,612,006", "6 min 52 s"):
         assert expected in page.text

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lillama_core import Request, compress, load_recipe
+from lillama_core import load_recipe
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.data.modality import Samples
+from lillama_core.distillation.stack import StackCompressor
 from lillama_core.output.record import RunRecord
-from lillama_core.pipeline import engine
-from lillama_core.pipeline.engine import has_stale_upstream
-from lillama_core.pipeline.stack import CalibrationSplit, StackCompressor
+from lillama_core.pipeline import Request, compress
+from lillama_core.pipeline.stages import report
+from lillama_core.pipeline.stages.calibrate import has_stale_upstream
 from lillama_core.runtime import recording
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
@@ -73,27 +75,28 @@ def test_an_encoder_that_hands_on_is_not_run_again() -> None:
     assert decoder.depends_only_on_upstream_output
     seen: list[torch.Tensor] = []
     handle = model.encoder.block[-1].register_forward_hook(lambda _m, _i, out: seen.append(out[0]))
-    ((calls,), (hidden,)) = recorder.record(decoder, [batch])
+    ((calls,), (hidden,)) = recorder.record(decoder, [batch.inputs])
     handle.remove()
-    known = batch.after("encoder", seen[0])
+    known = {"encoder": [seen[0]]}
+    part = {"encoder": [seen[0][1:3]]}
 
     runs: list[int] = []
     for block in model.encoder.block:
         block.layer[0].register_forward_hook(lambda *_: runs.append(1))
-    ((handed,), (entering,)) = recorder.record(decoder, [known])
+    ((handed,), (entering,)) = recorder.record(decoder, [batch.inputs], known)
     first = len(runs)
-    ((again,), _) = recorder.record(decoder, [known.part(1, 3)])
-    recorder.record(decoder, [known])
+    ((again,), _) = recorder.record(decoder, [batch.part(1, 3).inputs], part)
+    recorder.record(decoder, [batch.inputs], known)
     # A block is looked at once for every shape, for what it returns besides.
     assert first <= 1
     assert len(runs) <= 2
     assert torch.equal(entering, hidden)
-    for real, found, part in zip(calls, handed, again, strict=True):
+    for real, found, some in zip(calls, handed, again, strict=True):
         expected = tensors(real)
         assert expected
         for a, b in zip(expected, tensors(found), strict=True):
             torch.testing.assert_close(b, a)
-        assert [len(t) for t in tensors(part) if len(t) > 1] == [2] * sum(len(t) == 3 for t in expected)
+        assert [len(t) for t in tensors(some) if len(t) > 1] == [2] * sum(len(t) == 3 for t in expected)
 
 
 def tensors(call: Any) -> list[torch.Tensor]:
@@ -137,8 +140,9 @@ def test_what_is_told_of_other_blocks_cannot_be_handed_on(listens: bool) -> None
     recorder.check(decoder, batch.inputs, source)
     assert decoder.depends_only_on_upstream_output is not listens
     # The real thing is run then, whatever is known.
-    known = batch.after("encoder", torch.zeros(3, 4, 8))
-    ((calls,), _) = recorder.record(decoder, [known])
+    known = ActivationStore(recorder, [batch])
+    known.keep_output("encoder", [torch.zeros(3, 4, 8)])
+    (calls,) = known.record(decoder).runner.calls
     first = model.encoder[0](batch.inputs["x"], 0 * batch.inputs["x"])
     assert torch.equal(calls[0].args[0], first if listens else torch.zeros(3, 4, 8))
 
@@ -164,14 +168,14 @@ def test_what_is_reported_is_what_the_whole_models_say(
     """The streams through both stacks, block by block, end where the dense and the written model end."""
     dense = tiny_t5()
     held: list[Samples] = []
-    measure = engine.measure_fidelity
+    measure = report.measure_fidelity
 
     def noting(parent: StackHarness, found: list[tuple[Samples, Any, Any]], *rest: Any) -> dict[str, Any]:
         held.extend(batch for batch, _, _ in found)
         assert parent.depends_only_on_upstream_output is hand_on
         return measure(parent, found, *rest)
 
-    monkeypatch.setattr(engine, "measure_fidelity", noting)
+    monkeypatch.setattr(report, "measure_fidelity", noting)
     if not hand_on:
         monkeypatch.setattr(recording, "_same", lambda *_: False)
     record = compress_t5(dense, tmp_path, tiny_tokenizer, calibration_text, dtype="float32", **options)
@@ -202,12 +206,11 @@ def test_streams_of_a_stack_end_with_it(
     alive: list[int] = []
     compress_stack = StackCompressor.compress
 
-    def observe(self: StackCompressor, *args: Any) -> Any:
+    def observe(self: StackCompressor, *args: Any) -> None:
         gc.collect()
         alive.append(sum(ref() is not None for ref in left))
-        found = compress_stack(self, *args)
-        left.extend(weakref.ref(hidden) for stream in found for hidden in stream)
-        return found
+        compress_stack(self, *args)
+        left.extend(weakref.ref(hidden) for activations in args[2:] for hidden in activations.hidden)
 
     monkeypatch.setattr(StackCompressor, "compress", observe)
     if not hand_on:
@@ -225,35 +228,3 @@ def test_a_dense_stack_above_a_compressed_one_has_to_be_run(chosen: str, expecte
     b: Any = SimpleNamespace(stack="b", earlier=(a,))
     c: Any = SimpleNamespace(stack="c", earlier=(a, b))
     assert has_stale_upstream(c, chosen) is expected
-
-
-@pytest.mark.parametrize(
-    ("correction", "trains", "expected", "fitted"),
-    [
-        (0.0, False, [8, 9], 0),
-        (0.5, False, [0, 1, 2, 3, 8, 9], 4),
-        (3.0, False, list(range(10)), 8),
-        (0.1, True, list(range(10)), 1),
-    ],
-)
-def test_batches_that_are_followed(
-    correction: float, trains: bool, expected: list[int], correction_batches: int
-) -> None:
-    batches = [Samples({"x": torch.tensor([[i]])}) for i in range(10)]
-    found = CalibrationSplit.of(batches, 2, correction, trains)
-    assert [int(batch.inputs["x"]) for batch in found.batches] == expected
-    assert found.correction_batches == correction_batches
-    assert [expected[i] for i in found.held_out] == [8, 9]
-
-
-@pytest.mark.parametrize(("tokens", "corrects", "fitted"), [(320, True, 4), (99 * 32, True, 4), (320, False, 0)])
-def test_as_many_rows_are_corrected_by_as_were_asked_for(tokens: int, corrects: bool, correction_batches: int) -> None:
-    """Of data that is less than the recipe asks for (``--use-all-tokens``), too."""
-    compressor: Any = SimpleNamespace(
-        recipe=SimpleNamespace(tokens=tokens, correction_tokens=160, steps=0),
-        record=SimpleNamespace(data={"tokens": 320}),
-        initializer=SimpleNamespace(corrects=corrects),
-    )
-    batches = [Samples({"x": torch.tensor([[i]])}) for i in range(10)]
-    found = StackCompressor.follow(compressor, batches, 2)
-    assert (found.correction_batches, len(found.batches)) == (correction_batches, correction_batches + 2)

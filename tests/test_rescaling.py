@@ -13,18 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from lillama_core import Recipe, Request, compress, load_recipe
+from lillama_core import Recipe, load_recipe
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Decomposition
 from lillama_core.output.record import RunRecord
+from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import make_plan, prepare
-from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.loss_calibration import PARTS, Ablation, kinds_of, measure_scales, parts_of, safe_ratio
+from lillama_core.statistics.loss_calibration import Ablation, kinds_of, measure_scales, parts_of, safe_ratio
 from lillama_core.statistics.store import DecompositionStore
 
 CPU = torch.device("cpu")
@@ -38,6 +40,9 @@ def test_parts_are_about_equal_runs(blocks: int, parts: int) -> None:
     assert len(found) == min(blocks, parts)
     lengths = {len(part) for part in found}
     assert max(lengths) - min(lengths) <= 1
+
+
+PARTS = 10
 
 
 def test_kinds_do_not_count_experts() -> None:
@@ -76,11 +81,10 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
 
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     batches = [Samples({"input_ids": rows}) for rows in tokens.split(2)]
-    recorded = [parent.record(batch.inputs) for batch in batches]
-    runner = BlockRunner(architecture, [calls for _, calls in recorded], CPU, None)
+    activations = ActivationStore(Recorder(architecture, CPU, None), batches).record(parent)
     heard: list[str] = []
-    trial = Ablation(parent, source, runner, batches, [hidden for hidden, _ in recorded], low_rank)
-    scales = measure_scales(trial, ranks, left_out, heard.append)
+    ablation = Ablation(parent, source, activations, low_rank)
+    scales = measure_scales(ablation, ranks, left_out, PARTS, heard.append)
 
     dense = model(tokens).logits.double().log_softmax(-1)
 
@@ -181,7 +185,7 @@ def test_a_run_measures_every_part_and_says_so(
     def spare(*measured: Any) -> dict[str, float]:
         return {name: 1e3 * scale if ".1." in name else scale for name, scale in measure_scales(*measured).items()}
 
-    monkeypatch.setattr("lillama_core.pipeline.engine.measure_scales", spare)
+    monkeypatch.setattr("lillama_core.pipeline.stages.allocate.measure_scales", spare)
     spared = run("spared", recipe).plan["ranks"]
 
     def removed(ranks: dict[str, int]) -> int:

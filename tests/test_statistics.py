@@ -12,8 +12,10 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Samples
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.block_runner import BlockRunner, share_equal
 from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
 from lillama_core.statistics.moments import SecondMoment
 from lillama_core.statistics.observers import InputObserver
@@ -109,9 +111,8 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
     architecture, blocks, parent, source = parts(model)
     tokens = torch.randint(0, 50, (2, 9))
     inputs = {"input_ids": tokens}
-    hidden, calls = parent.record(inputs)
-    runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    measured = measure_sensitivity(parent, source, runner, [Samples(inputs)], [hidden], 7, Progress("quiet"))
+    activations = ActivationStore(Recorder(architecture, torch.device("cpu"), None), [Samples(inputs)]).record(parent)
+    measured = measure_sensitivity(parent, source, activations, 7, Progress("quiet"))
     found = {b.name: t for b, t in measured}
 
     gradients: dict[str, torch.Tensor] = {}
@@ -175,8 +176,12 @@ def test_core_names_no_architecture() -> None:
         assert not names.search(file.read_text(encoding="utf-8")), file
 
 
-def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
-    """The keys and values of cross-attention read what no gradient is asked of; padding counts for nothing."""
+@pytest.mark.parametrize("length", [5, 8])
+def test_gradients_reach_maps_that_read_another_stack_alone(length: int) -> None:
+    """The keys and values of cross-attention read what no gradient is asked of; padding counts for nothing.
+
+    Where both streams have one length, what counts follows the stream that a map reads, not its shape.
+    """
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     torch.manual_seed(0)
@@ -189,12 +194,13 @@ def test_gradients_reach_maps_that_read_another_stack_alone() -> None:
     architecture = find_architecture(config)
     blocks = find_blocks(architecture, model)["decoder"]
     parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
-    inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, 5))}
+    inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, length))}
     kept = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).float()
-    samples = Samples(inputs, masks={"encoder": kept})
-    hidden, calls = parent.record(inputs)
-    runner = BlockRunner(architecture, [calls], torch.device("cpu"), None)
-    ((_, found),) = list(measure_sensitivity(parent, source, runner, [samples], [hidden], 7, Progress("quiet")))
+    written = torch.ones(2, length)
+    written[0, 2:] = 0
+    samples = Samples(inputs, masks={"decoder": written, "encoder": kept})
+    activations = ActivationStore(Recorder(architecture, torch.device("cpu"), None), [samples]).record(parent)
+    ((_, found),) = list(measure_sensitivity(parent, source, activations, 7, Progress("quiet")))
 
     gradients: list[torch.Tensor] = []
 

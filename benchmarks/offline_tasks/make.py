@@ -23,7 +23,7 @@ CHOICES = 4
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-METRICS = HERE.parents[1] / "lillama_core" / "metrics"
+CORE = Path(__file__).resolve().parents[2] / "lillama_core"
 
 PERPLEXITY_ARTICLES = 6
 """Articles of the WikiText-2 test split in the perplexity text: 50 windows of 512 SmolLM2 tokens."""
@@ -217,7 +217,7 @@ def cloze(text: str, count: int, rng: random.Random) -> list[Item]:
 
 
 def make(target: Path) -> None:
-    """Writes the three files below ``target``, laid out as in ``lillama_core/metrics``.
+    """Writes the three files below ``target``, laid out as in ``lillama_core``.
 
     Raises ValueError when the texts do not yield ``ITEMS`` items for a set.
     """
@@ -230,17 +230,18 @@ def make(target: Path) -> None:
         "continuation": continuation(wikitext[head_end:], ITEMS, random.Random(f"{SEED} continuation")),
         "cloze": cloze(tales, ITEMS, random.Random(f"{SEED} cloze")),
     }
-    (target / "data").mkdir(parents=True, exist_ok=True)
-    (target / "tasks").mkdir(parents=True, exist_ok=True)
-    (target / "data" / "wikitext2-test-head.txt").write_bytes(wikitext[:head_end].encode())
+    shipped, tasks = target / "data" / "shipped", target / "evaluation" / "metrics" / "tasks"
+    shipped.mkdir(parents=True, exist_ok=True)
+    tasks.mkdir(parents=True, exist_ok=True)
+    (shipped / "wikitext2-test-head.txt").write_bytes(wikitext[:head_end].encode())
     for name, made in sets.items():
         if len(made) != ITEMS:
             raise ValueError(f"{name}: the text yields {len(made)} items instead of {ITEMS}; loosen its rules")
         lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in made)
-        (target / "tasks" / f"{name}.jsonl").write_bytes(lines.encode())
+        (tasks / f"{name}.jsonl").write_bytes(lines.encode())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Makes the offline evaluation material.")
-    parser.add_argument("--target", type=Path, default=METRICS, help="folder to write below")
+    parser.add_argument("--target", type=Path, default=CORE, help="folder to write below")
     make(parser.parse_args().target)

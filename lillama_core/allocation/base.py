@@ -1,4 +1,4 @@
-"""What an allocator gets and gives, and how every allocator spends the last parameters."""
+"""The interface of an allocator, and how every allocator spends the last parameters."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lillama_core.strategies import Strategy
 class Spectrum:
     """What each rank component of a map is worth.
 
-    ``energies`` [k], descending: the error that dropping the component adds. ``comparable`` says whether energies of
-    different maps are in one unit (the model's loss), so that they may be traded against each other as they are.
+    ``squared_singular_values`` [k], descending, are those of the weighted matrix that the initialiser decomposed:
+    dropping component i adds the i-th value to the squared error. ``comparable`` says whether the values of different
+    maps are in one unit (the model's loss), so that an allocator may trade them against each other as they are.
     """
 
     squared_singular_values: torch.Tensor
@@ -62,7 +63,7 @@ class Allocator(Strategy, ABC):
 
 
 def spend_remainder(request: AllocationRequest, ranks: dict[str, int], order: Iterable[PlannedMap]) -> RankPlan:
-    """Raise ranks, map by map in ``order``, with what ``ranks`` leaves of the budget.
+    """Raise ``ranks``, map by map in ``order``, with the parameters that they leave of the budget, and return the plan.
 
     Ranks are whole numbers, so every rule ends below the budget; the first map of ``order`` takes the
     remainder, and what it cannot use goes to the next.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import UserError
 from lillama_core.formats import Format
@@ -43,31 +41,6 @@ class RankPlan:
     def of(self, block: Block) -> dict[str, int]:
         """The ranks of a block's maps by the names that they have there."""
         return {m.name: self.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in self.ranks}
-
-    def to_json(self) -> str:
-        """The plan as a JSON object with ``format`` and ``ranks``."""
-        return json.dumps({"format": self.format, "ranks": dict(self.ranks)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str, where: str = "plan") -> RankPlan:
-        """Read a plan from a stranger's JSON; raises UserError when it is not one."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from None
-        if not isinstance(data, dict) or set(data) != {"format", "ranks"}:
-            raise UserError(f"{where} must be an object with exactly 'format' and 'ranks'")
-        ranks = data["ranks"]
-        if not isinstance(data["format"], str) or not isinstance(ranks, dict):
-            raise UserError(f"{where}: 'format' must be a string and 'ranks' an object")
-        for name, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise UserError(f"{where}: the rank of {name!r} must be a positive integer, not {rank!r}")
-        return cls(data["format"], ranks)
-
-    @classmethod
-    def load(cls, path: Path) -> RankPlan:
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
 def parameters_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> int:

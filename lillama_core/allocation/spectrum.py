@@ -42,7 +42,10 @@ class Point:
 
 
 def tail_errors(spectrum: Spectrum) -> list[float]:
-    """Error at rank 0, 1, …, k: the sum of the energies that are dropped, relative if not comparable."""
+    """Return the truncation error at rank 0, 1, …, k: the sum of the squared singular values that are left out.
+
+    It is relative to the sum of all of them if the spectrum is not comparable.
+    """
     squared_singular_values = spectrum.squared_singular_values.double().clamp(min=0)
     if not spectrum.comparable:
         squared_singular_values = squared_singular_values / squared_singular_values.sum().clamp(min=1e-300)

@@ -14,7 +14,7 @@ class Uniform(Allocator):
     def allocate(self, request: AllocationRequest) -> RankPlan:
         kept, dense = request.budget.maps_kept, request.budget.maps_dense
         ranks = {
-            # A map too small for its share stays at rank 1; the budget was checked to allow that.
+            # A map too small for that fraction stays at rank 1; the budget was checked to allow that.
             m.name: max(1, request.largest_rank(m, m.dense_parameters * kept // dense))
             for m in request.maps
             # One with a single input or output is no smaller at any rank.

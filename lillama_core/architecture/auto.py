@@ -25,6 +25,7 @@ from lillama_core.errors import UserError
 from lillama_core.evaluation.base import Evaluation, Metric
 from lillama_core.evaluation.metrics import Footprint, Perplexity
 from lillama_core.evaluation.metrics.output_error import OutputError, run_once
+from lillama_core.models.transformers_adapter import causal_classes, is_encoder_family
 
 AUTO = "auto"
 """The name of this architecture on the command line."""
@@ -100,13 +101,12 @@ def discover(config: Any, trust_remote_code: bool = False) -> GenericArchitectur
 def _class_name(config: Any) -> str:
     """The name in transformers of the class that loads the model: its own, or an auto class."""
     import transformers
-    from transformers.models.auto import modeling_auto
 
     named = getattr(config, "architectures", None) or [""]
-    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if not named[0] and config.model_type in causal and config.model_type not in masked:
+    causal = causal_classes()
+    if not named[0] and config.model_type in causal and not is_encoder_family(config.model_type):
         # Files in GGUF do not name a class, nor do some configs: what only ever writes text has a head.
-        return str(causal[config.model_type])
+        return causal[config.model_type]
     if named[0] and hasattr(transformers, named[0]):
         return str(named[0])
     remote = getattr(config, "auto_map", None) or {}
@@ -171,14 +171,11 @@ def _modality(config: Any, model: nn.Module, stacks: int) -> Modality:
 
 
 def _predicts_next_token(config: Any, class_name: str) -> bool:
-    from transformers.models.auto import modeling_auto
-
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     remote = getattr(config, "auto_map", None) or {}
-    if class_name not in causal.values() and "AutoModelForCausalLM" not in remote:
+    if class_name not in causal_classes().values() and "AutoModelForCausalLM" not in remote:
         return False
     # The head of an encoder family predicts next tokens only when the config makes a decoder of it.
-    both = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    both = is_encoder_family(config.model_type)
     return bool(getattr(config, "is_decoder", False)) if both and hasattr(config, "is_decoder") else True
 
 

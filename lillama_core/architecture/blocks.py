@@ -1,38 +1,13 @@
-"""TODO."""
+"""Find the blocks of a model, and in each the linear maps that an architecture declares."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import nn
 
 from lillama_core.architecture.base import Architecture
-from lillama_core.architecture.targets.base import TargetModule
-from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear
+from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of a stack, by position."""
-
-    stack: str
-    index: int
-    path: str
-    """Path of the block from the model: ``model.layers.3``; empty for the model itself."""
-    targets: tuple[TargetModule, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.stack}.{self.index}"
-
-    @property
-    def maps(self) -> list[TargetLinear]:
-        return [m for target in self.targets for m in target.maps]
-
-    def full_name(self, map_: TargetLinear) -> str:
-        """The map's path from the model."""
-        return f"{self.path}.{map_.name}" if self.path else map_.name
 
 
 def find_blocks(

@@ -44,8 +44,8 @@ def compress(context: click.Context, **options: Any) -> int:
 def run(options: dict[str, Any]) -> int:
     """Compress, and print the result's sizes and place on stdout."""
     recipe = recipe_of(options)
-    from lillama_core.pipeline.engine import Request
-    from lillama_core.pipeline.engine import compress as compress_model
+    from lillama_core.pipeline import Request
+    from lillama_core.pipeline import compress as compress_model
 
     request = Request(
         model=options["model"],
@@ -72,7 +72,7 @@ def run(options: dict[str, Any]) -> int:
     if fidelity.get("perplexity_after") is not None:
         print(
             f"perplexity  {fidelity['perplexity_before']:.2f} -> {fidelity['perplexity_after']:.2f}"
-            f"  (held-out calibration rows, {fidelity['tokens']} tokens)"
+            f"  (calibration rows that chose nothing, {fidelity['tokens']} tokens)"
         )
     print(f"time        {record.seconds['total']:.0f} s, peak memory {record.peak_memory_bytes / 1e6:,.0f} MB")
     print(f"report      {Path(options['output']) / 'report.html'}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lillama_core.data.sources import HubDataset
-from lillama_core.data.text.files import Row
-from lillama_core.errors import UserError
+from lillama_core.data.sources import HubDataset, Row
+from lillama_core.errors import UserError, one_line
 from lillama_core.system.seeds import derive_seed
 
 # The Hub keeps a converted copy of datasets whose own loading script current libraries refuse to run.
@@ -28,7 +27,7 @@ def dataset_rows(dataset: HubDataset, seed: int | None) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # the library passes on errors of many others: network, formats, scripts
-        raise UserError(f"dataset {_label(dataset)} cannot be loaded: {_one_line(error)}{_advice()}") from error
+        raise UserError(f"dataset {_label(dataset)} cannot be loaded: {one_line(error)}{_advice()}") from error
 
 
 def load(repo: str, config: str | None, split: str) -> Any:
@@ -56,11 +55,6 @@ def _offline() -> bool:
 
 def _label(dataset: HubDataset) -> str:
     return ":".join(part for part in (dataset.repo, dataset.config, dataset.split) if part)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _advice() -> str:

@@ -43,8 +43,6 @@ class Samples:
     outputs are not predictions of tokens."""
     output_mask: torch.Tensor | None = None
     """What each position of the logits counts for [rows, length]; None: all alike."""
-    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """By stack that has been run on them already: what its last block gives [rows, length, width]."""
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -60,7 +58,6 @@ class Samples:
             {k: v[rows] for k, v in self.masks.items()},
             None if self.targets is None else self.targets[rows],
             None if self.output_mask is None else self.output_mask[rows],
-            {k: v[rows] for k, v in self.outputs.items()},
         )
 
     def to(self, device: torch.device) -> Samples:
@@ -70,12 +67,7 @@ class Samples:
             inputs={k: v.to(device) for k, v in self.inputs.items()},
             masks={k: v.to(device) for k, v in self.masks.items()},
             output_mask=None if self.output_mask is None else self.output_mask.to(device),
-            outputs={k: v.to(device) for k, v in self.outputs.items()},
         )
-
-    def after(self, stack: str, output: torch.Tensor) -> Samples:
-        """These samples, and what the last block of a stack gives for them."""
-        return replace(self, outputs={**self.outputs, stack: output})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lillama_core.errors import UserError, nearest
 
@@ -16,6 +16,9 @@ SELF = "self"
 
 FileFormat = Literal["text", "jsonl", "parquet"]
 Purpose = Literal["calibration", "evaluation"]
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row of data stands, for error messages, and its columns."""
 
 _ROW_SUFFIXES: dict[str, FileFormat] = {
     ".jsonl": "jsonl",

@@ -3,12 +3,12 @@
 A residual block ends in y = s + W x + b: what goes past its last map, and that map. In the compressed model both s' and
 x' differ from what the dense model has, by errors that x' partly tells. With r = y - s' what the map would have to give
 for the block's output y to be the dense one, the ridge regression of r - (W x' + b) on x' says by what matrix K (and
-shift, where there is a bias) W falls short, and W + share K is what is factored. (Targets from the dense stream for
-the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here the
-last one at the block's.)
+shift, where there is a bias) W falls short, and W + shrinkage * K is what is factored. (Targets from the dense stream
+for the compressed one's inputs: AA-SVD, arXiv 2604.02119, section 3; there each map aims at its own dense output, here
+the last one at the block's.)
 
 All of K would follow the calibration rows too closely, and so each block disturbs the next. Rows that took no part say
-how much of it holds elsewhere: the share is the factor of K that fits them best.
+how much of it holds elsewhere: the shrinkage, between 0 and 1, is the factor of K that fits them best.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.distillation.training import BlockData
 from lillama_core.formats import Factored
 from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
-
-RIDGE = 0.1
-"""On the second moment of x', relative to its mean diagonal."""
+from lillama_core.system.devices import exact_device
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Corrected:
     """A dense map with the correction in it, and what was seen on the way."""
 
     weight: torch.Tensor
-    """W + share K [out, in], fp32."""
+    """W + shrinkage * K [out, in], fp32."""
     bias: torch.Tensor | None
     """[out], fp32."""
     inputs: torch.Tensor
@@ -65,7 +64,7 @@ class Corrected:
     center: torch.Tensor
     """E[x'] [in]."""
     shrinkage: float
-    """Part of K that held-out rows confirm, between 0 and 1."""
+    """Part of K that rows which took no part in it confirm, between 0 and 1."""
 
     def factored(
         self,
@@ -76,7 +75,7 @@ class Corrected:
         generator: torch.Generator,
     ) -> nn.Module:
         """Factors of the corrected map for the inputs that it has; see `MapStatistics` for the gradients."""
-        exact = self.weight.device if self.weight.device.type == "cuda" else torch.device("cpu")
+        exact = exact_device(self.weight)
         seen = MapStatistics(self.inputs, gradients, gradient_scale, 1.0, self.center, self.bias is not None).to(exact)
         weight = self.weight.to(exact)
         found = initializer.decompose(weight, seen)
@@ -133,11 +132,13 @@ def correct(
     data: BlockData,
     correction_batches: Sequence[int],
     fisher_factor: torch.Tensor | None,
+    ridge: float,
 ) -> Corrected:
     """The dense map ``last`` with what ``student``, whose maps are low rank already, needs of it besides.
 
-    ``data`` holds the student's stream and the dense block's outputs. K is fitted on ``correction_batches``, its
-    shrinkage on the held-out ones, where ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2.
+    ``data`` holds the student's stream and the dense block's outputs. K is fitted on ``correction_batches``
+    with a ``ridge`` relative to the mean diagonal of E[x x^T], its shrinkage on the batches that choose, where
+    ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2.
     """
     W, bias = last.weight.to(runner.device), None if last.bias is None else last.bias.to(runner.device)
     moment, cross, wanted = SecondMoment(), torch.zeros_like(W), torch.zeros_like(W[:, 0])
@@ -148,8 +149,7 @@ def correct(
         with torch.autocast(rows.device.type, enabled=False):
             cross.addmm_(r.T, rows)
         wanted += r.sum(0)
-    # Not every accelerator has fp64.
-    exact = W.device if W.device.type == "cuda" else torch.device("cpu")
+    exact = exact_device(W)
     P, center = moment.mean(), moment.center()
 
     def precise(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,11 +162,12 @@ def correct(
         precise(cross / moment.count),
         precise(wanted / moment.count),
         None if bias is None else precise(bias),
+        ridge,
     )
     K, shift = K.float().to(W.device), shift.float().to(W.device)
 
     agreeing, size = 0.0, 0.0
-    for batch in data.held_out:
+    for batch in data.choose:
         rows, r, weights = _seen(last, block, student, runner, data, batch)
         missing = r - rows @ W.T - (0.0 if bias is None else bias)
         offered = rows @ K.T + shift
@@ -198,7 +199,7 @@ def _seen(
     with torch.no_grad(), observe, data.pinned.replaying(student, batch):
         out = runner(student, block, batch, data.student[batch])
     mask = data.masks[batch]
-    rows, weights = flat_rows(inputs[0], () if mask is None else (mask,))
+    rows, weights = flat_rows(inputs[0], StackMasks(mask))
     r = data.targets[batch].to(out.device) - out + outputs[0].float().view_as(out)
     r = r.reshape(-1, r.shape[-1])
     if weights is not None:
@@ -214,6 +215,7 @@ def _regression(
     cross: torch.Tensor,
     wanted: torch.Tensor,
     bias: torch.Tensor | None,
+    ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K [out, in] and the shift [out] that r - (W x + b) = K x + shift is fitted with; no shift without a bias.
 
@@ -224,7 +226,7 @@ def _regression(
     mean = P.diagonal().mean()
     if not mean > 0:
         return torch.zeros_like(W), torch.zeros_like(wanted)
-    C = root(P, RIDGE)
+    C = root(P, ridge)
     K = torch.cholesky_solve((cross - W @ P).T, C).T
     shift = torch.zeros_like(wanted) if bias is None else wanted - bias - (W + K) @ center
     return K, shift

@@ -1,8 +1,8 @@
 """Distillation losses: how far a student block's output is from the teacher block's.
 
 Every loss takes the student's output ``a`` and the target ``y`` [batch, length, width] and a ``mask``
-[batch, length] that is 0 at padding, and returns a scalar. ``metric`` is the sensitivity of the model's
-output to the block's output, for the losses that use it.
+[batch, length] that is 0 at padding, and returns a scalar. ``fisher_factor`` C [width, width] is a factor of the Fisher
+information C C^T of the block's output, for the losses that use it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Loss(Strategy, ABC):
     """A loss, found by its name."""
 
     needs_sensitivity: bool = False
-    """Whether the loss wants ``metric``, the root of the second moment of the output gradients."""
+    """Whether the loss needs ``fisher_factor``, which takes a backward pass through the whole model."""
 
     @property
-    def metric_damping(self) -> float:
-        """Ridge on that second moment, relative to its mean diagonal."""
-        return float(getattr(getattr(self, "options", None), "damping", SensitivityOptions().damping))
+    def fisher_damping(self) -> float:
+        """Ridge on the Fisher information before it is factored, relative to its mean diagonal."""
+        return 1e-2
 
     @abstractmethod
     def __call__(
@@ -86,7 +86,7 @@ class Sensitivity(Loss):
 
     To second order this is the divergence between the predictions of the model with ``a`` and with ``y`` in that
     place (S is the Fisher information of the hidden state), so that a feature counts by what it does to the
-    model's output and not by its size. ``metric`` is a factor C of S = C C^T [width, width].
+    model's output and not by its size. ``fisher_factor`` is a factor C of S = C C^T [width, width].
     """
 
     name = "sensitivity"
@@ -94,9 +94,13 @@ class Sensitivity(Loss):
     options: SensitivityOptions
     needs_sensitivity = True
 
+    @property
+    def fisher_damping(self) -> float:
+        return self.options.damping
+
     def __call__(
         self, a: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None, fisher_factor: torch.Tensor | None
     ) -> torch.Tensor:
         if fisher_factor is None:
-            raise ValueError("the loss 'sensitivity' needs the block's metric")
+            raise ValueError("the loss 'sensitivity' needs the block's Fisher factor")
         return token_mean(((a - y) @ fisher_factor).square().mean(dim=-1), mask)

@@ -48,10 +48,15 @@ class TrainingOptions:
     gradient_clip: float
     seed: int
 
+    @property
+    def follows_teacher(self) -> bool:
+        """Whether the student block is trained on the dense model's stream, too."""
+        return self.mode != "student" and self.steps > 0
+
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Held-out loss and relative squared error of a block's output, before and after training."""
+    """Loss and relative squared error of a block's output on the rows that report, before and after training."""
 
     loss_before: float
     loss_after: float
@@ -74,8 +79,10 @@ class BlockData:
     targets: list[torch.Tensor]
     masks: list[torch.Tensor | None]
     """What each position counts for [rows, length], by batch."""
-    held_out: list[int]
-    """Batches that are never trained on: they choose the checkpoint."""
+    choose: list[int]
+    """Batches that choose the checkpoint, and are not trained on."""
+    report: list[int]
+    """Batches that only say how well it went."""
     pinned: RoutingReplay = field(default_factory=lambda: RoutingReplay(()))
     """What the deciding modules of the teacher block said on each batch."""
 
@@ -145,7 +152,7 @@ def distill_block(
     fisher_factor: torch.Tensor | None,
     options: TrainingOptions,
 ) -> BlockResult:
-    """Train ``student`` in place; it ends in eval mode with the weights that did best on the held-out batches.
+    """Train ``student`` in place; it ends in eval mode with the weights that did best on the batches that choose.
 
     Raises LillamaError when the loss is not a finite number.
     """
@@ -163,10 +170,10 @@ def distill_block(
     if options.mode == "teacher+student":
         followed.append(data.student)
 
-    def held_out() -> tuple[float, float]:
+    def evaluate(batches: list[int]) -> tuple[float, float]:
         total, wrong, size = 0.0, 0.0, 0.0
         with torch.no_grad():
-            for batch in data.held_out:
+            for batch in batches:
                 loss, out = loss_of(batch, data.student)
                 target = data.targets[batch].to(out.device)
                 mask = mask_of(batch)
@@ -179,10 +186,10 @@ def distill_block(
                 f"the loss of block {block.name} is not finite: its activations overflow;"
                 " try --loss sensitivity or --dtype float32"
             )
-        return total / len(data.held_out), wrong / max(size, 1e-30)
+        return total / len(batches), wrong / max(size, 1e-30)
 
     student.eval()
-    before, error_before = held_out()
+    before, error_before = evaluate(data.report)
     parameters = trained_parameters(student, options.train)
     if options.steps == 0 or not parameters:
         return BlockResult(before, before, error_before, error_before, 0, 0)
@@ -195,9 +202,9 @@ def distill_block(
     )
     generator = torch.Generator().manual_seed(options.seed)
     order = _batches(data, options, generator)
-    best, best_error, kept_step = before, error_before, 0
+    best, kept_step = evaluate(data.choose)[0], 0
     kept = [p.detach().clone() for p in parameters]
-    # Looking at the held-out rows costs a forward pass of them; a few looks are enough.
+    # Each evaluation costs a forward pass of the rows that choose; a few are enough.
     eval_steps = {round(options.steps * part) for part in (0.5, 0.75, 1.0)}
     for step in range(options.steps):
         factor = learning_rate_factor(step, options.steps, options.warmup, options.schedule)
@@ -214,20 +221,21 @@ def distill_block(
             nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimizer.step()
         if step + 1 in eval_steps:
-            now, error = held_out()
+            now, _ = evaluate(data.choose)
             if now < best:
-                best, best_error, kept_step = now, error, step + 1
+                best, kept_step = now, step + 1
                 for saved, parameter in zip(kept, parameters, strict=True):
                     saved.copy_(parameter.detach())
     for saved, parameter in zip(kept, parameters, strict=True):
         parameter.data.copy_(saved)
     student.requires_grad_(False)
-    return BlockResult(before, best, error_before, best_error, options.steps, kept_step)
+    after, error_after = (before, error_before) if kept_step == 0 else evaluate(data.report)
+    return BlockResult(before, after, error_before, error_after, options.steps, kept_step)
 
 
 def _batches(data: BlockData, options: TrainingOptions, generator: torch.Generator) -> list[int]:
     """The batch for each step: every training batch once an epoch, in an order drawn anew each time."""
-    held = set(data.held_out)
+    held = {*data.choose, *data.report}
     training = [i for i in range(len(data.targets)) if i not in held]
     order: list[int] = []
     while len(order) < options.steps:

@@ -1,4 +1,4 @@
-"""What an initialiser gets and gives: factors of a map at any rank, and what each component is worth."""
+"""The interface of an initialiser: from a weight and its statistics to factors of any rank, and a spectrum."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lillama_core.strategies import Strategy
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """What was seen of a map in the dense model.
+    """Statistics of a map of the dense model.
 
     ``inputs`` is G = E[x x^T] [in, in] over the calibration tokens. With g the gradient of the model's loss at the
     map's output and F = E[g g^T], ``gradients`` is F [out, out] when out <= in, else W^T F W [in, in], which is smaller
-    and all that is needed then; ``gradient_scale`` is the mean diagonal of F. None where nobody asked for it, or where
-    no row came by. ``rows`` is the number of rows that reach the map in one row of calibration data, ``center`` is
-    E[x] [in]. A map that ``has_bias`` can make up for an error that is the same for all inputs.
+    and all that is needed then; ``gradient_scale`` is the mean diagonal of F. ``center`` is E[x] [in]. Tensors that
+    were not asked for, or of a map that no row reached, are None. ``rows`` is the number of rows that reach the map in
+    one row of calibration data. A map that ``has_bias`` can absorb an error that is the same for all inputs.
     """
 
     inputs: torch.Tensor | None = None
@@ -49,8 +49,8 @@ class Decomposition:
     right: torch.Tensor
     on_outputs: bool
     center: torch.Tensor | None = None
-    """Inputs [in] at which the map with factors shall give what the dense one gives: what is lost there goes into the
-    bias, if the map has one; None: the bias stays."""
+    """Input [in], the mean of all, at which the factored map shall equal the dense one: the difference goes into the
+    bias, if the map has one. None: leave the bias."""
 
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [out, rank], A [rank, in]) in fp32 for W [out, in], with columns of B and rows of A of equal norm."""
@@ -84,11 +84,11 @@ class Initializer(Strategy, ABC):
     needs_inputs: bool = False
     needs_gradients: bool = False
     corrects: bool = False
-    """Whether a map that makes up for losses elsewhere may stand in W's place, see `lillama_core.correction`."""
+    """Whether W may be replaced by a corrected map, see `lillama_core.distillation.correction`, and decomposed then."""
 
     @abstractmethod
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
-        """Take W [out, in] apart, in the light of ``statistics``."""
+        """Decompose W [out, in], weighted by ``statistics``, so that factors of every rank can be sliced."""
 
     def factors(
         self, weight: torch.Tensor, rank: int, decomposition: Decomposition, generator: torch.Generator

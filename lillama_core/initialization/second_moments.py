@@ -48,7 +48,7 @@ class FisherOptions(WhitenedOptions):
 def root(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Lower Cholesky factor (fp64) of a second moment [d, d] with a ridge of ``damping`` times its mean diagonal.
 
-    A moment without any energy (a map that no token reached) becomes the identity, so that the weights alone decide.
+    A moment of trace zero (of a map that no token reached) becomes the identity, so that the weights alone decide.
     Rounding can leave a moment slightly indefinite: the ridge grows tenfold until the factor exists.
     """
     moment = moment.double()
@@ -148,6 +148,6 @@ class Fisher(Whitened):
 
 
 def descending_eigenpairs(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues, largest first, and their eigenvectors as columns; rounding's asymmetry is averaged away."""
-    squared_singular_values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
-    return squared_singular_values.flip(0), vectors.flip(1)
+    """Return the eigenvalues [d] of a symmetric matrix, largest first, and their eigenvectors as columns [d, d]."""
+    eigenvalues, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    return eigenvalues.flip(0), vectors.flip(1)

@@ -1,4 +1,4 @@
-"""Files of weights from strangers: what they claim of themselves, checked before anything is made of it."""
+"""Check untrusted weight files: what their headers claim is compared with the file before anything is read."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,9 @@ from torch import nn
 
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.models.source import QUANT_METHOD, ModelSource
+from lillama_core.models.transformers_adapter import detach_quantizer, from_config
 from lillama_core.models.unclaimed import no_plugin
+from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
@@ -71,13 +72,7 @@ def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool 
     """The model without weights, on the meta device: shapes and names only."""
     try:
         with torch.device("meta"):
-            found = auto_class(architecture)
-            # An auto class, or a model's own.
-            model: nn.Module = (
-                found.from_config(config, trust_remote_code=trust_remote_code)
-                if hasattr(found, "from_config")
-                else found._from_config(config)
-            )
+            model = from_config(auto_class(architecture), config, trust_remote_code)
     except Exception as error:
         raise UserError(f"cannot build a {config.model_type!r} model from its config: {one_line(error)}") from None
     tie = getattr(model, "tie_weights", None)
@@ -113,13 +108,9 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises UserError when it cannot load."""
     import transformers
 
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
     try:
         # Its bars for the conversion of GGUF have no switch.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             model: Any
             model, notes = auto_class(architecture).from_pretrained(
                 source.location,
@@ -132,8 +123,6 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load model {source.spec!r}: {one_line(error)}") from None
-    finally:
-        logger.setLevel(level)
     # transformers would fill them with random numbers.
     absent = sorted(set(notes["missing_keys"]) & {name for name, _ in model.named_parameters()})
     named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
@@ -150,12 +139,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
             f"model {source.spec!r} has {len(dropped)} weights that would be dropped, such as {dropped[0]}{other}"
         )
     if source.gguf_file is not None:
-        # The weights are plain numbers now; transformers would otherwise refuse to save them.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model._weight_conversions = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        detach_quantizer(model)
     model.eval().requires_grad_(False)
     architecture.adapt(model)
     return model

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pick the tensor that matters out of what a model of transformers returns."""
 
 from __future__ import annotations
 

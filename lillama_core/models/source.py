@@ -1,4 +1,4 @@
-"""TODO."""
+"""Tell where a model is: a GGUF file, a directory, another program's checkpoint or a name on the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 
 from lillama_core.data.modality import modality_of
 from lillama_core.data.sources import Source
+from lillama_core.errors import one_line
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import StrategyChoice
@@ -70,7 +70,7 @@ def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> No
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
-            chosen=chosen_by_held_out(record),
+            parts=part_rows(record),
             whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
@@ -131,11 +131,11 @@ def reproduce_command(record: RunRecord, prepared: CompressionSpec) -> str:
     """The command line that repeats the run, given the recipe file."""
     source = prepared.source
     model = (source.gguf_file or source.short_name) if source.is_local else record.model
-    parts = ["lillama", "compress", one_line(model), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
+    parts = ["lillama", "compress", one_line(model, None), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
     if getattr(prepared.config, "model_type", None) not in prepared.architecture.model_types:
         parts += ["--architecture", record.architecture]
     if record.tokenizer is not None:
-        parts += ["--tokenizer", one_line(public_name(record.tokenizer))]
+        parts += ["--tokenizer", one_line(public_name(record.tokenizer), None)]
     if source.trust_remote_code:
         parts.append("--trust-remote-code")
     return shlex.join(parts)
@@ -165,14 +165,9 @@ def hub_datasets(record: RunRecord) -> list[str]:
     return sorted({s["dataset"] for s in sources if s.get("kind") == "dataset"})
 
 
-def one_line(text: Any) -> str:
-    """``text`` without line breaks and other control characters."""
-    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(text)).strip()
-
-
 def code(text: Any) -> str:
     """``text`` as a Markdown code span, where no HTML, link or table cell can begin."""
-    inside = one_line(text).replace("`", "'").replace("|", "\\|")
+    inside = one_line(text, None).replace("`", "'").replace("|", "\\|")
     return f"`{inside}`" if inside else ""
 
 
@@ -275,13 +270,19 @@ def size_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     return [(c.label, exactly(c, c.before), exactly(c, c.after), signed_percent(c.ratio - 1)) for c in changes(record)]
 
 
-def chosen_by_held_out(record: RunRecord) -> str:
-    """What was chosen by the rows that fidelity is measured on, in words; empty: nothing."""
-    choices = {
-        "the checkpoint of each block": record.recipe.get("steps"),
-        "how much of its correction each block took": record.recipe.get("correction_tokens"),
+def part_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
+    """What each part of the calibration rows served, how many rows it has, and its hash."""
+    served = {
+        "fit": "statistics, training and correction",
+        "choose": "choosing checkpoints and the size of a correction",
+        "report": "the numbers under Fidelity; nothing was chosen by them",
     }
-    return " and ".join(name for name, made in choices.items() if made)
+    parts = record.data.get("parts", {})
+    return [
+        (name, what, f"{parts[name]['rows']:,}", f"`{parts[name]['sha256'][:16]}`" if parts[name]["rows"] else "")
+        for name, what in served.items()
+        if name in parts
+    ]
 
 
 def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -362,7 +363,7 @@ def _what(source: Mapping[str, Any]) -> str:
         return "text sampled from the dense model"
     if kind == "dataset":
         details = (source.get("dataset"), source.get("config"), source.get("split"))
-        return "dataset " + ", ".join(one_line(d) for d in details if d)
+        return "dataset " + ", ".join(one_line(d, None) for d in details if d)
     return f"{kind} file"
 
 

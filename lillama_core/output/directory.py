@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import TRUST
 from lillama_core.system.files import write_json, write_tensors
 from lillama_core.system.progress import Progress
+from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
     from lillama_core.pipeline.spec import CompressionSpec
@@ -41,13 +41,8 @@ def write_result(
     targets = target_entries(prepared.all_blocks, plan)
     model.config.dtype = next(model.parameters()).dtype
     attach(model, LillamaConfig(targets))
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet():
         model.save_pretrained(str(result))
-    finally:
-        logger.setLevel(level)
     modality = modality_of(prepared.architecture)
     modality.save_processor(processor, result)
     record.bytes = {
@@ -65,7 +60,7 @@ def write_result(
 
 
 def published(record: RunRecord) -> dict[str, Any]:
-    """The record as strangers may read it: local models and files by name, without their folders."""
+    """Return the record as it is published: local models and files by name, without their folders."""
     data = dict(record.data)
     data["sources"] = {
         public_name(name): {k: public_name(v) if k == "path" else v for k, v in description.items()}
@@ -90,7 +85,7 @@ def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs, trus
         expected = main_output(model(**as_dtype(inputs, next(model.parameters()).dtype))).float()
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
-    # -P: files of the working directory, which may be a stranger's model, are not to be taken for modules.
+    # -P: files of the working directory, which may be an untrusted model, are not to be taken for modules.
     command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
     if trust_remote_code:
         command.append(TRUST)

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.block import Block
 from lillama_core.errors import LillamaError
 from lillama_core.models.source import QUANT_METHOD
+from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, weight_renaming
 from lillama_core.strategies import get, make, names
 from lillama_registry import registry
 
@@ -34,11 +33,11 @@ class TargetConfig:
     kind: str
     format: str
     ranks: Mapping[str, int]
-    """By the map's name within the site; empty for a site's only map."""
+    """By the map's name within its target; empty for the only map of a target."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> TargetConfig:
-        """Check an entry of a stranger's config; raises LillamaError."""
+        """Check an entry of an untrusted config; raise LillamaError for one that is not valid."""
         if not isinstance(entry, Mapping) or set(entry) not in (
             {"kind", "format", "rank"},
             {"kind", "format", "ranks"},
@@ -65,7 +64,7 @@ class TargetConfig:
 
 
 def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
-    """The config's entry of every site that a plan makes low rank, by the path of its module."""
+    """Return the config's entry of every target that a plan makes low rank, by the path of its module."""
     found: dict[str, dict[str, Any]] = {}
     for block in blocks:
         for target in block.targets:
@@ -82,7 +81,7 @@ def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[st
 
 
 def joined(path: str, local: str) -> str:
-    """The path of a map from the path of its site."""
+    """Return the path of a map from the path of its target."""
     return f"{path}.{local}" if local else path
 
 
@@ -167,7 +166,7 @@ def own_path(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
+def renamings(model: nn.Module, config: LillamaConfig) -> list[Any]:
     """From the names on disk to those in memory, where they differ."""
     found = []
     prefix = str(getattr(model, "base_model_prefix", ""))
@@ -180,7 +179,7 @@ def renamings(model: nn.Module, config: LillamaConfig) -> list[WeightRenaming]:
             if path == f"{prefix}.{name}":
                 # transformers adds the prefix to names on disk after they are renamed.
                 pairs = [(a.removeprefix(f"{prefix}."), b.removeprefix(f"{prefix}.")) for a, b in pairs]
-            found += [WeightRenaming(*pair) for pair in pairs]
+            found += [weight_renaming(*pair) for pair in pairs]
     return found
 
 
@@ -209,18 +208,11 @@ def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
 
 def attach(model: Any, config: LillamaConfig) -> None:
     """Tell transformers that ``model``, whose modules are low rank already, is a compressed one: it can be saved."""
-    quantizer = LillamaHfQuantizer(config, pre_quantized=True)
-    model.quantization_method = QUANT_METHOD
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = config
-    # What loading would have found out: how the names in memory differ from those on disk.
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    model._weight_conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer, add_legacy=False)
+    attach_quantizer(model, LillamaHfQuantizer(config, pre_quantized=True), config)
 
 
 def register() -> None:
     """Make the format known to transformers; calling it again does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if not is_registered(QUANT_METHOD):
         register_quantization_config(QUANT_METHOD)(LillamaConfig)
         register_quantizer(QUANT_METHOD)(LillamaHfQuantizer)

@@ -1,4 +1,4 @@
-"""What happened in a run: the numbers that go into lillama.json, the card and the report."""
+"""The record of a run: the numbers that go into lillama.json, the card and the report."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RunRecord:
     dtype: str = "float32"
     plan: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
-    """What the energies of each map counted for when ranks were shared out, by its path."""
+    """Path of a map -> the factor on its squared singular values when the ranks were allocated."""
     rows_seen: dict[str, float] = field(default_factory=dict)
     """How many rows of the calibration data reached each expert's map."""
     shapes: dict[str, list[int]] = field(default_factory=dict)

@@ -6,17 +6,16 @@ The plots are inline SVG. All that comes from a model or a recipe is escaped, by
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lillama_core.allocation.plan import rank_range
+from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.output.card import (
     Change,
     changes,
-    chosen_by_held_out,
     cost_rows,
     count,
     duration,
@@ -128,7 +127,6 @@ def write_report(result: Path, record: RunRecord) -> None:
             size_plot=size_plot,
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
-            chosen=chosen_by_held_out(record),
             recipe=recipe_rows(record),
             data=record.data,
             sources=source_rows(record),
@@ -148,7 +146,7 @@ def verdict(record: RunRecord) -> str:
     before, after = found.get("perplexity_before"), found.get("perplexity_after")
     if before is None or after is None:
         return parameters
-    return f"{parameters}; perplexity on held-out rows {number(before)} → {number(after)}"
+    return f"{parameters}; perplexity on rows that chose nothing {number(before)} → {number(after)}"
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -193,7 +191,7 @@ def stacks(record: RunRecord) -> list[Stack]:
     crowded = {s.name for s in found.values() if len({m[2] for m in maps if m[0] is s}) > MOST_ROWS}
     format_ = make("formats", record.plan["format"])
     for stack, position, inner, name, out, in_ in maps:
-        row = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner) if stack.name in crowded else inner
+        row = kind_of(inner) if stack.name in crowded else inner
         rank = record.plan["ranks"].get(name)
         kept = out * in_ if rank is None else format_.parameters(out, in_, rank)
         stack.cells.setdefault(row, {}).setdefault(position, Cell()).add(rank, out * in_, kept)
@@ -291,7 +289,7 @@ def _training(stack: Stack) -> Figure:
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new_figure(WIDTH, 3.2)
-    panels = (("loss", "held-out loss"), ("error", "relative squared error of the output"))
+    panels = (("loss", "loss on rows that chose nothing"), ("error", "relative squared error of the output"))
     handles: list[Any] = []
     for column, (key, title) in enumerate(panels):
         axes = figure.add_subplot(1, 2, column + 1)

@@ -1,6 +1,6 @@
 """The directory of a run that is not finished: everything needed to go on after a kill.
 
-``DIR.partial`` holds the fingerprint of the run, the profile and one file for each finished block. Every file is
+``DIR.partial`` holds the fingerprint of the run, the decompositions and one file for each finished block. Every file is
 written under another name and renamed, so that what exists is complete. DIR itself appears by rename, complete.
 """
 
@@ -82,9 +82,9 @@ class RunDirectory:
             raise UserError(f"{partial}, where the unfinished run would be, is a file")
         # File managers and network file systems leave theirs wherever somebody looks.
         left = {e.name for e in self.path.iterdir() if not e.name.startswith((".DS_Store", "Thumbs.db", ".nfs"))}
-        if strangers := sorted(left - OWN_ENTRIES):
+        if unknown := sorted(left - OWN_ENTRIES):
             raise UserError(
-                f"{partial}, where the unfinished run would be, holds {strangers[0]!r}, which lillama did not write"
+                f"{partial}, where the unfinished run would be, holds {unknown[0]!r}, which lillama did not write"
             )
         if not (overwrite or resume):
             if self._is_locked():

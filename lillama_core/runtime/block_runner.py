@@ -1,4 +1,4 @@
-"""TODO."""
+"""Running single blocks, with the arguments that the model gives them played back."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ class BlockRunner:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
+    def inputs(self, block: Block, batch: int) -> BlockInputs:
+        """The arguments of ``block`` for ``batch`` besides the hidden states."""
+        return self.calls[batch][block.index]
+
     def __call__(self, module: nn.Module, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output in fp32 for the hidden states of ``batch`` [rows, length, width]."""
         call = self.calls[batch][block.index]
@@ -86,11 +90,6 @@ class BlockRunner:
                 " rounding of its factors, are too large for the arithmetic"
             )
         return self.architecture.between_blocks(block.index, out.float())
-
-    def over(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The block's outputs for every batch of a stream, without gradients."""
-        with torch.no_grad():
-            return [self(module, block, i, hidden).to(hidden.device) for i, hidden in enumerate(stream)]
 
     def advance(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> None:
         """Replace every batch of a stream by the block's output for it: one stream in memory, not two."""

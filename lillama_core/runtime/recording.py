@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lillama_core.data.modality import Inputs, Samples
+from lillama_core.data.modality import Inputs
 from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner, share_equal
 from lillama_core.runtime.harness import StackHarness
@@ -33,17 +33,21 @@ class Recorder:
     autocast_dtype: torch.dtype | None
     """Of matrix products; None: fp32."""
 
-    def record(self, parent: StackHarness, batches: Sequence[Samples]) -> RecordedInputs:
-        """The arguments of all blocks for every batch, and the hidden states that enter the first.
+    def record(
+        self,
+        harness: StackHarness,
+        batches: Sequence[Inputs],
+        upstream: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    ) -> RecordedInputs:
+        """Record the arguments of all blocks for every batch, and the hidden states that enter the first.
 
-        Where a batch says what the earlier stacks give, and these blocks get nothing else of them, they are not run.
+        ``upstream`` gives by batch what the last blocks of all earlier stacks give: these are not run then.
         """
         calls: list[list[BlockInputs]] = []
         stream: list[torch.Tensor] = []
-        for batch in batches:
-            earlier = [batch.outputs[p.stack] for p in parent.earlier if p.stack in batch.outputs]
-            known = parent.depends_only_on_upstream_output and len(earlier) == len(parent.earlier)
-            hidden, found = self._record(parent, batch.inputs, earlier if known else ())
+        for index, inputs in enumerate(batches):
+            earlier = [upstream[below.stack][index] for below in harness.earlier] if upstream else ()
+            hidden, found = self._record(harness, inputs, earlier)
             calls.append(share_equal(calls[-1] if calls else None, found))
             stream.append(hidden.cpu())
         return calls, stream
@@ -70,7 +74,7 @@ class Recorder:
         """
         # Two rows: what a block is given besides the hidden states may depend on their number.
         short = {k: v[:2] for k, v in self.on_device(inputs).items()}
-        calls, stream = self.record(parent, [Samples(short)])
+        calls, stream = self.record(parent, [short])
         runner = self.runner(calls)
 
         expected = self.stack_output(parent, short, source)

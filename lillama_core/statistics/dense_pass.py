@@ -6,34 +6,28 @@ import torch
 
 from lillama_core.architecture.blocks import Block
 from lillama_core.initialization import Initializer, MapStatistics
-from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.weight_source import WeightSource
-from lillama_core.statistics.moments import Masks
 from lillama_core.statistics.observers import InputObserver, map_statistics
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.memory import release_memory
 from lillama_core.system.progress import Progress
 
 
-def profile_blocks(
+def decompose_blocks(
     blocks: list[Block],
     source: WeightSource,
-    runner: BlockRunner,
-    stream: list[torch.Tensor],
+    activations: StackActivations,
     initializer: Initializer,
-    masks: list[Masks],
     store: DecompositionStore,
     progress: Progress,
 ) -> None:
-    """Decompose every map of ``blocks`` into ``profile``.
+    """Decompose every map of ``blocks`` into ``store``, which holds what the sensitivity pass found, if it ran.
 
-    ``stream`` enters the first block, and is in the end what leaves the last one, if the initializer looks at inputs.
-
-    ``masks`` say for each batch which positions count.
-
-    ``profile`` holds what the sensitivity pass found, if it ran. Blocks that it has decomposed already are only
-    passed through, for the sake of the stream.
+    The stream of ``activations`` enters the first block, and is in the end what leaves the last one, if the initialiser
+    looks at inputs. Blocks that are decomposed already are only passed through, for the sake of the stream.
     """
+    runner, stream = activations.runner, activations.hidden
     progress.phase("Statistics of the dense blocks", len(blocks))
     # Decompositions are done in fp64, which not every accelerator has.
     device = runner.device if runner.device.type == "cuda" else torch.device("cpu")
@@ -45,7 +39,8 @@ def profile_blocks(
         if initializer.needs_inputs:
             with torch.no_grad(), observer.observe(module):
                 for index, hidden in enumerate(stream):
-                    observer.next_batch(masks[index])
+                    call = runner.inputs(block, index)
+                    observer.next_batch(activations.masks[index], (call.args, call.kwargs))
                     stream[index] = runner(module, block, index, hidden).to(hidden.device)
         if not done:
             seen = store.gradients(block)

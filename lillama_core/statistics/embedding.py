@@ -1,4 +1,4 @@
-"""TODO."""
+"""What the factors of the token embedding are chosen by; the formulas are in `architecture.targets.embedding`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lillama_core.architecture.targets.embedding import EmbeddingTarget, is_embedding
+from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.embedding import EmbeddingTarget, embedding_target, is_embedding
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.data.modality import Samples
-from lillama_core.initialization import MapStatistics
+from lillama_core.initialization import Initializer, MapStatistics
+from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.statistics.store import DecompositionStore
 
 
 class EmbeddingObserver:
@@ -27,6 +30,11 @@ class EmbeddingObserver:
         self.entry = SecondMoment()
         """S, of the gradients at the entry of the first block."""
         self._squares = 0.0
+
+    @classmethod
+    def of(cls, block: Block) -> EmbeddingObserver:
+        """The observer of what `embedding_block` gave."""
+        return cls(embedding_target(block))
 
     @contextlib.contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
@@ -66,6 +74,18 @@ class EmbeddingObserver:
     def _add_squares(self, gradient: torch.Tensor) -> None:
         self._squares += gradient.float().square().sum().item()
 
+    def decompose(
+        self, block: Block, model: nn.Module, data: Samples, initializer: Initializer, store: DecompositionStore
+    ) -> None:
+        """Decompose the table of ``block`` into ``store``; ``data`` are the rows whose tokens are counted."""
+        (map_,) = block.maps
+        weight = self.target.weight(model, map_)
+        statistics = self.statistics(weight, data)
+        # Decompositions are done in fp64, which not every accelerator has.
+        device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        found = initializer.decompose(weight.to(device), statistics.to(device))
+        store.save(block, {map_.name: found}, None, {})
+
     def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
         """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""
         # A gradient at a row that is multiplied on its way in counts as often at the table's.
@@ -80,7 +100,7 @@ class EmbeddingObserver:
         for name, ids in data.inputs.items():
             if name.endswith("input_ids"):
                 # Padding is looked up as well, and matters to nothing.
-                rows, counts = flat_rows(ids[..., None].cpu(), tuple(data.masks.values()))
+                rows, counts = flat_rows(ids[..., None].cpu(), _masks_of(name, data))
                 counts = torch.ones(len(rows)) if counts is None else counts.float()
                 frequency += torch.bincount(rows[:, 0], counts, map_.out_features)[: map_.out_features]
         tokens = frequency.sum().item()
@@ -91,3 +111,11 @@ class EmbeddingObserver:
             moment = (moment + self.gradients.mean().to(weight.device)) / 2
             scale = (scale + self._squares / self.inputs.count / map_.out_features) / 2
         return MapStatistics(inputs, moment, scale, tokens / max(1, len(data)))
+
+
+def _masks_of(name: str, data: Samples) -> StackMasks:
+    """The masks of the stack that reads the tokens called ``name``: ``decoder_input_ids`` are the decoder's."""
+    stack = next((stack for stack in data.masks if name.startswith(stack)), None)
+    own = None if stack is None else data.masks[stack]
+    others = tuple(mask for other, mask in data.masks.items() if not any(n.startswith(other) for n in data.inputs))
+    return StackMasks(own, () if own is not None else others)

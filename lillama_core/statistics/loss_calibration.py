@@ -20,15 +20,11 @@ from torch import nn
 
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block
-from lillama_core.data.modality import Samples
 from lillama_core.evaluation.fidelity import measure_fidelity
 from lillama_core.initialization import Decomposition
-from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import WeightSource
-
-PARTS = 10
-"""Runs of blocks of a stack that are measured apart, each with as many blocks as the others or one more."""
 
 ByMap = Mapping[str, float]
 """A number for maps of a block, by the names that they have there."""
@@ -40,13 +36,10 @@ Ranks = Mapping[str, int]
 class Ablation:
     """A stack of the dense model in which maps are made low rank for a while, and a few rows to see what it does."""
 
-    parent: StackHarness
+    harness: StackHarness
     source: WeightSource
-    runner: BlockRunner
-    """Holds the calls of ``batches``."""
-    batches: Sequence[Samples]
-    stream: Sequence[torch.Tensor]
-    """What enters the first block for each batch."""
+    activations: StackActivations
+    """What enters the stack for the rows; its stream stays as it is."""
     low_rank: Callable[[Block, Ranks], nn.Module]
     """A dense block with untrained factors of these ranks."""
 
@@ -57,7 +50,9 @@ class Ablation:
         stream = list(stream)
         for block in blocks:
             mine = ranks.get(block.name)
-            self.runner.advance(self.low_rank(block, mine) if mine else self.source.block(block), block, stream)
+            self.activations.runner.advance(
+                self.low_rank(block, mine) if mine else self.source.block(block), block, stream
+            )
         return stream
 
     def cost(self, dense: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> float:
@@ -65,31 +60,35 @@ class Ablation:
 
         Of outputs that are no predictions the relative error, which is as good for comparing parts of one model.
         """
-        held = list(zip(self.batches, dense, changed, strict=True))
-        found = measure_fidelity(self.parent, held, self.runner.autocast_dtype, {})
+        held = list(zip(self.activations.batches, dense, changed, strict=True))
+        found = measure_fidelity(self.harness, held, self.activations.runner.autocast_dtype, {})
         if found["divergence"] is None:
             return float(found["relative_error"])
-        return float(2 * found["divergence"] * found["tokens"] / sum(len(batch) for batch in self.batches))
+        return float(2 * found["divergence"] * found["tokens"] / sum(len(batch) for batch in self.activations.batches))
 
 
 def measure_scales(
-    trial: Ablation, ranks: Mapping[str, Ranks], left_out: Mapping[str, ByMap], report: Callable[[str], None]
+    ablation: Ablation,
+    ranks: Mapping[str, Ranks],
+    left_out: Mapping[str, ByMap],
+    parts: int,
+    report: Callable[[str], None],
 ) -> dict[str, float]:
     """What the energies of each map of a stack count for, by its path.
 
-    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. ``report`` hears what has been
-    measured.
+    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. At most ``parts`` runs of blocks
+    are measured apart. ``report`` hears what has been measured.
     """
-    blocks = trial.parent.blocks
-    dense = trial.advance(trial.stream, blocks, {})
-    entering, rest = trial.stream, blocks
+    blocks = ablation.harness.blocks
+    dense = ablation.advance(ablation.activations.hidden, blocks, {})
+    entering, rest = ablation.activations.hidden, blocks
     measured: list[tuple[Sequence[Block], float, float]] = []
-    for part in parts_of(blocks, PARTS):
+    for part in parts_of(blocks, parts):
         low = {block.name: ranks[block.name] for block in part if block.name in ranks}
-        cost = trial.cost(dense, trial.advance(entering, rest, low)) if low else 0.0
+        cost = ablation.cost(dense, ablation.advance(entering, rest, low)) if low else 0.0
         measured.append((part, cost, sum(sum(left_out[name].values()) for name in low)))
         rest = rest[len(part) :]
-        entering = trial.advance(entering, part, {}) if rest else entering
+        entering = ablation.advance(entering, part, {}) if rest else entering
         report(part[-1].name)
     typical = safe_ratio(sum(cost for _, cost, _ in measured), sum(predicted for _, _, predicted in measured), 1.0)
     of_block = {
@@ -100,7 +99,9 @@ def measure_scales(
     for kind in kinds_of(ranks):
         low = {name: {n: r for n, r in mine.items() if kind_of(n) == kind} for name, mine in ranks.items()}
         expected = sum(of_block[name] * left_out[name][n] for name, mine in low.items() for n in mine)
-        of_kind[kind] = safe_ratio(trial.cost(dense, trial.advance(trial.stream, blocks, low)), expected, 1.0)
+        of_kind[kind] = safe_ratio(
+            ablation.cost(dense, ablation.advance(ablation.activations.hidden, blocks, low)), expected, 1.0
+        )
         report(kind)
     return {
         block.full_name(map_): of_block[block.name] * of_kind.get(kind_of(map_.name), 1.0)

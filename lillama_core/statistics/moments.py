@@ -1,13 +1,10 @@
-"""TODO."""
+"""Second moments of rows, accumulated batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-Masks = Sequence[torch.Tensor]
-"""Weights of the positions of hidden streams [rows, length]; which stream a tensor follows shows in its shape."""
+from lillama_core.runtime.masks import StackMasks
 
 
 class SecondMoment:
@@ -64,13 +61,11 @@ class SecondMoment:
         return (upper + upper.triu(1).T) / self.count
 
 
-def flat_rows(tensor: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``tensor`` [..., d] as rows [n, d], and their weights [n] when one of ``masks`` has its leading shape."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    for mask in masks:
-        if tensor.shape[:-1] == mask.shape or (tensor.dim() == 2 and len(rows) == mask.numel()):
-            return rows, mask.reshape(-1).to(rows.device)
-    return rows, None
+def flat_rows(
+    tensor: torch.Tensor, masks: StackMasks, reads_upstream: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``tensor`` [..., d] as rows [n, d], and what each counts for [n]; see `StackMasks.weights`."""
+    return tensor.reshape(-1, tensor.shape[-1]), masks.weights(tensor, reads_upstream)
 
 
 def weighted_average(values: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import TargetModule
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.initialization import MapStatistics
-from lillama_core.statistics.moments import Masks, SecondMoment, blend, flat_rows, weighted_average
+from lillama_core.runtime.masks import StackMasks, upstream_tensors
+from lillama_core.statistics.moments import SecondMoment, blend, flat_rows, weighted_average
 
 
 class InputObserver:
@@ -24,11 +26,12 @@ class InputObserver:
         self._leader: dict[str, str] = {}
         self._averages: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[str, torch.Tensor]] = []
-        self._masks: Masks = ()
+        self._masks = StackMasks()
+        self._upstream: set[int] = set()
 
     @contextlib.contextmanager
     def observe(self, module: nn.Module) -> Iterator[None]:
-        """While open, every call of ``module``'s sites is observed."""
+        """While open, every call of ``module``'s targets is observed."""
         with contextlib.ExitStack() as stack:
             for target in self.block.targets:
                 stack.enter_context(target.observe(module, on_input=self._observe))
@@ -37,10 +40,14 @@ class InputObserver:
             finally:
                 self._seen.clear()
 
-    def next_batch(self, masks: Masks = ()) -> None:
-        """Forget the tensors of the batch before: what follows cannot share with them. ``masks`` are its own."""
+    def next_batch(self, masks: StackMasks | None = None, arguments: Any = ()) -> None:
+        """Forget the tensors of the batch before: what follows cannot share with them.
+
+        ``masks`` and the block's other ``arguments`` are those of the batch that follows.
+        """
         self._seen.clear()
-        self._masks = masks
+        self._masks = masks or StackMasks()
+        self._upstream = upstream_tensors(arguments)
 
     def _observe(self, map_: TargetLinear, tensor: torch.Tensor) -> None:
         # The first call decides which maps read one tensor; only the first of them accumulates.
@@ -49,7 +56,9 @@ class InputObserver:
         if leader == name:
             self._seen.append((name, tensor))
             self._averages.clear()
-            self.moments.setdefault(name, SecondMoment()).add(*flat_rows(tensor, self._masks))
+            self.moments.setdefault(name, SecondMoment()).add(
+                *flat_rows(tensor, self._masks, tensor.data_ptr() in self._upstream)
+            )
 
     def count(self, name: str) -> float:
         """How many rows a map has seen."""
@@ -111,8 +120,19 @@ class GradientObserver:
         self.output = SecondMoment()
 
     @contextlib.contextmanager
-    def observe(self, module: nn.Module, masks: Masks = ()) -> Iterator[None]:
-        """While open, gradients that flow back through ``module``'s sites are observed."""
+    def observe(self, module: nn.Module, masks: StackMasks | None = None, arguments: Any = ()) -> Iterator[None]:
+        """While open, gradients that flow back through ``module``'s targets are observed.
+
+        ``masks`` and the block's other ``arguments`` are those of the batch that is run meanwhile.
+        """
+        upstream = upstream_tensors(arguments)
+        reading: set[str] = set()
+        positions = masks or StackMasks()
+
+        def note_input(map_: TargetLinear, tensor: torch.Tensor) -> None:
+            if tensor.data_ptr() in upstream:
+                reading.add(map_.name)
+
         with contextlib.ExitStack() as stack:
             for target in self.block.targets:
 
@@ -121,13 +141,16 @@ class GradientObserver:
                     if not output.requires_grad:
                         output.requires_grad_(True)
                     weight = target.weight(module, map_)
-                    output.register_hook(lambda g: self._observe(map_.name, g, weight, masks))
+                    reads_upstream = map_.name in reading
+                    output.register_hook(lambda g: self._observe(map_.name, g, weight, positions, reads_upstream))
 
-                stack.enter_context(target.observe(module, on_output=watch))
+                stack.enter_context(target.observe(module, on_input=note_input, on_output=watch))
             yield
 
-    def _observe(self, name: str, gradient: torch.Tensor, weight: torch.Tensor, masks: Masks) -> None:
-        rows, weights = flat_rows(gradient.detach().float(), masks)
+    def _observe(
+        self, name: str, gradient: torch.Tensor, weight: torch.Tensor, masks: StackMasks, reads_upstream: bool
+    ) -> None:
+        rows, weights = flat_rows(gradient.detach().float(), masks, reads_upstream)
         if weights is None:
             self.squares[name] += rows.square().sum().item()
         else:

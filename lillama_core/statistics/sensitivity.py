@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from lillama_core.architecture.blocks import Block
-from lillama_core.data.modality import Inputs, Samples
+from lillama_core.data.modality import Inputs
 from lillama_core.models.outputs import class_logits, main_output
-from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import WeightSource
 from lillama_core.statistics.moments import SecondMoment, flat_rows
@@ -58,27 +58,25 @@ def output_gradient(
 def measure_sensitivity(
     parent: StackHarness,
     source: WeightSource,
-    runner: BlockRunner,
-    batches: list[Samples],
-    stream: list[torch.Tensor],
+    activations: StackActivations,
     seed: int,
     progress: Progress,
     entry: SecondMoment | None = None,
 ) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
     """Second moments of the gradients for every block of the parent's stack, as named tensors.
 
-    They are given out block by block and forgotten, since together they are as large as the model. ``runner`` holds
-    the calls of ``batches``, and ``stream`` what enters the first block for each of them. Each block is run once more
-    with gradients, one at a time, so that memory is the blocks' inputs of one batch and the graph of one block.
-    ``entry`` gets the gradients at the entry of the first block.
+    They are given out block by block and forgotten, since together they are as large as the model. Each block is run
+    once more with gradients, one at a time, so that memory is the blocks' inputs of one batch and the graph of one
+    block. ``entry`` gets the gradients at the entry of the first block.
     """
+    runner = activations.runner
     blocks = parent.blocks
     observers = {block.name: GradientObserver(block) for block in blocks}
     generator = torch.Generator().manual_seed(seed)
-    progress.phase("Sensitivity of the predictions", len(batches) * len(blocks))
-    for index, batch in enumerate(batches):
-        inputs, masks = batch.inputs, tuple(batch.masks.values())
-        hidden = stream[index]
+    progress.phase("Sensitivity of the predictions", len(activations.batches) * len(blocks))
+    for index, batch in enumerate(activations.batches):
+        inputs, masks = batch.inputs, activations.masks[index]
+        hidden = activations.hidden[index]
         entering: list[torch.Tensor] = []
         with torch.no_grad():
             for block in blocks:
@@ -103,7 +101,8 @@ def measure_sensitivity(
             observer.output.add(*flat_rows(gradient, masks))
             module = source.block(block)
             hidden = entering.pop().to(runner.device).detach().requires_grad_(True)
-            with observer.observe(module, masks):
+            call = runner.inputs(block, index)
+            with observer.observe(module, masks, (call.args, call.kwargs)):
                 runner(module, block, index, hidden).backward(gradient)
             assert hidden.grad is not None
             gradient = hidden.grad

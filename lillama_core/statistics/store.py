@@ -1,4 +1,4 @@
-"""TODO."""
+"""Decompositions of all maps on disk, one file a block."""
 
 from __future__ import annotations
 

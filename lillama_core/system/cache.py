@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where lillama keeps what it can make or download again."""
 
 from __future__ import annotations
 

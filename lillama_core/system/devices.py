@@ -31,6 +31,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def exact_device(where: torch.device | torch.Tensor) -> torch.device:
+    """Return the device on which to compute in fp64 what is on ``where``: CUDA as it is, else the CPU.
+
+    Not every accelerator has fp64, Apple's MPS for one.
+    """
+    device = where.device if isinstance(where, torch.Tensor) else where
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def choose_autocast(compute: str, device: torch.device) -> torch.dtype | None:
     """Half precision for matrix products, or None for fp32 throughout."""
     if compute == "float32":

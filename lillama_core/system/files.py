@@ -1,4 +1,4 @@
-"""TODO."""
+"""Write files so that one which exists is complete, and read them back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Names of files."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import re
 
 
 def safe_file_stem(name: str) -> str:
-    """A block's name as part of a file name."""
+    """Return ``name`` as a part of a file name: runs of all but ASCII letters, digits, - and _ become one -."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name)

@@ -26,7 +26,7 @@ from lillama_core.distillation.training import trained_parameters
 from lillama_core.errors import LillamaError, one_line
 from lillama_core.models.loading import auto_class, count_parameters
 from lillama_core.models.outputs import main_output
-from lillama_core.pipeline.engine import Request, compress
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource

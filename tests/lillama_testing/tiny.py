@@ -165,8 +165,12 @@ def _materials(architecture: Architecture) -> Materials:
     return MATERIALS[name]
 
 
-def _write_tokenizer(folder: Path) -> dict[str, Any]:
-    """A byte-level BPE tokenizer of VOCABULARY tokens."""
+def byte_level_tokenizer(text: str, tokens: int, **special: str) -> Any:
+    """Return a byte-level BPE tokenizer of ``tokens`` tokens, trained on ``text``.
+
+    ``special`` are its special tokens by the argument that transformers has for them (``eos_token="</s>"``), the
+    first with id 0. None of them is added to a text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -174,13 +178,18 @@ def _write_tokenizer(folder: Path) -> dict[str, Any]:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
+        vocab_size=tokens,
+        special_tokens=list(special.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator([OFFLINE_TEXT.read_text(encoding="utf-8")[:20_000]], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(str(folder))
+    inner.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def _write_tokenizer(folder: Path) -> dict[str, Any]:
+    text = OFFLINE_TEXT.read_text(encoding="utf-8")[:20_000]
+    byte_level_tokenizer(text, VOCABULARY, bos_token="<s>", eos_token="</s>").save_pretrained(str(folder))
     return {}
 
 

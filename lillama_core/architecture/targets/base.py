@@ -1,4 +1,4 @@
-"""Sites: the modules that are swapped. A site lists its maps, reads and watches them, and takes their replacements."""
+"""The interface of a target: a module whose linear maps are listed, read, observed and replaced."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ OnRows = Callable[[TargetLinear, torch.Tensor], None]
 class TargetModule(ABC):
     """One module of a block with the maps that it holds, dense or low rank.
 
-    ``block`` in the methods is the module that the site's name starts from: a block, or a whole model when the
-    name is a path from there.
+    ``block`` in the methods is the module from which the target's name is a path: a block, or the whole model.
     """
 
     kind: str
-    """How the site is called in the config of a compressed model."""
+    """Name of this class of targets in the config of a compressed model."""
 
     def __init__(self, name: str, maps: tuple[TargetLinear, ...]) -> None:
         self.name = name
@@ -34,51 +33,51 @@ class TargetModule(ABC):
     @classmethod
     @abstractmethod
     def at(cls, name: str, module: nn.Module) -> TargetModule:
-        """The site for ``module``, dense or low rank already; raises LillamaError when it is of another kind."""
+        """Return the target for ``module``, dense or low rank already; raise LillamaError for one of another kind."""
 
     @abstractmethod
     def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
-        """W [out, in] of ``map_`` while dense, a view on the block's parameter."""
+        """Return W [out, in] of the dense map ``map_``, a view on the block's parameter where that is possible."""
 
     @abstractmethod
     def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
-        """The bias [out] added to the map's output, or None; dense or low rank."""
+        """Return the bias [out] of the map, dense or low rank, or None."""
 
     @abstractmethod
     def observe(
         self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """While open, the rows that each dense map multiplies are shown, and its outputs, as part of the graph.
+        """While open, pass the inputs of each dense map to ``on_input`` and its outputs to ``on_output``.
 
-        Maps that read the same tensor are shown the same object.
+        The tensors are part of the autograd graph. Maps that read the same tensor pass the same object.
         """
 
     @abstractmethod
     def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Put low-rank modules in the place of the maps named, which may be low rank already; others stay."""
+        """Put ``layers``, by map name, in the place of maps that are dense or low rank; leave all others."""
 
     @abstractmethod
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
-        """What ``put`` has put in the place of ``map_``."""
+        """Return the module that `replace` has put in the place of ``map_``."""
 
     @abstractmethod
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
-        """Names of tensors (on disk, in memory) that differ, as paths from ``block``.
+        """Return pairs of names (on disk, in memory) of the tensors whose names differ, as paths from ``block``.
 
         At least one name on disk must be that of a dense parameter whose shape is another, so that a loader which
         does not know the format stops with an error instead of filling the maps with random numbers.
         """
 
-    def check(self, format_: Format) -> None:  # noqa: B027  most sites take any format
-        """Raise UserError when the site's maps cannot be stored in ``format_``."""
+    def check(self, format_: Format) -> None:  # noqa: B027  most targets take any format
+        """Raise UserError when the maps cannot be stored in ``format_``."""
 
     def local_name(self, map_: TargetLinear) -> str:
-        """The map's name within its site; empty for the site's only map."""
+        """Return the map's name within its target; empty for the only map of a target."""
         return map_.name.removeprefix(self.name).removeprefix(".")
 
 
 def make_hook(map_: TargetLinear, on_input: OnRows | None, on_output: OnRows | None) -> Callable[..., None]:
-    """A forward hook for a module that multiplies its first input by ``map_``."""
+    """Return a forward hook for a module that multiplies its first input by ``map_``."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         if on_input is not None:

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.embedding_modules import (
     LowRankEmbedding,
     LowRankHead,
@@ -40,6 +40,7 @@ from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats.base import Format
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.models.transformers_adapter import tied_weights
 from lillama_core.runtime.modules import replace_module
 
 
@@ -145,7 +146,7 @@ def tied_paths(model: nn.Module, name: str) -> list[str]:
     """Paths of the modules whose weight is the same parameter as that of the module ``name``."""
     own = f"{name}.weight"
     names = {own}
-    ties = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+    ties = tied_weights(model)
     for _ in ties:
         names |= {n for pair in ties if names & set(pair) for n in pair}
     return sorted(n.removesuffix(".weight") for n in names - {own})
@@ -170,7 +171,7 @@ def embedding_block(model: nn.Module) -> Block:
 
 
 def embedding_target(block: Block) -> EmbeddingTarget:
-    """The only site of what `embedding_block` gave."""
+    """Return the only target of the block that `embedding_block` made."""
     (target,) = block.targets
     assert isinstance(target, EmbeddingTarget)
     return target

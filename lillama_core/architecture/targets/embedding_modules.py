@@ -1,4 +1,4 @@
-"""TODO."""
+"""Low-rank modules that take the place of a token embedding and of an output head tied to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lillama_core.formats.pivoted import InputPivotedLinear
 
 
 class PlainProjection(nn.Module):
-    """A [r, width] as it is."""
+    """The projection A [r, width], stored whole as ``down.weight``."""
 
     def __init__(self, layer: FactoredLinear) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ Projection = PlainProjection | PivotedProjection
 
 
 class LowRankEmbedding(nn.Module):
-    """Rows U[ids] A, times the factor that the dense module multiplies its rows by."""
+    """Look up rows s U[ids] A [..., width], where s is the factor that the dense module multiplies its rows by."""
 
     projection: Projection
 
@@ -72,7 +72,7 @@ class LowRankEmbedding(nn.Module):
 
 
 class LowRankHead(nn.Module):
-    """Logits (x A^T) U^T + bias of an output head that is tied to the embedding."""
+    """Compute the logits (x A^T) U^T + bias [..., vocabulary] of an output head tied to the embedding."""
 
     projection: Projection
 
@@ -87,7 +87,7 @@ class LowRankHead(nn.Module):
 
 
 def _hold(module: nn.Module, projection: Projection, owns: bool) -> None:
-    """The module that owns A lists its parameters; the others only refer to it, so that it is saved once."""
+    """Register A in the module that owns it; let the others refer to it only, so that it is saved once."""
     if owns:
         module.projection = projection
     else:

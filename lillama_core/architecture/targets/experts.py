@@ -29,6 +29,7 @@ from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats.base import Format
+from lillama_core.models.transformers_adapter import has_own_gate
 
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 """A part of an expert -> the parameter that holds it for all experts."""
@@ -54,12 +55,11 @@ def has_known_layout(module: nn.Module) -> bool:
     if set(own) != set(FUSED.values()) or any(p.dim() != 3 for p in own.values()):
         return False
     experts, twice, width = own["gate_up_proj"].shape
-    gate = getattr(type(module), "_apply_gate", None)
     return (
         own["down_proj"].shape == (experts, width, twice // 2)
         and all(getattr(module, name, expected) == expected for name, expected in LAYOUT.items())
         # A class with a gate of its own computes something else between the two matrices.
-        and (gate is None or gate.__name__ == "_default_apply_gate")
+        and not has_own_gate(module)
         and hasattr(module, "act_fn")
     )
 
@@ -76,12 +76,12 @@ def fused_parameter(module: nn.Module, part: str) -> torch.Tensor:
     return parameter
 
 
-class _Watched:
-    """Stands for the ``forward`` of a dense experts module, runs it expert by expert and shows its maps' rows."""
+class _ObservedForward:
+    """Replaces the ``forward`` of a dense experts module: runs it expert by expert, and passes on its maps' tensors."""
 
     def __init__(self, target: _FusedExperts, module: nn.Module) -> None:
         self.run = partial(target.run_dense, module)
-        self.watchers: list[tuple[OnRows | None, OnRows | None]] = []
+        self.observers: list[tuple[OnRows | None, OnRows | None]] = []
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -89,7 +89,7 @@ class _Watched:
         return self.run(self.show, hidden_states, top_k_index, top_k_weights)
 
     def show(self, map_: TargetLinear, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        for on_input, on_output in self.watchers:
+        for on_input, on_output in self.observers:
             if on_input is not None:
                 on_input(map_, rows)
             if on_output is not None:
@@ -98,11 +98,11 @@ class _Watched:
 
 
 Show = Callable[[TargetLinear, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Shows the rows [n, in] and the output [n, out] of a map, and hands the output on."""
+"""Passes the rows [n, in] and the output [n, out] of a map to the observers, and returns the output."""
 
 
 class _FusedExperts(TargetModule):
-    """What the two ways of taking fused experts apart share."""
+    """What `ExpertsTarget` and `SharedExpertsTarget` have in common."""
 
     low_rank: type[nn.Module]
     """The module that takes the place of the dense one."""
@@ -137,7 +137,7 @@ class _FusedExperts(TargetModule):
     def run_dense(
         self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """What the dense module gives, by way of its maps, each shown."""
+        """Return the output [T, H] of the dense module, computed map by map, with ``show`` called for each."""
         raise NotImplementedError
 
     def place(self, map_: TargetLinear) -> str:
@@ -165,17 +165,17 @@ class _FusedExperts(TargetModule):
     ) -> Iterator[None]:
         module: Any = block.get_submodule(self.name)
         if isinstance(module, self.low_rank):
-            raise LillamaError(f"the experts {self.name!r} are low rank already: there is no dense map to watch")
-        watched = module.__dict__.get("forward")
-        if not isinstance(watched, _Watched):
-            watched = module.forward = _Watched(self, module)
-        watcher = (on_input, on_output)
-        watched.watchers.append(watcher)
+            raise LillamaError(f"the experts {self.name!r} are low rank already: there is no dense map to observe")
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, _ObservedForward):
+            forward = module.forward = _ObservedForward(self, module)
+        observer = (on_input, on_output)
+        forward.observers.append(observer)
         try:
             yield
         finally:
-            watched.watchers.remove(watcher)
-            if not watched.watchers:
+            forward.observers.remove(observer)
+            if not forward.observers:
                 del module.__dict__["forward"]
 
     def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -212,7 +212,7 @@ class _FusedExperts(TargetModule):
 class ExpertsTarget(_FusedExperts):
     """Fused experts whose matrices are maps one by one: ``gate_up.<e>`` [2I, H] and ``down.<e>`` [H, I].
 
-    A map sees the tokens routed to its expert, and helps out those of its group, the same matrix of the other experts.
+    A map sees the tokens that are routed to its expert. Its group is the same matrix of all experts of the layer.
     """
 
     kind = "experts"
@@ -250,7 +250,7 @@ class ExpertsTarget(_FusedExperts):
     def run_dense(
         self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        # Those left out by choice are watched as well; nobody asks for them.
+        # With the maps that the user left out: the module needs all of them.
         maps = {self._part(m): m for m in self.every.values()}
 
         def apply(part: str, e: int, rows: torch.Tensor) -> torch.Tensor:
@@ -326,15 +326,15 @@ class SharedExpertsTarget(_FusedExperts):
 
         # All experts for all tokens: the price of seeing the stacked maps as they are.
         units = gated(act_fn, apply(gate_up, hidden).unflatten(-1, (experts, -1)))
-        shares = torch.zeros(len(hidden), experts, dtype=weights.dtype, device=weights.device)
-        rows = units * shares.scatter(1, index, weights)[..., None].to(units.dtype)
+        routing = torch.zeros(len(hidden), experts, dtype=weights.dtype, device=weights.device)
+        rows = units * routing.scatter(1, index, weights)[..., None].to(units.dtype)
         return apply(down, rows.flatten(1)).to(hidden.dtype)
 
 
 def find_targets(
     block: nn.Module, only: tuple[str, ...] = (), exclude: tuple[str, ...] = (), choice: MapChoice | None = None
 ) -> list[TargetModule]:
-    """The sites of a block: its linear modules and its fused experts.
+    """Return the targets of a block: its linear modules and its fused experts.
 
     ``only``, ``exclude`` and ``choice`` as in `linear_targets`; for experts they name maps (``mlp.experts.down.*``), or
     the experts' module for all of its maps. Raises UserError for fused experts of a layout that is not known, unless
@@ -342,7 +342,7 @@ def find_targets(
     """
     choice = choice or MapChoice()
     targets = linear_targets(block, only, exclude, choice)
-    site_class = SharedExpertsTarget if choice.share_experts else ExpertsTarget
+    target_class = SharedExpertsTarget if choice.share_experts else ExpertsTarget
     for name, module in block.named_modules():
         if not is_fused(module):
             continue
@@ -364,13 +364,13 @@ def find_targets(
             own = (not only or named(only)) and not named(exclude)
             return (own or named(choice.include)) and not named(choice.exclude)
 
-        target = site_class(name, module, wanted, _share_used(block, name))
+        target = target_class(name, module, wanted, _fraction_used(block, name))
         targets += [target] if target.maps else []
     return targets
 
 
-def _share_used(block: nn.Module, name: str) -> float:
-    """Part of the experts ``name`` that a token is sent to; 1 when no module beside them says how many that are."""
+def _fraction_used(block: nn.Module, name: str) -> float:
+    """Return the fraction of the experts ``name`` that a token is sent to; 1 when no ``top_k`` stands beside them."""
     parent = block.get_submodule(name.rpartition(".")[0])
     experts = len(fused_parameter(block.get_submodule(name), "gate_up"))
     said = (getattr(module, "top_k", None) for module in parent.modules())

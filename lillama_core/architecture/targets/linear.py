@@ -1,4 +1,4 @@
-"""TODO."""
+"""Linear layers as targets: ``nn.Linear``, and the ``Conv1D`` of transformers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from lillama_core.formats.base import Format, LowRankLinear
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D stores its weight [in, out]; matched by shape of its interface, imported late
-    # because transformers is slow to import.
+    # transformers' Conv1D stores its weight [in, out]. Told by its attributes, since transformers is slow to import.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
@@ -88,7 +87,8 @@ def linear_targets(
     """The linear modules of a block in module order.
 
     ``only`` and ``exclude`` hold paths from the block; a ``*`` in them matches one path component. With
-    ``only`` empty every linear module of the block is a site; ``choice.include`` comes on top, ``choice.exclude`` wins.
+    ``only`` empty every linear module of the block is a target; ``choice.include`` adds to them, ``choice.exclude``
+    wins.
     """
     choice = choice or MapChoice()
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TargetLinear:
-    """One matrix W [out_features, in_features] inside a block, and the site that holds it."""
+    """One matrix W [out_features, in_features] inside a block."""
 
     name: str
     """Path from the block: ``mlp.up_proj``."""
     out_features: int
     in_features: int
     group: str | None = None
-    """Maps of one group do the same for different inputs (the experts of a layer): where one saw few rows, the
-    statistics of the group help out."""
+    """Maps of one group have the same task for different tokens (the experts of a layer): the statistics of a map
+    that saw few rows are blended with those of its group."""
     token_fraction: float = 1.0
-    """Part of the rows that the map multiplies: that of an expert is used by some tokens only."""
+    """Fraction of the tokens that the map multiplies, between 0 and 1: below 1 for an expert."""
     cut: int = 0
-    """Features of the side, out or in, that is cut up by expert, if experts share the map: ``share`` is then the part
-    of them that a row meets, and of two low-rank stages the one without that side multiplies every row."""
+    """Number of features on the side, out or in, along which the experts of a shared map lie; 0 for other maps. A
+    token meets the fraction ``token_fraction`` of them; the low-rank stage without that side multiplies every token."""
 
     @property
     def parameters(self) -> int:
@@ -43,6 +44,14 @@ class MapChoice:
     """Paths from the block of maps to leave alone."""
     share_experts: bool = False
     """One input projection for all experts of a layer, and one output projection for their second maps."""
+
+
+def kind_of(path: str) -> str:
+    """Return ``path`` with each number in it as ``*``: the kind that the map shares with those of other experts.
+
+    A number counts behind a dot only: ``mlp.experts.down.3`` gives ``mlp.experts.down.*``.
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def path_matches(path: str, pattern: str) -> bool:

@@ -14,8 +14,10 @@ from torch import nn
 
 from lillama_core.data.self_generated.cache import BatchCache
 from lillama_core.errors import LillamaError, UserError
+from lillama_core.models.transformers_adapter import can_use_static_cache
 from lillama_core.system.cache import default_cache_dir
 from lillama_core.system.progress import Progress
+from lillama_core.system.quiet import quiet
 from lillama_core.system.seeds import derive_seed, stream
 
 SAMPLER_VERSION = 2
@@ -147,20 +149,16 @@ def _start_token(model: Any, tokenizer: Any) -> int | None:
 
 @contextlib.contextmanager
 def _prepared(model: Any) -> Iterator[None]:
-    """Evaluation mode and quiet logging; restores mode and settings, which sampling replaces."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
+    """Set evaluation mode and mute transformers; restore the mode and the settings, which sampling replaces."""
     training = model.training
     settings = getattr(model, "generation_config", None)
-    logging.set_verbosity_error()
     model.eval()
     try:
-        yield
+        with quiet():
+            yield
     finally:
         model.train(training)
         model.generation_config = settings
-        logging.set_verbosity(verbosity)
 
 
 class _Sampler:
@@ -183,7 +181,7 @@ class _Sampler:
         self._place = place
         self._progress = progress
         # Appending to a growing cache copies all of it for every token; a static one is written in place.
-        self._static = bool(getattr(model, "_can_compile_fullgraph", False))
+        self._static = can_use_static_cache(model)
 
     def batch(self, seed: int, number: int) -> torch.Tensor:
         """int64 ``[width, sequence_length]`` on the CPU."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Read sound files as mono float32 samples at 16 kHz, and refuse what is damaged, too long or silent."""
 
 from __future__ import annotations
 

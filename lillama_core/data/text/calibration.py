@@ -32,8 +32,6 @@ class CalibrationData:
 
     rows: torch.Tensor
     """int64 ``[rows, sequence_length]``; every prefix holds about the right mix of sources."""
-    origin: tuple[str, ...]
-    """The name of the source of each row."""
     description: dict[str, dict[str, Any]]
     """What went in, by source; can be written as JSON."""
     sha256: str
@@ -50,19 +48,16 @@ def load_calibration(
     progress: Progress,
     cache_dir: Path | None = None,
     autocast_dtype: torch.dtype | None = None,
-    limit_rows: int | None = None,
 ) -> CalibrationData:
     """The rows that ``options`` ask for.
 
-    ``model`` is on ``device`` and is used only to write its own share, under autocast to ``autocast_dtype``
+    ``model`` is on ``device`` and is used only to write its own text, under autocast to ``autocast_dtype``
     when given; ``model_fingerprint`` must change with its weights, since that text is cached (``cache_dir``,
-    else ``LILLAMA_CACHE`` or the user's cache folder). ``limit_rows`` makes the whole smaller, in the same
-    proportions. Raises UserError for data that cannot be read or is too small, and for a model that cannot
-    take such rows.
+    else ``LILLAMA_CACHE`` or the user's cache folder). Raises UserError for data that cannot be read or is too small,
+    and for a model that cannot take such rows.
     """
     check_sources(options)
-    total = options.rows() if limit_rows is None else min(options.rows(), max(1, limit_rows))
-    counts = _shares(options, total)
+    counts = _rows_by_source(options, options.rows())
     _check_model(options, model, own_rows=counts.get(SELF, 0))
     parts: dict[str, torch.Tensor] = {}
     description: dict[str, dict[str, Any]] = {}
@@ -92,9 +87,9 @@ def load_calibration(
             "sha256": rows_sha256(rows),
         }
         progress.detail(f"calibration: {len(rows)} x {options.sequence_length} tokens from {source.name}")
-    order = _interleaved({name: len(rows) for name, rows in parts.items()})
+    order = interleaved({name: len(rows) for name, rows in parts.items()})
     mixed = torch.stack([parts[name][index] for name, index in order])
-    return CalibrationData(mixed, tuple(name for name, _ in order), description, rows_sha256(mixed))
+    return CalibrationData(mixed, description, rows_sha256(mixed))
 
 
 def load_text_windows(
@@ -121,13 +116,13 @@ def load_text_windows(
     return found.rows
 
 
-def _shares(options: CalibrationOptions, total: int) -> dict[str, int]:
+def _rows_by_source(options: CalibrationOptions, total: int) -> dict[str, int]:
     """Rows of each source, by largest remainder; they sum to ``total``."""
     sources = options.effective_sources()
     whole = sum(source.weight for source in sources)
     exact = {source.name: total * source.weight / whole for source in sources}
     # A rounding error must not turn a whole number into the one below.
-    counts = {name: math.floor(share + 1e-9) for name, share in exact.items()}
+    counts = {name: math.floor(rows + 1e-9) for name, rows in exact.items()}
     named_first = sorted(exact, key=lambda name: (counts[name] - exact[name], name == SELF))
     for name in named_first[: total - sum(counts.values())]:
         counts[name] += 1
@@ -193,7 +188,7 @@ def check_rows(name: str, rows: torch.Tensor, model: Any) -> None:
         )
 
 
-def _interleaved(counts: dict[str, int]) -> list[tuple[str, int]]:
+def interleaved(counts: dict[str, int]) -> list[tuple[str, int]]:
     """Source and index of every row, such that each source is spread evenly over the whole."""
     places = [
         ((index + 0.5) / count, number, name, index)

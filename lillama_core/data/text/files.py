@@ -10,6 +10,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from lillama_core.data.sources import Row
 from lillama_core.data.text.documents import COLUMNS, has_document, unknown_columns
 from lillama_core.errors import UserError
 from lillama_core.system.seeds import permutation
@@ -22,9 +23,6 @@ ROW_BYTES = 256 << 20
 """Of a larger file of JSON lines only the beginning is read."""
 _PEEK_BYTES = 1 << 16
 _CHECKED_ROWS = 1000
-
-Row = tuple[str, dict[str, Any]]
-"""Where the row stands, for error messages, and the row."""
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Rows of text for models that predict the next token."""
 
 from __future__ import annotations
 

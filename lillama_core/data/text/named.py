@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lillama_core.data.hub import dataset_rows
-from lillama_core.data.sources import HubDataset, LocalFile, OwnText, Purpose, Source, locate
+from lillama_core.data.sources import HubDataset, LocalFile, OwnText, Purpose, Row, Source, locate
 from lillama_core.data.text.documents import Document, document_of
-from lillama_core.data.text.files import ROW_BYTES, TEXT_BYTES, Row, json_rows, parquet_rows, read_text
+from lillama_core.data.text.files import ROW_BYTES, TEXT_BYTES, json_rows, parquet_rows, read_text
 from lillama_core.data.text.windows import chunk, encode, join, with_bos
 from lillama_core.errors import UserError
 from lillama_core.system.seeds import permutation

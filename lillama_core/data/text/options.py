@@ -19,16 +19,15 @@ class CalibrationOptions:
     """Tokens per row."""
     seed: int = 0
     self_share: float = 0.5
-    """Share of the tokens that the model writes itself when other data is named; 0 switches it off.
+    """Fraction of the tokens that the model writes itself when other data is named; 0 switches it off.
 
     Without effect when ``self`` is itself among the sources: then the weights say.
     """
     use_all: bool = False
     """Take what there is of data that is too small, instead of an error that says how much there is."""
-    """Let a dataset run its own loading script."""
 
     def effective_sources(self) -> tuple[Source, ...]:
-        """The sources with the model's own share included; the weights need not sum to one."""
+        """Return the sources with the model itself among them; the weights need not sum to one."""
         if not self.sources:
             return (Source(SELF),)
         if self.self_share == 0 or any(source.name == SELF for source in self.sources):

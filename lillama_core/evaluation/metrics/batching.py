@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 LOGIT_BYTES = {"cpu": 256e6, "cuda": 2e9}
-"""Bytes that one batch of float32 logits may take, by type of device; other types get the CPU's share."""
+"""Bytes that one batch of float32 logits may take, by type of device; other types are treated as a CPU."""
 
 
 def vocabulary_size(model: Any) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lillama_core.data.speech.audio import RATE, Sound, require_extra
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
+from lillama_core.system.quiet import quiet
 
 BATCH = 16
 """Utterances transcribed together."""
@@ -56,18 +55,6 @@ class Scored:
     characters: int
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings about how its own ``generate`` calls itself."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 @torch.inference_mode()
 def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> list[str]:
     """What is said in ``sounds`` (float32 [samples] at 16 kHz), decoded greedily, in their order.
@@ -85,7 +72,7 @@ def transcribe(subject: Subject, sounds: Sequence[Sound], **generation: Any) -> 
             [sounds[index] for index in chosen], sampling_rate=RATE, return_tensors="pt"
         )
         most = [_most_tokens(subject.model, len(sounds[index])) for index in chosen]
-        with _quiet():
+        with quiet():
             tokens = subject.model.generate(
                 encoder_outputs=_encoded(subject.model, found["input_features"].to(subject.device, dtype)),
                 do_sample=False,

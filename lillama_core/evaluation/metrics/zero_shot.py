@@ -7,7 +7,6 @@ import copy
 import functools
 import importlib.util
 import io
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.metrics.batching import sequences_per_batch
+from lillama_core.system.quiet import quiet
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 OFFLINE_TASKS = ("lillama_continuation", "lillama_cloze")
@@ -135,19 +135,14 @@ def _quiet(report: Report) -> Iterator[None]:
         leave=False,
         bar_format="{n_fmt} of {total_fmt} answers after {elapsed}",
     )
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     for module in modules:
         module.tqdm = bar
     try:
-        yield
+        with quiet("lm_eval", "huggingface_hub", "datasets"):
+            yield
     finally:
         for module, former in zip(modules, bars, strict=True):
             module.tqdm = former
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _score(results: dict[str, Any], task: str) -> _Score:

@@ -1,0 +1,127 @@
+"""The pipeline: the list of the stages, the checks before the first, and the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lillama_core import strategies
+from lillama_core.data.modality import modality_of
+from lillama_core.errors import LillamaError, UserError, in_one_line
+from lillama_core.models.source import model_fingerprint
+from lillama_core.output.record import RunRecord
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.pipeline.context import Context
+from lillama_core.pipeline.request import Request
+from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.pipeline.stage import Stage
+from lillama_core.runtime.recording import Recorder
+from lillama_core.system.devices import choose_autocast, choose_device
+from lillama_core.system.progress import Progress, Verbosity
+from lillama_registry import registry
+
+ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "write")
+"""The stages of lillama by the names under which they are registered, in their order."""
+
+
+class CompressionPipeline:
+    """Stages in the order in which they run."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """Raise LillamaError, naming the stage, when one reads what no earlier one gives."""
+        self.stages = list(stages)
+        given: set[type] = set()
+        for stage in self.stages:
+            for needed in stage.reads:
+                if needed not in given:
+                    raise LillamaError(f"stage {stage.name!r} reads {needed.__name__}, which no earlier stage gives")
+            given |= set(stage.gives)
+
+    @classmethod
+    def registered(cls) -> CompressionPipeline:
+        """The stages of lillama, and those of plugins behind the stages that they name in ``after``."""
+        order = list(ORDER)
+        stages: dict[str, Stage] = {name: strategies.make("stages", name) for name in ORDER}
+        for name in strategies.names("stages"):
+            if name in stages:
+                continue
+            stage: Stage = strategies.make("stages", name)
+            if stage.after not in order:
+                raise UserError(
+                    f"stage {name!r} of a plugin is to run after {stage.after!r}; stages are {', '.join(order)}"
+                )
+            stages[name] = stage
+            order.insert(order.index(stage.after) + 1, name)
+        return cls([stages[name] for name in order])
+
+    def run(self, context: Context) -> RunRecord:
+        """Run the stages one after the other; a request that turns out mistaken leaves nothing behind."""
+        if context.request.resume:
+            left = [line for stage in self.stages if (line := stage.found(context)) is not None]
+            if left:
+                context.progress.line(f"Resuming: there are {', '.join(left)}")
+        try:
+            for stage in self.stages:
+                context.enter(stage)
+                with context.record.timed(stage.name):
+                    stage.run(context)
+        except UserError:
+            if not any(context.directory.blocks.glob("*.safetensors")):
+                context.directory.discard()
+            raise
+        return context.record
+
+
+def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
+    """Compress a model as ``request`` says; the output directory appears only when all is done.
+
+    Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for
+    what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
+    """
+    recipe = request.recipe
+    directory = RunDirectory(request.output)
+    directory.check(request.overwrite, request.resume)
+    device = choose_device(request.device)
+    spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
+    if not strategies.make("allocators", recipe.allocation).needs_spectra:
+        # An allocator may refuse what the budget allows, and this one can be asked already.
+        make_plan(spec, recipe.allocation, None)
+    pipeline = CompressionPipeline.registered()
+    modality = modality_of(spec.architecture)
+    modality.check(recipe)
+    processor = modality.load_processor(spec.source, request.tokenizer)
+    advice = "what was finished is kept, and --resume goes on from there"
+    with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
+        for failure in registry().failures:
+            progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
+        for remark in spec.architecture.remarks:
+            progress.line(remark)
+        autocast = choose_autocast(recipe.compute, device)
+        record = RunRecord(
+            model=request.model,
+            model_fingerprint=model_fingerprint(spec.source),
+            architecture=spec.architecture.name,
+            recipe=recipe.to_dict(),
+            data={},
+            tokenizer=request.tokenizer,
+            device=str(device),
+            compute="float32" if autocast is None else str(autocast).removeprefix("torch."),
+            remarks=list(spec.architecture.remarks),
+            resumed=request.resume and directory.path.exists(),
+        )
+        context = Context(
+            request=request,
+            recipe=recipe,
+            spec=spec,
+            architecture=spec.architecture,
+            modality=modality,
+            processor=processor,
+            device=device,
+            autocast=autocast,
+            recorder=Recorder(spec.architecture, device, autocast),
+            initializer=strategies.make("initializers", recipe.init),
+            loss=strategies.make("losses", recipe.loss),
+            directory=directory,
+            record=record,
+            progress=progress,
+        )
+        return pipeline.run(context)

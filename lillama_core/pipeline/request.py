@@ -1,0 +1,29 @@
+"""What to compress, and where to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lillama_core.architecture.base import Architecture
+from lillama_core.recipe.model import Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compress and where to; how is the recipe's business."""
+
+    model: str
+    """A hub id, a directory, or a ``.gguf`` file."""
+    output: Path
+    recipe: Recipe
+    architecture: str | Architecture | None = None
+    """By name, or one that no plugin brings; None: the one that claims the model's type."""
+    tokenizer: str | None = None
+    data: Any = None
+    """Calibration data as objects, beside the sources that the recipe names; see `SampleRequest`."""
+    device: str = "auto"
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    resume: bool = False

@@ -1,0 +1,97 @@
+"""Activations of calibration rows: who owns them, and for how long.
+
+An `ActivationStore` belongs to one version of a model (dense, or compressed so far) and some batches of rows. Asked for
+a stack, it gives `StackActivations`: the hidden stream at the first block, the recorded other arguments of every block,
+and the masks. A stack that has been run leaves its last output in the store, where the stacks that read it find it; the
+rest goes when `StackActivations` goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lillama_core.data.modality import Samples
+from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.masks import StackMasks
+
+if TYPE_CHECKING:
+    from lillama_core.architecture.blocks import Block
+    from lillama_core.runtime.recording import Recorder
+
+
+@dataclass
+class StackActivations:
+    """What the blocks of one stack are fed, batch by batch."""
+
+    batches: list[Samples]
+    hidden: list[torch.Tensor]
+    """The hidden stream [rows, length, width] at the block that comes next; on the CPU."""
+    masks: list[StackMasks]
+    runner: BlockRunner
+    """Holds the recorded other arguments of every block."""
+
+    def advance(self, module: nn.Module, block: Block) -> None:
+        """Replace the stream by what ``block``, run as ``module``, gives for it: one stream in memory, not two."""
+        self.runner.advance(module, block, self.hidden)
+
+    def fork(self) -> StackActivations:
+        """A second stream over the same recorded arguments."""
+        return StackActivations(self.batches, list(self.hidden), self.masks, self.runner)
+
+
+class ActivationStore:
+    """The activations of one version of a model on ``batches``, and what its finished stacks gave."""
+
+    def __init__(self, recorder: Recorder, batches: Sequence[Samples]) -> None:
+        self.recorder = recorder
+        self.batches = list(batches)
+        self._outputs: dict[str, list[torch.Tensor]] = {}
+
+    def record(self, harness: StackHarness) -> StackActivations:
+        """Record what enters the blocks of a stack.
+
+        Stacks below it that this store has the output of are not run again, if nothing else of them reaches the blocks.
+        """
+        upstream = {}
+        if harness.depends_only_on_upstream_output:
+            names = [below.stack for below in harness.earlier]
+            if all(name in self._outputs for name in names):
+                upstream = {name: self._outputs[name] for name in names}
+        calls, hidden = self.recorder.record(harness, [batch.inputs for batch in self.batches], upstream)
+        masks = [StackMasks.of(harness.stack, batch.masks) for batch in self.batches]
+        return StackActivations(self.batches, hidden, masks, self.recorder.runner(calls))
+
+    def keep_output(self, stack: str, hidden: Sequence[torch.Tensor]) -> None:
+        """Keep what the last block of ``stack`` gave for every batch, for the stacks that read it."""
+        self._outputs[stack] = list(hidden)
+
+    def forget_outputs(self) -> None:
+        """Drop the outputs of all stacks: nothing is recorded any more."""
+        self._outputs.clear()
+
+    def select(self, indices: Sequence[int]) -> ActivationStore:
+        """A store of some of the batches, in the same memory."""
+        chosen = ActivationStore(self.recorder, [self.batches[i] for i in indices])
+        chosen._outputs = {stack: [hidden[i] for i in indices] for stack, hidden in self._outputs.items()}
+        return chosen
+
+    def first_rows(self, rows: int, rows_per_batch: int, device: torch.device) -> ActivationStore:
+        """A store of the first ``rows`` rows on ``device``, in batches of at most ``rows_per_batch``."""
+        chosen = ActivationStore(self.recorder, [])
+        chosen._outputs = {stack: [] for stack in self._outputs}
+        for index, batch in enumerate(self.batches):
+            for start in range(0, len(batch), rows_per_batch):
+                stop = min(start + min(rows_per_batch, rows), len(batch))
+                if rows <= 0:
+                    return chosen
+                chosen.batches.append(batch.part(start, stop).to(device))
+                for stack, hidden in self._outputs.items():
+                    chosen._outputs[stack].append(hidden[index][start:stop].to(device))
+                rows -= stop - start
+        return chosen
