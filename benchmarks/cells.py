@@ -206,7 +206,10 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in options.items():
         option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, Mapping):
+            words += [option, str(value["name"])]
+            words += command_line({f"{name}.{own}": v for own, v in value.items() if own != "name"})
+        elif isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, list | tuple):
             for item in value:

@@ -35,6 +35,12 @@ QUICK = (
 )
 """Options of a run of a tiny model that takes about a second; the calibration data is still to be named."""
 
+WEIGHTS_ONLY = (
+    *("--tokens", "1024", "--sequence-length", "32", "--batch-size", "4", "--self-share", "0"),
+    *("--recipe", "fast", "--init", "svd", "--allocation", "uniform"),
+)
+"""The same for plain SVD with even ranks: nothing that has to do with gradients or training."""
+
 
 def core_names(kind: str) -> list[str]:
     """The names of one kind of strategy that lillama brings itself."""

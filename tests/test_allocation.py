@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lillama_core.allocation import AllocationRequest, Allocator, Spectrum
+from lillama_core.allocation.depth import BottomFirst, DepthOptions
 from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, make_budget
-from lillama_core.allocation.spectrum import tail_errors
+from lillama_core.allocation.spectrum import SpectrumAllocator, SpectrumOptions, tail_errors
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.pipeline import spec as preparation
-from lillama_core.strategies import make
+from lillama_core.strategies import StrategyChoice, make
 
 
 def maps_of(shapes: list[tuple[int, int]], per_block: int = 2) -> list[PlannedMap]:
@@ -39,7 +41,7 @@ def request(
     }
     dense = sum(m.dense_parameters for m in maps)
     budget = make_budget(maps, dense, fraction, make("formats", format_name))
-    return AllocationRequest(maps, budget, make("formats", format_name), 2, 1, spectra)
+    return AllocationRequest(maps, budget, make("formats", format_name), spectra)
 
 
 sizes = st.lists(st.tuples(st.integers(8, 60), st.integers(8, 60)), min_size=2, max_size=12)
@@ -110,8 +112,6 @@ def test_spectrum_gives_ranks_where_the_energy_is() -> None:
         maps,
         budget,
         make("formats", "factored"),
-        1,
-        1,
         {maps[0].name: Spectrum(flat, True), maps[1].name: Spectrum(steep, True)},
     )
     ranks = make("allocators", "spectrum").allocate(asked).ranks
@@ -129,7 +129,8 @@ def test_uniform_keeps_the_same_fraction_of_every_map() -> None:
 def test_depth_order_finishes_a_block_before_the_next(name: str, touched: int) -> None:
     maps = maps_of([(40, 40)] * 12)
     budget = make_budget(maps, 12 * 1600, 0.15, make("formats", "factored"))
-    plan = make("allocators", name).allocate(AllocationRequest(maps, budget, make("formats", "factored"), 4, 4, {}))
+    choice = StrategyChoice(name=name, options={"minimum_rank": 4, "rank_step": 4})
+    plan = make("allocators", choice).allocate(AllocationRequest(maps, budget, make("formats", "factored"), {}))
     by_block = {b: [plan.ranks.get(m.name) for m in maps if m.block == b] for b in range(6)}
     order = range(6) if name == "bottom-first" else range(5, -1, -1)
     compressed = [b for b in order if any(by_block[b])]
@@ -143,9 +144,33 @@ def test_depth_order_that_cannot_reach_the_budget_says_so() -> None:
     maps = maps_of([(40, 40)] * 2)
     budget = make_budget(maps, 3200, 0.9, make("formats", "factored"))
     with pytest.raises(UserError, match="cannot remove"):
-        make("allocators", "bottom-first").allocate(
-            AllocationRequest(maps, budget, make("formats", "factored"), 16, 4, {})
+        BottomFirst(DepthOptions(minimum_rank=16, rank_step=4)).allocate(
+            AllocationRequest(maps, budget, make("formats", "factored"), {})
         )
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_depth_order_scales_the_papers_ranks_to_the_models_width(width: int) -> None:
+    maps = maps_of([(width, 2 * width)] * 4)
+    budget = make_budget(maps, 8 * width * width, 0.4, make("formats", "factored"))
+    asked = AllocationRequest(maps, budget, make("formats", "factored"), {})
+    given = BottomFirst(DepthOptions(minimum_rank=width // 4, rank_step=width // 16)).allocate(asked)
+    assert BottomFirst().allocate(asked) == given
+    assert BottomFirst(DepthOptions(minimum_rank=width // 8)).allocate(asked) != given
+
+
+def test_the_floor_of_ranks_is_an_option() -> None:
+    """Where spectra are in no common unit, a floor of 1 leaves uniform ranks, and 0 takes what it wants."""
+    asked = request(maps_of([(40, 40), (40, 40)]), 0.4, "factored", comparable=False)
+    flat, steep = torch.ones(40), torch.tensor([0.5**i for i in range(40)])
+    spectra = {asked.maps[0].name: Spectrum(flat, False), asked.maps[1].name: Spectrum(steep, False)}
+    asked = replace(asked, spectra=spectra)
+
+    def smallest(floor: float) -> int:
+        return min(SpectrumAllocator(SpectrumOptions(rank_floor=floor)).allocate(asked).ranks.values())
+
+    assert smallest(0.0) < smallest(0.5) < smallest(1.0)
+    assert smallest(0.5) == min(make("allocators", "spectrum").allocate(asked).ranks.values())
 
 
 @given(fraction=st.floats(allow_nan=True, allow_infinity=True))
@@ -203,9 +228,7 @@ def test_a_plan_that_should_not_have_been_made_is_refused(
 ) -> None:
     maps = maps_of([(16, 16), (16, 16)])
     asked = request(maps, 0.3, "factored")
-    monkeypatch.setattr(preparation, "allocators", lambda: {"wrong": Wrong(ranks)})
-    prepared: Any = SimpleNamespace(
-        maps=maps, budget=asked.budget, format=asked.format, minimum_rank=1, rank_step=1, all_blocks=[]
-    )
+    monkeypatch.setattr(preparation, "make", lambda kind, choice: Wrong(ranks))
+    prepared: Any = SimpleNamespace(maps=maps, budget=asked.budget, format=asked.format, all_blocks=[])
     with pytest.raises(LillamaError, match=re.escape(complaint)):
         preparation.make_plan(prepared, "wrong", None)

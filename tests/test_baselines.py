@@ -42,7 +42,7 @@ def test_one_threshold_for_all_maps() -> None:
     spectra = {m.name: Spectrum(0.9 ** (torch.arange(40.0) * (1 + i / 4)), False) for i, m in enumerate(maps)}
     format_ = make("formats", "factored")
     budget = make_budget(maps, 6 * 1600, 0.3, format_)
-    plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, 1, 1, spectra))
+    plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, spectra))
     assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 80
     dropped = {
         n: 1 - float(spectra[n].squared_singular_values[:r].sum() / spectra[n].squared_singular_values.sum())
@@ -61,5 +61,5 @@ def test_a_threshold_is_found_where_mlps_have_to_lose_nearly_all(fraction: float
     spectra = {m.name: Spectrum(torch.ones(40), False) for m in maps}
     format_ = make("formats", "factored")
     budget = make_budget(maps, 3 * 1600, fraction, format_)
-    plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, 1, 1, spectra))
+    plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, spectra))
     assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 160

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,6 @@ import pytest
 from conftest import QUICK, Ended, command, environment, tree
 
 from lillama_core import Recipe, load_recipe
-from lillama_core.cli import main as cli_module
 
 Cli = Callable[..., Ended]
 
@@ -27,7 +28,7 @@ def test_version(run_cli: Cli) -> None:
 def test_help(run_cli: Cli) -> None:
     done = run_cli("--help")
     assert (done.status, done.stderr) == (0, "")
-    for name in ("compress", "plan", "evaluate", "plugins"):
+    for name in ("compress", "plan", "evaluate", "plugins", "strategies"):
         assert name in done.stdout
         assert run_cli(name, "--help").status == 0
 
@@ -54,10 +55,13 @@ def test_promised_options(run_cli: Cli, option: str) -> None:
         (("compress", "m", "-o", "o", "--reductoin", "0.2"), "'--reductoin'; did you mean '--reduction'?"),
         (("compress", "m", "-o", "o", "--seq=5"), "unknown option '--seq'"),
         (("compress", "m", "-o", "o", "n"), "unknown argument 'n'"),
-        (("compress", "m", "-o", "o", "--tokens", "many"), "invalid int value: 'many'"),
-        (("compress", "m", "-o", "o", "--reduction", "a fifth"), "invalid float value: 'a fifth'"),
+        (("compress", "m", "-o", "o", "--tokens", "many"), "--tokens must be a whole number, not 'many'"),
+        (("compress", "m", "-o", "o", "--reduction", "a fifth"), "--reduction must be a number, not 'a fifth'"),
         (("compress", "m", "-o", "o", "--quiet", "--verbose"), "not allowed with"),
-        (("compress", "m", "-o", "o", "--recipe"), "expected one argument"),
+        (("compress", "m", "-o", "o", "--recipe"), "option --recipe needs a value"),
+        (("compress", "m", "-o", "--overwrite"), "option -o needs a value"),
+        (("plan", "m", "--init.input-damping"), "option --init.input-damping needs a value"),
+        (("plan", "m", "--intit.input-damping", "1"), "unknown option '--intit.input-damping'"),
         (("plan", "m", "--output", "o"), "unknown option '--output'"),
         (("evaluate", "m", "--windows", "-1"), "--windows must be at least 0, not -1"),
         (("evaluate", "m", "--limit", "0"), "--limit must be at least 1, not 0"),
@@ -112,7 +116,18 @@ def test_verbose(run_cli: Cli, compressed: Path, tiny_model: Path, calibration_t
 
 PLANS: list[tuple[str, ...]] = [
     (),
-    ("--allocation", "top-first", "--format", "factored", "--reduction", "0.37", "--stacks", "decoder"),
+    (
+        "--allocation",
+        "top-first",
+        "--allocation.minimum-rank",
+        "4",
+        "--format",
+        "factored",
+        "--reduction",
+        "0.37",
+        "--stacks",
+        "decoder",
+    ),
 ]
 
 
@@ -201,7 +216,7 @@ def test_every_command_shows_tracebacks_when_asked(
     def fail(options: Any) -> int:
         raise ValueError("here")
 
-    monkeypatch.setattr(cli_module, f"run_{command_.split()[0]}", fail)
+    monkeypatch.setattr(f"lillama_core.cli.{command_.split()[0]}.run", fail)
     with pytest.raises(ValueError, match="here"):
         run_cli(*command_.split(), "--debug")
 
@@ -229,7 +244,7 @@ def test_what_nobody_foresaw(
         raise error
 
     command_, *rest = words.split()
-    monkeypatch.setattr(cli_module, f"run_{command_}", fail)
+    monkeypatch.setattr(f"lillama_core.cli.{command_}.run", fail)
     ended = run_cli(command_, *rest)
     assert ended.status == 1
     assert ended.stderr.startswith(f"lillama: error: {expected}")
@@ -250,3 +265,120 @@ def test_settings_of_libraries_are_put_back(run_cli: Cli) -> None:
 
 def test_recipes_are_the_defaults_of_the_command_line() -> None:
     assert load_recipe("default") == Recipe()
+
+
+# What can be chosen, and its options
+
+
+def test_strategies_are_listed_with_their_options(run_cli: Cli) -> None:
+    done = run_cli("strategies")
+    assert (done.status, done.stderr) == (0, "")
+    for words in ("--init.input-damping", "(default: 0.0001)", "--allocation.minimum-rank", "--loss.damping"):
+        assert words in done.stdout
+    by_slot = run_cli("strategies", "init").stdout
+    assert by_slot == run_cli("strategies", "initializers").stdout
+    assert "whitened" in by_slot
+    assert "uniform" not in by_slot
+    by_name = run_cli("strategies", "bottom-first").stdout
+    assert "--allocation.rank-step" in by_name
+    assert "spectrum" not in by_name
+    assert "did you mean 'fisher'?" in run_cli("strategies", "fischer").error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--allocation", "bottom-first", "--minimum-rank", "6", "--rank-step", "1"),
+        ("--allocation", "bottom-first", "--allocation.minimum-rank", "6", "--allocation.rank-step=1"),
+        ("--allocation.rank_step", "1", "--allocation", "bottom-first", "--allocation.minimum_rank=6"),
+    ],
+)
+def test_options_of_a_strategy_reach_it(run_cli: Cli, tiny_model: Path, arguments: tuple[str, ...]) -> None:
+    plan = json.loads(run_cli("plan", tiny_model, "--json", "--reduction", "20%", *arguments).stdout)
+    assert plan["allocation"] == {"name": "bottom-first", "minimum_rank": 6, "rank_step": 1}
+    ranks = [m["rank"] for m in plan["maps"] if m["rank"] is not None]
+    assert min(ranks) == 6
+    assert plan["reduction"] == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--init.input_dampng 3", "--init.input_dampng: 'fisher' has no such option; did you mean 'input_damping'?"),
+        ("--init svd --init.input-damping 3", "'svd' has no such option; 'fisher' and 'whitened' have it"),
+        ("--minimum-rank 8", "--minimum-rank: 'spectrum' has no such option; 'bottom-first' and 'top-first' have it"),
+        ("--init.input-damping many", "--init.input-damping must be a number, not 'many'"),
+        ("--init.input-damping 0", "--init.input-damping must be more than 0, not 0"),
+        ("--allocation top-first --minimum-rank 0", "--minimum-rank must be at least 1, not 0"),
+        ("--allocation top-first --minimum-rank 1.5", "--minimum-rank must be a whole number, not 1.5"),
+        (
+            "--allocation.rank-floor 0.3",
+            "--allocation.rank-floor does nothing: the spectra of the initialiser 'fisher'",
+        ),
+        ("--init svd --correction-tokens 9", "--correction-tokens does nothing: the initialiser 'svd' makes no"),
+        ("--allocation uniform --rescaling-tokens 9", "--rescaling-tokens does nothing: the allocator 'uniform' looks"),
+        ("--init whitened --rescaling-tokens 9", "--rescaling-tokens does nothing: the initialiser 'whitened' needs"),
+        ("--init svd --loss mse --sensitivity-tokens 9", "--sensitivity-tokens does nothing: the initialiser 'svd'"),
+        ("--init svd --steps 0 --sensitivity-tokens 9", "--sensitivity-tokens does nothing: the initialiser 'svd'"),
+        ("--steps 0 --learning-rate 1", "--learning-rate does nothing: with --steps 0 nothing is trained"),
+        ("--recipe fast --train block", "--train does nothing: with --steps 0 nothing is trained"),
+        ("--recipe fast --loss mse", "--loss does nothing: with --steps 0 nothing is trained"),
+        ("--steps 0 --loss.damping 0.1", "--loss.damping does nothing: with --steps 0 nothing is trained"),
+    ],
+)
+def test_options_that_nothing_reads(run_cli: Cli, tiny_model: Path, arguments: str, expected: str) -> None:
+    assert expected in run_cli("plan", tiny_model, *arguments.split()).error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--recipe lillama --steps 0",
+        "--recipe fast --init svd",
+        "--recipe lillama --init fisher --allocation spectrum",
+        "--init svd --correction-tokens 0 --rescaling-tokens 0",
+        "--init svd --sensitivity-tokens 9",
+        "--init whitened --loss mse --sensitivity-tokens 9 --compress-embeddings",
+        "--init whitened --allocation.rank-floor 0.3",
+        "--steps 0 --correction-tokens 9 --loss mse",
+    ],
+)
+def test_options_that_are_read(run_cli: Cli, tiny_model: Path, arguments: str) -> None:
+    """What a preset sets for what was replaced is nobody's mistake, nor is saying that something is not wanted."""
+    ended = run_cli("plan", tiny_model, *arguments.split())
+    assert (ended.status, ended.stderr) == (0, "")
+
+
+# What starting up costs
+
+
+WITHOUT = """
+import resource, sys
+from lillama_core.cli.main import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as ended:
+    status = ended.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(status, sorted({"torch", "transformers", "pydantic"} & set(sys.modules)), used.ru_utime + used.ru_stime)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed", "limit"),
+    [(["--help"], [], 0.5), (["--version"], [], 0.5), (["compress", "--help"], ["pydantic"], 1.0)],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_help_is_quick(arguments: list[str], allowed: list[str], limit: float) -> None:
+    """Neither torch nor transformers; CPU seconds, the smallest of three."""
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, env=environment(), check=True
+        )
+        status, rest = done.stdout.splitlines()[-1].split(" ", 1)
+        loaded, _, used = rest.rpartition(" ")
+        assert status == "0"
+        assert set(ast.literal_eval(loaded)) <= set(allowed)
+        seconds.append(float(used))
+    assert min(seconds) < limit

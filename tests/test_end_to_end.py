@@ -17,20 +17,32 @@ from lillama_core.output.record import peak_memory_bytes
 from lillama_core.pipeline import Request, compress
 
 SMALL = {
-    "stacks": ["decoder"], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "sensitivity_tokens": 128,
-    "self_share": 0.0, "steps": 2, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
+    "stacks": ["decoder"], "reduction": 0.2, "tokens": 512, "sequence_length": 32,
+    "self_share": 0.0, "compute": "float32",
 }  # fmt: skip
+RANKS = {"minimum_rank": 4, "rank_step": 2}
+GRADIENTS = {"sensitivity_tokens": 128}
 
 
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
-        ("default", {}),
-        ("lillama", {}),
+        ("default", {**GRADIENTS, "steps": 2}),
+        ("lillama", {**RANKS, "steps": 2}),
         # Nothing here asks for the backward pass that the loss would use.
         ("fast", {"init": "svd", "allocation": "uniform", "steps": 0}),
-        ("default", {"init": "activation", "loss": "l1+logcos", "mode": "teacher", "format": "factored"}),
-        ("default", {"init": "random", "allocation": "top-first", "loss": "mse", "mode": "teacher+student"}),
+        ("default", {"steps": 2, "init": "activation", "loss": "l1+logcos", "mode": "teacher", "format": "factored"}),
+        (
+            "default",
+            {
+                **RANKS,
+                "steps": 2,
+                "init": "random",
+                "allocation": "top-first",
+                "loss": "mse",
+                "mode": "teacher+student",
+            },
+        ),
     ],
 )
 def test_a_run_with_these_strategies(

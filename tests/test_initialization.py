@@ -9,7 +9,7 @@ import torch
 from conftest import core_names
 
 from lillama_core.initialization import MapStatistics
-from lillama_core.initialization.second_moments import GRADIENT_DAMPING, INPUT_DAMPING
+from lillama_core.initialization.second_moments import FisherOptions
 from lillama_core.strategies import make
 
 
@@ -60,7 +60,7 @@ def test_activation_aware_reaches_the_optimum_of_the_output_error(m: int, n: int
     B, A = init.decompose(W, statistics(W, X, Y)).factors(W, r)
     reached = error((B @ A).double()).item()
     # The ridge on G costs a trace of optimality.
-    assert reached == pytest.approx(best_by_descent(error, m, n, r), rel=5 * INPUT_DAMPING)
+    assert reached == pytest.approx(best_by_descent(error, m, n, r), rel=5 * FisherOptions().input_damping)
 
 
 @pytest.mark.parametrize(("m", "n"), [(5, 7), (7, 5), (6, 6)])
@@ -68,7 +68,7 @@ def test_activation_aware_reaches_the_optimum_of_the_output_error(m: int, n: int
 def test_sensitivity_aware_reaches_the_optimum_of_the_weighted_error(m: int, n: int, r: int) -> None:
     W, X, Y = random_map(m, n)
     F = Y.T @ Y / len(Y)
-    F = F + GRADIENT_DAMPING * F.diagonal().mean() * torch.eye(m, dtype=torch.float64)
+    F = F + FisherOptions().gradient_damping * F.diagonal().mean() * torch.eye(m, dtype=torch.float64)
     G = X.T @ X / len(X)
 
     def error(product: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_sensitivity_aware_reaches_the_optimum_of_the_weighted_error(m: int, n: 
     found = init.decompose(W, statistics(W, X, Y))
     B, A = found.factors(W, r)
     reached = error((B @ A).double()).item()
-    assert reached == pytest.approx(best_by_descent(error, m, n, r), rel=5 * INPUT_DAMPING)
+    assert reached == pytest.approx(best_by_descent(error, m, n, r), rel=5 * FisherOptions().input_damping)
     # What the allocator is told is what leaving the components out really costs.
     assert float(found.spectrum.squared_singular_values[r:].sum()) == pytest.approx(reached, rel=1e-2)
 

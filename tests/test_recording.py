@@ -48,7 +48,7 @@ def compress_t5(dense: Any, folder: Path, tokenizer: Any, text: Path, **options:
     tokenizer.save_pretrained(folder / "dense")
     recipe = load_recipe("default").with_options({
         "calibration": [str(text)], "reduction": 0.2, "tokens": 512, "sequence_length": 32, "steps": 4,
-        "sensitivity_tokens": 128, "rescaling_tokens": 64, "minimum_rank": 4, "rank_step": 2, "compute": "float32",
+        "sensitivity_tokens": 128, "rescaling_tokens": 64, "compute": "float32",
         **options,
     })  # fmt: skip
     return compress(Request(str(folder / "dense"), folder / "out", recipe, "auto"), "quiet")

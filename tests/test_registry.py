@@ -11,13 +11,15 @@ import pytest
 from conftest import QUICK, Ended, environment, run_process, tree
 
 from lillama_core import Architecture, hookimpl
-from lillama_registry import Registry, registry
+from lillama_core.allocation import Uniform
+from lillama_registry import LazyCommand, Registry, registry
 
 WORKING = """
 import lillama_core
+from lillama_core.allocation import Uniform
 
 
-class First(type(make("allocators", "uniform"))):
+class First(Uniform):
     name = "firstborn"
 
 
@@ -42,7 +44,7 @@ import lillama_core
 
 
 @lillama_core.hookimpl
-def lillama_commands(subparsers):
+def lillama_commands():
     raise OSError("no\\nway")
 """
 RIVAL = """
@@ -107,7 +109,7 @@ def test_working_plugin(
     assert failed["leaving"] == "SystemExit: goodbye"
     assert "lillama_recipies" in failed["misspelt"]
     assert "is not marked with @lillama_core.hookimpl" in failed["clumsy"]
-    assert failed["late"] == "its commands: OSError: no way"
+    assert failed["late"] == "OSError: no way"
 
     make_model(tmp_path / "olmo", family="olmo")
     done = run_with(
@@ -192,50 +194,155 @@ def test_plugins_that_give_something_else(hooks: dict[str, Any], reason: str) ->
     assert reason in failure.reason
     # It is out: what is asked of all plugins works.
     found.add(Plugin(lillama_losses=lambda: {"mine": object()}), "good")
-    assert list(found.strategies("losses")) == ["mine"]
+    assert found.names("losses") == ["mine"]
     assert found.architectures == []
 
 
-def test_names_that_are_taken() -> None:
-    found = Registry()
-    found.add(Plugin(lillama_losses=lambda: {"mine": object()}), "first")
-    found.add(Plugin(lillama_losses=lambda: {"mine": object()}), "second")
-    found.add(Plugin(), "first", "another")
-    assert [p.name for p in found.loaded] == ["first"]
-    assert "plugin 'first' provides 'mine' among the losses already" in found.failures[0].reason
-    assert found.failures[1].distribution == "another"
-    assert list(found.strategies("losses")) == ["mine"]
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry with lillama's own plugins, in the place of the process's, to which a test adds."""
+    made = Registry()
+    made.load_entry_points()
+    monkeypatch.setattr("lillama_registry.registry", lambda: made)
+    return made
 
 
-def test_the_core_keeps_its_names(monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., Ended]) -> None:
-    from lillama_core.strategies import allocators
-
-    added = Registry()
-    added.load_entry_points()
+def test_names_that_two_plugins_claim(added: Registry, run_cli: Callable[..., Ended], tiny_model: Path) -> None:
+    """Neither wins, the core's own neither: using the name is an error that names both, and the others work."""
     added.add(Plugin(lillama_allocators=lambda: {"uniform": object()}), "usurper", "u", "1")
-    for place in ("lillama_core.strategies.registry", "lillama_core.cli.main.registry"):
-        monkeypatch.setattr(place, lambda: added)
-    assert allocators()["uniform"].name == "uniform"
-    assert "uniform (hidden by the core's)" in run_cli("plugins").stdout
+    added.add(Plugin(lillama_losses=lambda: {"mine": object()}), "first", "one", "1")
+    added.add(Plugin(lillama_losses=lambda: {"mine": object()}), "second", "two", "2")
+    said = run_cli("plan", tiny_model, "--allocation", "uniform").error
+    assert "'uniform' among the allocators is claimed by the plugins 'core' (lillama " in said
+    assert "'usurper' (u 1)" in said
+    said = run_cli("plan", tiny_model, "--loss", "mine").error
+    assert "'mine' among the losses is claimed by the plugins 'first' (one 1) and 'second' (two 2)" in said
+    assert run_cli("plan", tiny_model, "--allocation", "top-first").status == 0
+    listed = run_cli("plugins").stdout
+    assert "conflict: 'mine' among the losses is claimed by the plugins 'first' (one 1) and 'second' (two 2)" in listed
+    assert "uniform  cannot be used: 'uniform' among the allocators is claimed" in run_cli("strategies").stdout
 
 
-def test_commands_of_plugins(monkeypatch: pytest.MonkeyPatch, run_cli: Callable[..., Ended]) -> None:
-    def greet(subparsers: Any) -> None:
-        parser = subparsers.add_parser("greet")
-        parser.add_argument("--loudly", action="store_true")
-        parser.set_defaults(run=lambda options: print("HELLO" if options.loudly else "hello") or 0)
+GREET = """
+import click
 
-    def clash(subparsers: Any) -> None:
-        subparsers.add_parser("plan")
 
-    added = Registry()
-    added.add(Plugin(lillama_commands=clash), "clashing")
-    added.add(Plugin(lillama_commands=greet), "polite")
-    monkeypatch.setattr("lillama_core.cli.main.registry", lambda: added)
+@click.command()
+@click.option("--loudly", is_flag=True)
+@click.option("--times", type=int, default=1)
+def greet(loudly, times):
+    print(("HELLO" if loudly else "hello") * times)
+    return 3 if times == 3 else None
+"""
+
+
+def test_commands_of_plugins(
+    added: Registry, run_cli: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import click
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "greeting.py").write_text(GREET)
+    (tmp_path / "grumbling.py").write_text("raise RuntimeError('not today')")
+    lazy = LazyCommand("greeting:greet", "say hello")
+    added.add(Plugin(lillama_commands=lambda: {"greet": lazy}), "polite", "good-manners", "1")
+    added.add(Plugin(lillama_commands=lambda: {"grumble": "grumbling:grumble", "odd": object()}), "rude", "bad", "1")
+    added.add(Plugin(lillama_commands=lambda: {"plan": click.Command("plan")}), "clashing", "clash", "2")
+    done = run_cli("--help")
+    assert (done.status, done.stderr) == (0, "")
+    lines = [line.split(None, 1) for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert ["greet", "say hello"] in lines
+    assert ["grumble", "of the plugin rude"] in lines
+    assert not {"greeting", "grumbling"} & set(sys.modules)
+
     assert run_cli("greet", "--loudly") == Ended(0, "HELLO\n", "")
+    assert run_cli("greet", "--times", "3").status == 3
     assert "unknown option '--loudy'; did you mean '--loudly'?" in run_cli("greet", "--loudy").error
-    assert [f.name for f in added.failures] == ["clashing"]
-    assert "plan" in added.failures[0].reason
+    assert "--times: 'x' is not a valid integer (see 'lillama greet --help')" in run_cli("greet", "--times", "x").error
+    assert "no command 'gret'" in run_cli("gret").error
+    assert "did you mean 'greet'?" in run_cli("gret").error
+
+    said = run_cli("grumble").error
+    assert "plugin 'rude' (bad 1) gives 'grumbling:grumble' for 'grumble': RuntimeError: not today" in said
+    assert "is no click.Command" in run_cli("odd").error
+    said = run_cli("plan", "m").error
+    assert "'plan' among the commands is claimed by the plugins 'core' (lillama " in said
+    assert "'clashing' (clash 2)" in said
+
+
+# A strategy with options of its own
+
+DAMPED = """
+from pydantic import Field
+
+import lillama_core
+from lillama_core.allocation import Uniform
+from lillama_core.allocation.plan import RankPlan
+from lillama_core.strategies import StrategyOptions
+
+
+class CappedOptions(StrategyOptions):
+    largest: int = Field(default=99, description="largest rank", ge=1)
+
+
+class Capped(Uniform):
+    '''Even ranks up to a largest one.'''
+
+    name = "capped"
+    Options = CappedOptions
+
+    def allocate(self, request):
+        plan = super().allocate(request)
+        return RankPlan(plan.format, {name: min(rank, self.options.largest) for name, rank in plan.ranks.items()})
+
+
+@lillama_core.hookimpl
+def lillama_allocators():
+    return {"capped": "capping:Capped", "plain": Capped()}
+"""
+
+
+def test_a_plugins_strategy_brings_its_own_options(tmp_path: Path, tiny_model: Path) -> None:
+    target = tmp_path / "site"
+    install(target, "capping", DAMPED)
+    (tmp_path / "mine.yaml").write_text("allocation: {name: capped, largest: 7}\n")
+
+    def ranks(*arguments: str) -> int:
+        done = run_with(target, "plan", tiny_model, "--json", *arguments)
+        assert done.status == 0, done
+        return max(m["rank"] for m in json.loads(done.stdout)["maps"])
+
+    assert ranks("--recipe", str(tmp_path / "mine.yaml")) == 7
+    assert ranks("--allocation", "capped", "--allocation.largest", "5") == 5
+    assert ranks("--allocation", "plain", "--allocation.largest", "5") == 5
+    assert ranks("--allocation", "capped") > 7
+    said = run_with(target, "plan", tiny_model, "--allocation", "capped", "--allocation.largst", "5").error
+    assert said == "--allocation.largst: 'capped' has no such option; did you mean 'largest'?"
+    said = run_with(target, "plan", tiny_model, "--recipe", str(tmp_path / "mine.yaml"), "--allocation.largest=0").error
+    assert said == "--allocation.largest must be at least 1, not 0"
+    listed = run_with(target, "strategies", "capped")
+    assert "capped  Even ranks up to a largest one." in listed.stdout
+    assert "--allocation.largest  largest rank (default: 99)" in listed.stdout
+
+
+def test_an_object_that_is_no_strategy_takes_no_options(
+    added: Registry, run_cli: Callable[..., Ended], tiny_model: Path
+) -> None:
+    """Whatever has the methods works, as it did before there were options."""
+
+    class Plain:
+        name = "plain"
+        needs_spectra = False
+
+        def allocate(self, request: Any) -> Any:
+            return Uniform().allocate(request)
+
+    added.add(Plugin(lillama_allocators=lambda: {"plain": Plain()}), "plain", "plain", "1")
+    assert run_cli("plan", tiny_model, "--allocation", "plain").status == 0
+    said = run_cli("plan", tiny_model, "--allocation", "plain", "--allocation.any", "1").error
+    assert said == "--allocation.any: 'plain' has no such option"
 
 
 def test_choosing_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

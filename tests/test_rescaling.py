@@ -6,7 +6,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,7 @@ def test_a_run_measures_every_part_and_says_so(
     def run(name: str, chosen: Recipe) -> RunRecord:
         return compress(Request(str(dense), tmp_path / name, chosen), "quiet")
 
-    without, with_ = run("without", replace(recipe, rescaling_tokens=0)), run("with", recipe)
+    without, with_ = run("without", recipe.with_options({"rescaling_tokens": 0})), run("with", recipe)
     assert without.scales == {}
     written = json.loads((tmp_path / "with" / "lillama.json").read_text())
     assert list(written["scales"]) == list(written["shapes"])

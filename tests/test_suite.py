@@ -24,7 +24,8 @@ from lillama_benchmarks.methods import METHODS, Method, find_methods
 from lillama_benchmarks.pages import markdown, page, quality_metric, write_pages
 from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read
 from lillama_benchmarks.suites import DATA, SUITES, SuiteModel, choose_models
-from lillama_core.cli.main import _recipe, build_parser
+from lillama_core.cli.compress import compress
+from lillama_core.cli.options import recipe_of
 from lillama_core.errors import UserError
 from lillama_registry import registry
 
@@ -84,12 +85,18 @@ def test_compress_understands_what_it_is_told(method: Method) -> None:
     )
     options = compress_options(model, method, 0.3)
     words = ["compress", "x", "-o", "y", *command_line(options)]
-    recipe = _recipe(build_parser().parse_args(words))
+    recipe = recipe_of(compress.make_context("compress", words[1:]).params)
     assert (recipe.reduction, recipe.calibration, recipe.stacks) == (0.3, ("a.txt", "b.txt@2"), ("decoder",))
     # What the model needs comes over the method, but a method that does not train stays one.
     wanted = {**method.options, "tokens": 512, "steps": 0 if method.name == "svd" else 7}
     for name, value in wanted.items():
         assert getattr(recipe, name) == value
+
+
+def test_a_strategy_with_options_as_words() -> None:
+    assert command_line({"init": {"name": "fisher", "input_damping": 1e-3}}) == [
+        *("--init", "fisher", "--init.input-damping", "0.001")
+    ]
 
 
 def test_options_as_words() -> None:

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shorter = ", or lower --sequence-length" if "sequence_length" in known else ""
             other = f"out of memory; free some memory{shorter}"
             # Only a compression has all the options that may help.
-            return _complain(OUT_OF_MEMORY if "resume" in known and "tokens" in known else other, 1)
+            return _complain(OUT_OF_MEMORY if {"resume", "recipe"} <= known else other, 1)
         if isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
             return _complain(f"{error.strerror or error}{where}", 1)

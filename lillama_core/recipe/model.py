@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, Validation
 from pydantic_core import PydanticCustomError
 
 from lillama_core.errors import UserError, nearest
+from lillama_core.strategies import ALIASES
 from lillama_core.strategies.options import StrategyChoice
 from lillama_core.strategies.validation import Validated, explain, shown
 
@@ -22,9 +23,6 @@ SLOTS = {"init": "initializers", "allocation": "allocators", "loss": "losses", "
 
 MOVED = {"minimum_rank": ("allocation", "minimum_rank"), "rank_step": ("allocation", "rank_step")}
 """Flat names of earlier versions -> the slot and the option of its strategy that they stand for."""
-
-ALIASES = {"init": {"sensitivity": "fisher", "activation": "whitened"}}
-"""By slot: names of strategies that recipes of earlier versions may have."""
 
 
 def option(default: Any, group: str, help: str, **bounds: Any) -> Any:
@@ -181,7 +179,7 @@ class Recipe(Validated):
     def _choice(cls, value: Any, info: ValidationInfo) -> Any:
         """A name or a mapping as a choice, with the names of earlier versions as those of today."""
         if isinstance(value, str):
-            return StrategyChoice(name=ALIASES.get(info.field_name or "", {}).get(value, value))
+            return StrategyChoice(name=current_name(info.field_name or "", value))
         if not isinstance(value, StrategyChoice):
             raise PydanticCustomError("value_error", "the name of a strategy, or a mapping with its name and options")
         return value
@@ -219,9 +217,14 @@ class Recipe(Validated):
         return hash(tuple(dict(self).items()))
 
 
+def current_name(slot: str, name: str) -> str:
+    """Today's name of a strategy that earlier versions may have called otherwise."""
+    return ALIASES.get(SLOTS.get(slot, ""), {}).get(name, name)
+
+
 def dashed(name: str) -> str:
-    """The option of a field: ``--learning-rate``."""
-    return "--" + name.replace("_", "-")
+    """The option of a field: ``--learning-rate``; that of a strategy, ``--init.input_damping``, as it is written."""
+    return "--" + (name if "." in name else name.replace("_", "-"))
 
 
 def _plain(value: Any) -> Any:
@@ -275,5 +278,5 @@ def _merged(
 def _same_or_new(present: Any, name: Any, slot: str) -> Any:
     """The present choice if ``name`` is the same strategy; another one brings no options along."""
     if isinstance(name, str):
-        name = ALIASES.get(slot, {}).get(name, name)
+        name = current_name(slot, name)
     return present if isinstance(present, StrategyChoice) and present.name == name else name

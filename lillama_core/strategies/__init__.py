@@ -18,6 +18,7 @@ from lillama_core.strategies.options import (
 )
 
 __all__ = [
+    "ALIASES",
     "OPTIONS",
     "ChosenStrategies",
     "Strategy",
@@ -40,6 +41,10 @@ OPTIONS = {
 """Kind of thing -> the option by which a user names one."""
 
 
+ALIASES = {"initializers": {"sensitivity": "fisher", "activation": "whitened"}}
+"""By kind: names of earlier versions -> those of today."""
+
+
 def names(kind: str) -> list[str]:
     """All names of one kind, those of plugins included."""
     return lillama_registry.registry().names(kind)
@@ -51,12 +56,13 @@ def get(kind: str, name: str) -> Any:
     Raises UserError that suggests the nearest name when there is none, and that names the plugins when several claim it
     or when it cannot be imported.
     """
+    name = ALIASES.get(kind, {}).get(name, name)
     try:
         return lillama_registry.registry().get(kind, name)
     except KeyError:
-        known = names(kind)
+        known = [*names(kind), *ALIASES.get(kind, {})]
         what = OPTIONS.get(kind, f"one of the {kind}")
-        raise UserError(f"{what} must be one of {', '.join(known)}, not {name!r}{nearest(name, known)}") from None
+        raise UserError(f"{what} must be one of {', '.join(names(kind))}, not {name!r}{nearest(name, known)}") from None
     except (lillama_registry.ConflictError, ImportError) as error:
         raise UserError(str(error)) from None
 
