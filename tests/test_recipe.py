@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lillama_core import Recipe, UserError, load_recipe
 from lillama_core.cli.compress import compress
 from lillama_core.cli.options import recipe_of
+from lillama_core.pipeline import CompressionPipeline
 from lillama_core.recipe.loading import recipe_names
 from lillama_core.recipe.model import SLOTS, dashed
 from lillama_core.recipe.reading import check_options_are_read
@@ -349,3 +350,30 @@ def test_any_recipe_survives_being_written(options: dict[str, Any]) -> None:
     assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
     assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert hash(Recipe(**recipe.to_dict())) == hash(recipe)
+
+
+def test_stages_own_options(tmp_path: Path) -> None:
+    """By mapping and by dots, over one another; what no chosen strategy makes a stage read is an error."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("correction_tokens: 512\nstages:\n  blocks: {correction-ridge: 0.05}\n  allocate: {parts: 4}\n")
+    recipe = load_recipe(str(file)).with_options({"stages.allocate.parts": "6"}, "command line")
+    assert recipe.to_dict()["stages"] == {"blocks": {"correction_ridge": 0.05}, "allocate": {"parts": 6}}
+    check_options_are_read(recipe)
+    stages = {type(s).__name__: s for s in CompressionPipeline.registered(recipe).stages}
+    assert (stages["BlocksStage"].options.correction_ridge, stages["AllocateStage"].options.parts) == (0.05, 6)  # type: ignore[attr-defined]
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml())
+    assert load_recipe(str(again)).stages == recipe.stages
+
+    def said(options: dict[str, Any]) -> str:
+        with pytest.raises(UserError) as caught:
+            check_options_are_read(load_recipe("default").with_options(options, "command line"))
+        return str(caught.value)
+
+    assert said({"stages.blocks.correction_ridge": 1}) == (
+        "--stages.blocks.correction-ridge does nothing: no correction is made without --correction-tokens"
+    )
+    assert "no losses are measured" in said({"stages.allocate.parts": 3, "rescaling_tokens": 0})
+    assert "'correction_ridge'" in said({"stages.blocks.corection_ridge": 1})
+    assert "must be one of" in said({"stages.blcks.correction_ridge": 1})
+    assert "must be" in said({"stages": {"blocks": 3}})

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import click
 
 from lillama_core.recipe.loading import load_recipe
-from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, Recipe, dashed
+from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, STAGES, Recipe, dashed
 from lillama_core.strategies.validation import choices_of, kind_of
 
 MODEL = "MODEL is a hub id, a local directory, or a .gguf file."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DOTTED = re.compile(rf"--({'|'.join(SLOTS)})\.([\w-]+)")
+DOTTED = re.compile(rf"--(({'|'.join(SLOTS)})|{STAGES}\.[\w-]+)\.([\w-]+)")
 """An option of a chosen strategy: ``--init.input-damping``."""
 OF_STRATEGIES = "strategy_options"
 RECIPE = "recipe__"
@@ -140,7 +140,7 @@ def recipe_options(function: F) -> F:
         )
     ]
     for name, field in Recipe.model_fields.items():
-        if name != "name":
+        if name not in ("name", STAGES):
             decorators.append(_field_option(name, field))
     for name, (slot, own) in MOVED.items():
         decorators.append(

@@ -12,7 +12,7 @@ import click
 from lillama_core.cli.options import LillamaCommand, debug_option
 from lillama_core.cli.silence import silence_transformers
 from lillama_core.errors import UserError, nearest
-from lillama_core.recipe.model import SLOTS
+from lillama_core.recipe.model import SLOTS, STAGES
 from lillama_core.strategies import get, names, options_of
 
 
@@ -31,22 +31,23 @@ def strategies(which: str | None) -> int:
 def run(options: dict[str, Any]) -> int:
     """Print all strategies on stdout, or those of one slot (``init``), kind (``initializers``) or name."""
     which = options["which"]
-    all_of = {slot: names(kind) for slot, kind in SLOTS.items()}
+    slots = {**SLOTS, STAGES: "stages"}
+    all_of = {slot: names(kind) for slot, kind in slots.items()}
     chosen = {
-        slot: [name for name in found if which in (None, slot, SLOTS[slot], name)] for slot, found in all_of.items()
+        slot: [name for name in found if which in (None, slot, slots[slot], name)] for slot, found in all_of.items()
     }
     if not any(chosen.values()):
-        known = [*SLOTS, *SLOTS.values(), *(name for found in all_of.values() for name in found)]
+        known = [*slots, *slots.values(), *(name for found in all_of.values() for name in found)]
         raise UserError(f"no strategy or kind of strategy is named {which!r}{nearest(which, known)}")
-    print("\n\n".join("\n".join(_section(slot, found)) for slot, found in chosen.items() if found))
+    print("\n\n".join("\n".join(_section(slot, slots[slot], found)) for slot, found in chosen.items() if found))
     return 0
 
 
-def _section(slot: str, found: list[str]) -> Iterator[str]:
-    yield f"--{slot} ({SLOTS[slot]})"
+def _section(slot: str, kind: str, found: list[str]) -> Iterator[str]:
+    yield "stages" if slot == STAGES else f"--{slot} ({kind})"
     for name in found:
         try:
-            strategy = get(SLOTS[slot], name)
+            strategy = get(kind, name)
         except UserError as error:
             yield f"  {name}  cannot be used: {error}"
             continue
@@ -56,7 +57,8 @@ def _section(slot: str, found: list[str]) -> Iterator[str]:
         for option, field in options_of(strategy).model_fields.items():
             default = "" if field.default is None else f" (default: {field.default})"
             text = f"{field.description or ''}{default}"
-            yield from _wrapped(f"--{slot}.{option.replace('_', '-')}  ", text, "      ")
+            owner = f"{slot}.{name}" if slot == STAGES else slot
+            yield from _wrapped(f"--{owner}.{option.replace('_', '-')}  ", text, "      ")
 
 
 def _wrapped(head: str, text: str, indent: str) -> list[str]:

@@ -16,6 +16,8 @@ from lillama_core.pipeline.context import Context
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.pipeline.stage import Stage
+from lillama_core.recipe.model import Recipe
+from lillama_core.recipe.reading import make_stage
 from lillama_core.runtime.recording import Recorder
 from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.memory import limit_kernel_caches
@@ -40,14 +42,19 @@ class CompressionPipeline:
             given |= set(stage.gives)
 
     @classmethod
-    def registered(cls) -> CompressionPipeline:
-        """The stages of lillama, and those of plugins behind the stages that they name in ``after``."""
+    def registered(cls, recipe: Recipe | None = None) -> CompressionPipeline:
+        """The stages of lillama, and those of plugins behind the stages that they name in ``after``.
+
+        Their options are those of ``recipe``. Raises UserError for a stage that has no place, or options that one does
+        not have.
+        """
+        recipe = recipe or Recipe()
         order = list(ORDER)
-        stages: dict[str, Stage] = {name: strategies.make("stages", name) for name in ORDER}
+        stages: dict[str, Stage] = {name: make_stage(recipe, name) for name in ORDER}
         for name in strategies.names("stages"):
             if name in stages:
                 continue
-            stage: Stage = strategies.make("stages", name)
+            stage: Stage = make_stage(recipe, name)
             if stage.after not in order:
                 raise UserError(
                     f"stage {name!r} of a plugin is to run after {stage.after!r}; stages are {', '.join(order)}"
@@ -91,7 +98,7 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     if not strategies.make("allocators", recipe.allocation).needs_spectra:
         # An allocator may refuse what the budget allows, and this one can be asked already.
         make_plan(spec, recipe.allocation, None)
-    pipeline = CompressionPipeline.registered()
+    pipeline = CompressionPipeline.registered(recipe)
     modality = modality_of(spec.architecture)
     if given is None:
         modality.check(recipe)

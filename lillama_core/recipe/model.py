@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -13,10 +14,13 @@ from pydantic_core import PydanticCustomError
 from lillama_core.errors import UserError, nearest
 from lillama_core.strategies import ALIASES
 from lillama_core.strategies.options import StrategyChoice
-from lillama_core.strategies.validation import Validated, explain, shown
+from lillama_core.strategies.validation import Validated, explain, plain, shown
 
 COMMAND_LINE = "command line"
 """Name of the layer whose options are told with dashes."""
+
+STAGES = "stages"
+"""Field that holds the options of stages: ``stages.blocks.correction_ridge`` with dots."""
 
 SLOTS = {"init": "initializers", "allocation": "allocators", "loss": "losses", "format": "formats"}
 """Field that chooses a strategy -> kind of strategy."""
@@ -139,6 +143,12 @@ class Recipe(Validated):
     )
     seed: int = option(0, "result", "seed of everything random", ge=0, lt=2**32)
 
+    stages: Mapping[str, Mapping[str, Any]] = option(
+        MappingProxyType({}),
+        "result",
+        "options of stages of the pipeline, by stage: {blocks: {correction_ridge: 0.05}}",
+    )
+
     _layers: tuple[Layer, ...] = PrivateAttr(default=())
 
     def __init__(self, **options: Any) -> None:
@@ -173,6 +183,15 @@ class Recipe(Validated):
             except ValueError:
                 pass
         return value
+
+    @field_validator(STAGES, mode="before")
+    @classmethod
+    def _by_stage(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(own, Mapping) for own in value.values()):
+            raise PydanticCustomError("value_error", "a mapping of stage to its options")
+        return {
+            str(stage): {str(k).replace("-", "_"): plain(v) for k, v in own.items()} for stage, own in value.items()
+        }
 
     @field_validator(*SLOTS, mode="before")
     @classmethod
@@ -214,7 +233,7 @@ class Recipe(Validated):
         return isinstance(other, Recipe) and dict(self) == dict(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(dict(self).items()))
+        return hash(repr(self.to_dict()))
 
 
 def current_name(slot: str, name: str) -> str:
@@ -230,6 +249,8 @@ def dashed(name: str) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, StrategyChoice):
         return value.to_plain()
+    if isinstance(value, Mapping):
+        return {key: dict(own) for key, own in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -237,7 +258,8 @@ def _merged(
     base: Mapping[str, Any], options: Mapping[str, Any], where: str, spell: Callable[[str], str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of ``base`` with ``options`` over them, and which of them ``options`` sets, as they were written."""
-    values, spelled = dict(base), {}
+    values: dict[str, Any] = dict(base)
+    spelled: dict[str, str] = {}
     strategy_options: list[tuple[str, str, Any, str]] = []
     for key, value in options.items():
         name = str(key).replace("-", "_")
@@ -246,6 +268,13 @@ def _merged(
             # Written out by an earlier version: the strategy's own default.
             if value is not None:
                 strategy_options.append((*MOVED[name], value, spell(str(key))))
+        elif slot == STAGES and (by_stage := _stage_options(own, value)) is not None:
+            for stage, own_options in by_stage.items():
+                present: Mapping[str, Mapping[str, Any]] = values.get(STAGES, {})
+                found = {str(k).replace("-", "_"): v for k, v in own_options.items()}
+                values[STAGES] = {**present, stage: {**present.get(stage, {}), **found}}
+                written = spell(str(key))
+                spelled |= {f"{STAGES}.{stage}.{k}": written if dot else f"{written}.{stage}.{k}" for k in found}
         elif dot and slot in SLOTS and own:
             strategy_options.append((slot, own, value, spell(str(key))))
         elif name not in Recipe.model_fields:
@@ -258,8 +287,8 @@ def _merged(
             if "name" in given:
                 values[name] = _same_or_new(values.get(name), given["name"], name)
                 spelled[name] = spell(str(key))
-            own_options = given.get("options") if set(given) == {"name", "options"} else None
-            for option_, own_value in (own_options or {k: v for k, v in given.items() if k != "name"}).items():
+            nested = given.get("options") if set(given) == {"name", "options"} else None
+            for option_, own_value in (nested or {k: v for k, v in given.items() if k != "name"}).items():
                 own = str(option_).replace("-", "_")
                 strategy_options.append((name, own, own_value, f"{spell(str(key))}.{option_}"))
         else:
@@ -273,6 +302,16 @@ def _merged(
             values[slot] = choice.with_option(own, value)
             spelled[f"{slot}.{own}"] = written
     return values, spelled
+
+
+def _stage_options(dotted: str, value: Any) -> dict[str, Mapping[str, Any]] | None:
+    """Options by stage, from ``NAME.OPTION`` and a value, or from a mapping; None when they are neither."""
+    stage, _, own = dotted.partition(".")
+    if stage and own:
+        return {stage: {own: value}}
+    if not dotted and isinstance(value, Mapping) and all(isinstance(of, Mapping) for of in value.values()):
+        return {str(name): of for name, of in value.items()}
+    return None
 
 
 def _same_or_new(present: Any, name: Any, slot: str) -> Any:

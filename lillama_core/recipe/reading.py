@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import Any
 
 from lillama_core.errors import UserError
-from lillama_core.recipe.model import SLOTS, Recipe
-from lillama_core.strategies import ChosenStrategies, Strategy, get, make, names
+from lillama_core.recipe.model import SLOTS, STAGES, Recipe
+from lillama_core.strategies import ChosenStrategies, Strategy, StrategyChoice, get, make, names
 
 TRAINING = ("mode", "train", "learning_rate", "schedule", "warmup", "weight_decay", "gradient_clip")
 """Fields that only distillation reads."""
@@ -31,7 +31,15 @@ def choose(recipe: Recipe) -> ChosenStrategies:
         spelled = {key.partition(".")[2]: text for key, text in written.items() if key.startswith(f"{slot}.")}
         return make(SLOTS[slot], getattr(recipe, slot), spelled)
 
-    return ChosenStrategies(made("init"), made("allocation"), made("loss"), made("format"))
+    return ChosenStrategies(made("init"), made("allocation"), made("loss"), made("format"), recipe)
+
+
+def make_stage(recipe: Recipe, stage: str) -> Any:
+    """The stage registered under this name, with the options that ``recipe`` has for it; raises UserError."""
+    own = recipe.stages.get(stage, {})
+    written = {key: text for layer in recipe.layers for key, text in layer.spelled.items()}
+    spelled = {name: written.get(f"{STAGES}.{stage}.{name}", f"{STAGES}.{stage}.{name}") for name in own}
+    return make("stages", StrategyChoice(name=stage, options=own), spelled)
 
 
 def unread_options(recipe: Recipe, chosen: ChosenStrategies, data: Collection[str] | None = None) -> dict[str, str]:
@@ -46,6 +54,9 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies, data: Collection[st
         strategy = getattr(chosen, slot)
         if isinstance(strategy, Strategy):
             found |= {f"{slot}.{name}": reason for name, reason in strategy.unread_options(chosen).items()}
+    for stage, own in recipe.stages.items():
+        reasons = make_stage(recipe, stage).unread_options(chosen)
+        found |= {f"{STAGES}.{stage}.{name}": reasons[name] for name in own if name in reasons}
     if recipe.steps == 0:
         reason = "with --steps 0 nothing is trained"
         found |= dict.fromkeys(TRAINING, reason)
@@ -73,6 +84,8 @@ def check_options_are_read(recipe: Recipe, data: Collection[str] | None = None) 
     ``data`` as in `unread_options`. The recipe's strategies are made, which says what is wrong with their options.
     """
     choose(recipe)
+    for stage in recipe.stages:
+        make_stage(recipe, stage)
     for layer in recipe.layers:
         there = Recipe.model_construct(**layer.values)
         try:

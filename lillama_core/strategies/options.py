@@ -44,11 +44,13 @@ class Strategy:
 class ChosenStrategies:
     """The strategies of one recipe, made."""
 
-    def __init__(self, init: Any, allocation: Any, loss: Any, format: Any) -> None:
+    def __init__(self, init: Any, allocation: Any, loss: Any, format: Any, recipe: Any = None) -> None:
+        """``recipe`` holds the fields that are not strategies."""
         self.init = init
         self.allocation = allocation
         self.loss = loss
         self.format = format
+        self.recipe = recipe
 
 
 class StrategyChoice(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from pydantic import Field
 from torch import nn
@@ -23,7 +24,7 @@ from lillama_core.statistics.loss_calibration import (
     parts_of,
     truncation_error,
 )
-from lillama_core.strategies import StrategyOptions, make
+from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
 
@@ -47,6 +48,12 @@ class AllocateStage(Stage):
     options: AllocateOptions
     reads = (DenseModel, CalibrationSplit, Statistics)
     gives = (RankPlan,)
+
+    def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
+        spectra = getattr(chosen.allocation, "needs_spectra", False) and getattr(chosen.init, "needs_gradients", False)
+        if chosen.recipe.rescaling_tokens and spectra:
+            return {}
+        return {"parts": "no losses are measured before ranks are shared out"}
 
     def found(self, context: Context) -> str | None:
         return "measured losses" if (context.directory.store / "scales.json").is_file() else None

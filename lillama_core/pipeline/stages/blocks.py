@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 from torch import nn
 
@@ -16,7 +18,7 @@ from lillama_core.pipeline.context import CalibrationRows, CompressedStacks, Con
 from lillama_core.pipeline.stage import Stage
 from lillama_core.runtime.activations import ActivationStore, StackActivations
 from lillama_core.runtime.modules import swapped_modules
-from lillama_core.strategies import StrategyOptions
+from lillama_core.strategies import ChosenStrategies, StrategyOptions
 
 
 class BlocksOptions(StrategyOptions):
@@ -39,6 +41,11 @@ class BlocksStage(Stage):
     options: BlocksOptions
     reads = (DenseModel, CalibrationRows, CalibrationSplit, Statistics, RankPlan)
     gives = (CompressedStacks,)
+
+    def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
+        if chosen.recipe.correction_tokens and getattr(chosen.init, "corrects", False):
+            return {}
+        return {"correction_ridge": "no correction is made without --correction-tokens"}
 
     def found(self, context: Context) -> str | None:
         done = len(list(context.directory.blocks.glob("*.safetensors")))
