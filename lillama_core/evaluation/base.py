@@ -127,7 +127,7 @@ class Evaluation:
         """
         notes: dict[str, Any] = {}
         for metric in self.metrics:
-            read = getattr(metric, "recall", None)
+            read = getattr(metric, "load_saved", None)
             if read is not None:
                 notes |= read(folder)
         return notes
