@@ -19,6 +19,8 @@ import lillama_core
 from lillama_core import LillamaError, Recipe, UserError, compress, evaluate, load, load_recipe
 from lillama_core.data.hashing import rows_sha256
 from lillama_core.data.text.modality import Text
+from lillama_registry import registry
+from lillama_testing import make_tiny_model
 
 QUICK: dict[str, Any] = {
     **{"tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128, "steps": 3},
@@ -164,7 +166,7 @@ def test_batches_are_used_as_they_stand(how: str, tiny_model: Path, tmp_path: Pa
     assert found.record.data["sha256"] == rows_sha256(rows[:24])
 
 
-def test_encoders_and_images_take_batches_of_their_inputs(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_models_of_images_take_batches_of_pixels(tmp_path: Path) -> None:
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     config = ViTConfig(
@@ -179,6 +181,23 @@ def test_encoders_and_images_take_batches_of_their_inputs(make_model: Callable[.
         compress(model, tmp_path / "other", data=TEXTS, **options)
     with pytest.raises(UserError, match="batch 0 has no 'pixel_values'"):
         compress(model, tmp_path / "other", data=[{"input_ids": torch.zeros(4, 3)}], **options)
+
+
+def test_speech_takes_batches_as_for_training(tmp_path: Path) -> None:
+    (architecture,) = registry().architectures_for("whisper")
+    make_tiny_model(architecture, "whisper", tmp_path / "tiny")
+    config = load(tmp_path / "tiny").config
+    sound = torch.randn(8, config.num_mel_bins, 2 * config.max_source_positions)
+    labels = torch.randint(5, 20, (8, 6))
+    labels[:, 4:] = -100
+    options = {**QUICK, "batch_size": 2}
+    found = compress(tmp_path / "tiny", tmp_path / "a", data=[{"input_features": sound, "labels": labels}], **options)
+    assert found.record.data["rows"] == 8
+    assert found.record.fidelity is not None
+    # The positions that predict something, of the rows held out.
+    assert found.record.fidelity["tokens"] == 2 * 4
+    with pytest.raises(UserError, match="neither 'labels' nor 'decoder_input_ids'"):
+        compress(tmp_path / "tiny", tmp_path / "b", data=[{"input_features": sound}], **options)
 
 
 def test_recipes_by_name_file_mapping_and_object_are_the_same(tiny_model: Path, tmp_path: Path) -> None:
@@ -355,6 +374,17 @@ def test_what_fails_late_can_be_resumed(tiny_model: Path, tmp_path: Path, monkey
     found = compress(tiny_model, tmp_path / "small", data=TEXTS, resume=True, **QUICK)
     assert found.record.resumed
     assert model.training is False
+
+
+def test_a_compression_bounds_the_caches_of_kernels_and_an_import_does_not(
+    tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    code = "import os, lillama_core\nassert 'ONEDNN_PRIMITIVE_CACHE_CAPACITY' not in os.environ\n" + RUN
+    code += "assert os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'] == '128'\n"
+    arguments = [sys.executable, "-c", code, tiny_model, tmp_path / "s", calibration_text]
+    env = {k: v for k, v in environment(PYTHONWARNINGS="ignore").items() if "CACHE_CAPACITY" not in k}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 NOTEBOOK = """

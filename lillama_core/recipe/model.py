@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -144,7 +143,7 @@ class Recipe(Validated):
     seed: int = option(0, "result", "seed of everything random", ge=0, lt=2**32)
 
     stages: Mapping[str, Mapping[str, Any]] = option(
-        MappingProxyType({}),
+        {},
         "result",
         "options of stages of the pipeline, by stage: {blocks: {correction_ridge: 0.05}}",
     )

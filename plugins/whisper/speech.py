@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples
+from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples, check_two_batches
+from lillama_core.data.objects import DATA, BatchData, inputs_sha256, stack_batches
 from lillama_core.data.speech.audio import RATE, Sound
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
-from lillama_core.data.text.modality import random_tokens
+from lillama_core.data.text.modality import next_tokens, random_tokens
 from lillama_core.errors import UserError
 from lillama_core.recipe.model import Recipe
 
@@ -113,6 +114,35 @@ class Speech(Modality):
             targets,
             (targets != IGNORE_INDEX).float(),
         )
+
+    def load_given(self, request: SampleRequest) -> Samples:
+        """Samples of batches with ``input_features`` and either ``labels`` or ``decoder_input_ids``, as they stand.
+
+        Labels are those of training: what the decoder is to write behind its first token, IGNORE_INDEX at padding.
+        """
+        assert isinstance(request.data, BatchData)
+        config = request.model.config
+        dummy = self.dummy_inputs(config)
+        like = {**dummy, "labels": dummy["decoder_input_ids"]}
+        found = stack_batches(request.data, like, request.recipe.samples, optional=("decoder_input_ids", "labels"))
+        labels, tokens = found.pop("labels", None), found.get("decoder_input_ids")
+        if labels is not None:
+            targets, written = labels, labels.masked_fill(labels == IGNORE_INDEX, config.pad_token_id)
+            start = torch.full_like(written[:, :1], config.decoder_start_token_id)
+            tokens = torch.cat((start, written[:, :-1]), dim=1)
+        elif tokens is not None:
+            targets = next_tokens(tokens)
+        else:
+            raise UserError(
+                f"{DATA} has neither 'labels' nor 'decoder_input_ids'; give one of them with input_features"
+            )
+        check_two_batches(len(tokens), request.recipe)
+        inputs = {"input_features": found["input_features"], "decoder_input_ids": tokens}
+        predicts = (targets != IGNORE_INDEX).float()
+        sha256 = inputs_sha256({**inputs, "targets": targets})
+        described = {"kind": "batches", "rows": len(tokens), "sha256": sha256}
+        frames = found["input_features"].shape[0] * config.max_source_positions
+        return Samples(inputs, {DATA: described}, sha256, frames, {"decoder": predicts}, targets, predicts)
 
 
 def _utterances(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> list[Utterance]:
