@@ -6,7 +6,6 @@ mistake of somebody who lays ``steps: 0`` over it, and options of a strategy go 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from lillama_core.errors import UserError
@@ -15,9 +14,6 @@ from lillama_core.strategies import ChosenStrategies, Strategy, StrategyChoice, 
 
 TRAINING = ("mode", "train", "learning_rate", "schedule", "warmup", "weight_decay", "gradient_clip")
 """Fields that only distillation reads."""
-
-DATA = ("self_share", "tokens", "sequence_length", "samples", "use_all_tokens")
-"""Fields that a modality may read or not, see `lillama_core.data.modality.Modality`."""
 
 OFF = {"correction_tokens": 0, "rescaling_tokens": 0, "weight_decay": 0.0, "gradient_clip": 0.0, "warmup": 0.0}
 """Values by which a field says that something is not to be done: not a mistake where it cannot be done."""
@@ -42,11 +38,8 @@ def make_stage(recipe: Recipe, stage: str) -> Any:
     return make("stages", StrategyChoice(name=stage, options=own), spelled)
 
 
-def unread_options(recipe: Recipe, chosen: ChosenStrategies, data: Collection[str] | None = None) -> dict[str, str]:
-    """Fields, and options as ``init.input_damping``, that nothing reads beside the ``chosen`` strategies: the reason.
-
-    ``data`` names the fields of `DATA` that the model's modality reads; None: not known, none is reported.
-    """
+def unread_options(recipe: Recipe, chosen: ChosenStrategies) -> dict[str, str]:
+    """Fields, and options as ``init.input_damping``, that nothing reads beside the ``chosen`` strategies, and why."""
     found: dict[str, str] = {}
     init, allocation, loss = recipe.init.name, recipe.allocation.name, recipe.loss.name
     gradients = getattr(chosen.init, "needs_gradients", False)
@@ -73,15 +66,13 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies, data: Collection[st
         found["rescaling_tokens"] = f"the allocator {allocation!r} looks at no spectra"
     elif not gradients:
         found["rescaling_tokens"] = f"the initialiser {init!r} needs no gradients, so that its spectra predict no loss"
-    if data is not None:
-        found |= {name: "models that are fed such data do not read it" for name in DATA if name not in data}
     return found
 
 
-def check_options_are_read(recipe: Recipe, data: Collection[str] | None = None) -> None:
+def check_options_are_read(recipe: Recipe) -> None:
     """Raise UserError for the first option that a file or command line sets and that its choices do not read.
 
-    ``data`` as in `unread_options`. The recipe's strategies are made, which says what is wrong with their options.
+    The recipe's strategies are made, which says what is wrong with their options.
     """
     choose(recipe)
     for stage in recipe.stages:
@@ -93,7 +84,7 @@ def check_options_are_read(recipe: Recipe, data: Collection[str] | None = None) 
         except UserError:
             # Chosen below and replaced above: it need not even be installed.
             continue
-        unread = unread_options(there, chosen, data)
+        unread = unread_options(there, chosen)
         for key, written in layer.spelled.items():
             if key in unread and not (key in OFF and layer.values[key] == OFF[key]):
                 raise UserError(f"{written} does nothing: {unread[key]}")
