@@ -268,6 +268,8 @@ def _merged(
             if value is not None:
                 strategy_options.append((*MOVED[name], value, spell(str(key))))
         elif slot == STAGES and (by_stage := _stage_options(own, value)) is not None:
+            if not dot:
+                spelled[STAGES] = spell(str(key))
             for stage, own_options in by_stage.items():
                 present: Mapping[str, Mapping[str, Any]] = values.get(STAGES, {})
                 found = {str(k).replace("-", "_"): v for k, v in own_options.items()}
