@@ -337,6 +337,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
+        if "name" not in value:
+            own = [f"{stage}.{option}: {v}" for stage, options in value.items() for option, v in options.items()]
+            return ", ".join(own) or "default"
         return str(StrategyChoice.model_validate(value))
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
