@@ -15,6 +15,9 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 from lillama_core import Recipe, SampleRequest, Samples
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import IGNORE_INDEX, modality_of
+from lillama_core.data.speech import choice
+from lillama_core.data.speech.choice import choose_utterances
+from lillama_core.data.speech.disturbance import disturbed
 from lillama_core.data.speech.utterances import Utterance
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Subject
@@ -22,9 +25,8 @@ from lillama_core.evaluation.metrics.speech import NOTES
 from lillama_core.models.loading import load_config, load_model
 from lillama_core.models.source import locate
 from lillama_core.system.progress import Progress
-from lillama_plugins.whisper import speech
 from lillama_plugins.whisper.evaluation import evaluation
-from lillama_plugins.whisper.speech import HOP, PADDING_WEIGHT, Speech, decoder_rows, disturbed
+from lillama_plugins.whisper.speech import HOP, PADDING_WEIGHT, Speech, decoder_rows
 from lillama_registry import registry
 from lillama_testing import make_tiny_model
 
@@ -222,9 +224,9 @@ def test_what_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(arguments)
         return rows
 
-    monkeypatch.setattr(speech, "read_speech", read)
+    monkeypatch.setattr(choice, "read_speech", read)
     lines: list[str] = []
-    found = speech._utterances(Recipe(calibration=("librispeech",), samples=3), lines.append)
+    found = choose_utterances(Recipe(calibration=("librispeech",), samples=3), lines.append)
     assert sorted(u.name for u in found) == ["0", "2"]
     assert lines == ["librispeech: 1 of 3 recordings are too long; left out"]
     assert asked == [("librispeech", 3, "calibration")]

@@ -33,7 +33,7 @@ class Fidelity:
 
 
 def measure_fidelity(
-    parent: StackHarness,
+    harness: StackHarness,
     held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
     autocast: torch.dtype | None,
     dense_embeddings: Mapping[str, nn.Module],
@@ -44,7 +44,7 @@ def measure_fidelity(
     divergence and agreement, a model that puts out scores of classes. ``dense_embeddings`` are the modules outside
     of the blocks, by path, that the model had before it was compressed.
     """
-    device = next(parent.model.parameters()).device
+    device = next(harness.model.parameters()).device
     tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
     nll = [0.0, 0.0]
     wrong, size = 0.0, 0.0
@@ -52,12 +52,12 @@ def measure_fidelity(
         for samples, dense, compressed in held:
             for row in range(dense.shape[0]):
                 one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
-                with swapped_modules(parent.model, dense_embeddings):
-                    outputs = [parent.outputs(one, dense[row : row + 1].to(device))]
-                outputs.append(parent.outputs(one, compressed[row : row + 1].to(device)))
+                with swapped_modules(harness.model, dense_embeddings):
+                    outputs = [harness.outputs(one, dense[row : row + 1].to(device))]
+                outputs.append(harness.outputs(one, compressed[row : row + 1].to(device)))
                 mains = [main_output(found)[0] for found in outputs]
                 mains = [m.reshape(-1, m.shape[-1]) for m in mains]
-                predicts = class_logits(parent.model, outputs[0]) is not None
+                predicts = class_logits(harness.model, outputs[0]) is not None
                 kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
                 labels = None if samples.targets is None else samples.targets[row].to(device)
                 # Some tokens at a time: these tables are as wide as the vocabulary.

@@ -1,4 +1,4 @@
-"""Running blocks on their own: what the parent passes to each, recorded without computing any of them."""
+"""The harness around a stack: what the model passes to each block, recorded without computing any of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StackHarness:
     def __init__(
         self, model: nn.Module, architecture: Architecture, blocks: list[Block], earlier: Sequence[StackHarness] = ()
     ) -> None:
-        """``earlier`` are the parents of the stacks that are run before this one."""
+        """``earlier`` are the harnesses of the stacks that are run before this one."""
         self.model = model
         self.architecture = architecture
         self.blocks = blocks
@@ -73,8 +73,8 @@ class StackHarness:
             return hidden
 
         with torch.no_grad(), contextlib.ExitStack() as bypassed, contextlib.suppress(StopForward):
-            for parent, last_hidden in zip(self.earlier, earlier, strict=True) if earlier else ():
-                bypassed.enter_context(parent._bypassed(parent._giving(last_hidden)))
+            for below, last_hidden in zip(self.earlier, earlier, strict=True) if earlier else ():
+                bypassed.enter_context(below._bypassed(below._giving(last_hidden)))
             bypassed.enter_context(self._bypassed(bypass))
             self._forward(inputs)
         return first[0].detach().float(), calls
@@ -130,8 +130,8 @@ class StackHarness:
         """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
 
         with contextlib.ExitStack() as bypassed:
-            for parent in self.earlier if skip_earlier else ():
-                bypassed.enter_context(parent._bypassed(lambda index, hidden, args, kwargs: hidden))
+            for below in self.earlier if skip_earlier else ():
+                bypassed.enter_context(below._bypassed(lambda index, hidden, args, kwargs: hidden))
             bypassed.enter_context(self._bypassed(self._giving(last_hidden)))
             return self._forward(inputs)
 

@@ -53,12 +53,12 @@ class Recorder:
         return calls, stream
 
     def _record(
-        self, parent: StackHarness, inputs: Inputs, earlier: Sequence[torch.Tensor]
+        self, harness: StackHarness, inputs: Inputs, earlier: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, list[BlockInputs]]:
         # Another stack's blocks may run for real on the way to this one's: they deserve the fast arithmetic, too.
         runs_blocks = len(self.architecture.stacks) > 1
         with self.runner([]).autocast() if runs_blocks else contextlib.nullcontext():
-            return parent.record(self.on_device(inputs), [hidden.to(self.device) for hidden in earlier])
+            return harness.record(self.on_device(inputs), [hidden.to(self.device) for hidden in earlier])
 
     def runner(self, calls: list[list[BlockInputs]]) -> BlockRunner:
         return BlockRunner(self.architecture, calls, self.device, self.autocast_dtype)
@@ -66,7 +66,7 @@ class Recorder:
     def on_device(self, inputs: Inputs) -> Inputs:
         return {k: v.to(self.device) for k, v in inputs.items()}
 
-    def check(self, parent: StackHarness, inputs: Inputs, source: ResidentSource) -> None:
+    def check(self, harness: StackHarness, inputs: Inputs, source: ResidentSource) -> None:
         """Blocks run one after the other must give what the model gives, or nothing that follows means anything.
 
         Raises UserError where they do not. Also finds out whether earlier stacks hand on what their last blocks give,
@@ -74,15 +74,15 @@ class Recorder:
         """
         # Two rows: what a block is given besides the hidden states may depend on their number.
         short = {k: v[:2] for k, v in self.on_device(inputs).items()}
-        calls, stream = self.record(parent, [short])
+        calls, stream = self.record(harness, [short])
         runner = self.runner(calls)
 
-        expected = self.stack_output(parent, short, source)
+        expected = self.stack_output(harness, short, source)
         unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
         try:
             with torch.no_grad():
                 chained = stream[0].to(self.device)
-                for block in parent.blocks:
+                for block in harness.blocks:
                     chained = runner(source.block(block), block, 0, chained)
         except LillamaError:
             raise
@@ -90,33 +90,33 @@ class Recorder:
             if is_out_of_memory(error):
                 raise
             raise UserError(
-                f"the blocks of {parent.stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
+                f"the blocks of {harness.stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
             ) from error
         difference = _relative(chained, expected)
         if not difference < TOLERANCE:
             raise UserError(
-                f"the blocks of {parent.stack!r} run one by one differ from the whole model by"
+                f"the blocks of {harness.stack!r} run one by one differ from the whole model by"
                 f" {difference:.2%}: {unsuitable}"
             )
-        parent.depends_only_on_upstream_output = bool(parent.earlier) and self._hand_on(
-            parent, short, source, (stream[0], calls[0])
+        harness.depends_only_on_upstream_output = bool(harness.earlier) and self._hand_on(
+            harness, short, source, (stream[0], calls[0])
         )
 
-    def stack_output(self, parent: StackHarness, inputs: Inputs, source: ResidentSource) -> torch.Tensor:
+    def stack_output(self, harness: StackHarness, inputs: Inputs, source: ResidentSource) -> torch.Tensor:
         """What leaves a stack in a forward pass of the model, whose blocks get what the model passes at that moment."""
 
         def block(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             with self.runner([]).autocast():
-                module = source.block(parent.blocks[index])
+                module = source.block(harness.blocks[index])
                 return self.architecture.call_block(module, hidden.float(), args, kwargs)
 
-        return parent.last_output(self.on_device(inputs), block)
+        return harness.last_output(self.on_device(inputs), block)
 
-    def _hand_on(self, parent: StackHarness, inputs: Inputs, source: ResidentSource, real: Any) -> bool:
+    def _hand_on(self, harness: StackHarness, inputs: Inputs, source: ResidentSource, real: Any) -> bool:
         """Whether the blocks get the same as in the ``real`` pass if the earlier stacks only say what they gave."""
         try:
             handed = self._record(
-                parent, inputs, [self.stack_output(earlier, inputs, source) for earlier in parent.earlier]
+                harness, inputs, [self.stack_output(earlier, inputs, source) for earlier in harness.earlier]
             )
         except Exception as error:  # a stack that cannot be run like that is run by the model
             if is_out_of_memory(error):

@@ -19,7 +19,7 @@ from lillama_core.system.progress import Progress
 
 
 def output_gradient(
-    parent: StackHarness,
+    harness: StackHarness,
     inputs: Inputs,
     last_hidden: torch.Tensor,
     generator: torch.Generator,
@@ -33,8 +33,8 @@ def output_gradient(
     variance.
     """
     last_hidden = last_hidden.detach().requires_grad_(True)
-    outputs = parent.outputs(inputs, last_hidden)
-    logits = class_logits(parent.model, outputs)
+    outputs = harness.outputs(inputs, last_hidden)
+    logits = class_logits(harness.model, outputs)
     if logits is None:
         states = main_output(outputs)
         noise = torch.randn(states.shape, generator=generator).to(states)
@@ -56,21 +56,21 @@ def output_gradient(
 
 
 def measure_sensitivity(
-    parent: StackHarness,
+    harness: StackHarness,
     source: WeightSource,
     activations: StackActivations,
     seed: int,
     progress: Progress,
     entry: SecondMoment | None = None,
 ) -> Iterator[tuple[Block, dict[str, torch.Tensor]]]:
-    """Second moments of the gradients for every block of the parent's stack, as named tensors.
+    """Second moments of the gradients for every block of the harness's stack, as named tensors.
 
     They are given out block by block and forgotten, since together they are as large as the model. Each block is run
     once more with gradients, one at a time, so that memory is the blocks' inputs of one batch and the graph of one
     block. ``entry`` gets the gradients at the entry of the first block.
     """
     runner = activations.runner
-    blocks = parent.blocks
+    blocks = harness.blocks
     observers = {block.name: GradientObserver(block) for block in blocks}
     generator = torch.Generator().manual_seed(seed)
     progress.phase("Sensitivity of the predictions", len(activations.batches) * len(blocks))
@@ -87,7 +87,7 @@ def measure_sensitivity(
             gradient = torch.cat(
                 [
                     output_gradient(
-                        parent,
+                        harness,
                         {k: v[i : i + 1] for k, v in inputs.items()},
                         hidden[i : i + 1],
                         generator,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples, check_two_batches
 from lillama_core.data.objects import DATA, BatchData, inputs_sha256, stack_batches
-from lillama_core.data.speech.audio import RATE, Sound
-from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
+from lillama_core.data.speech.audio import RATE
+from lillama_core.data.speech.choice import check_count, choose_utterances
+from lillama_core.data.speech.disturbance import disturbed
+from lillama_core.data.speech.utterances import Utterance
 from lillama_core.data.text.modality import next_tokens, random_tokens
 from lillama_core.errors import UserError
 from lillama_core.recipe.model import Recipe
@@ -30,10 +30,6 @@ Whisper tiny.en, 10 % removed without training: divergence 0.067 nats a token at
 HOP = 320
 """Samples between two positions of the encoder: 160 between two frames, and a convolution of stride 2."""
 BATCH = 8
-TILT = 8.0
-"""Largest gain or loss of the filter of a disturbed recording, in dB."""
-SNR = (5.0, 30.0)
-"""Least and largest ratio of voice to noise in a disturbed recording, in dB."""
 
 
 class Speech(Modality):
@@ -52,7 +48,7 @@ class Speech(Modality):
                 ' with lines {"audio": …, "text": …}; text is optional'
             )
         # Every file is opened now: a damaged one should not end a run half an hour later.
-        _check_count(_utterances(recipe), recipe)
+        check_count(choose_utterances(recipe), recipe)
 
     def load_processor(self, source: Any, spec: str | None) -> Any:
         from transformers import AutoProcessor
@@ -74,7 +70,7 @@ class Speech(Modality):
         return {"input_features": sound, "decoder_input_ids": random_tokens(config)}
 
     def load(self, request: SampleRequest) -> Samples:
-        found = _utterances(request.recipe, request.progress.line)
+        found = choose_utterances(request.recipe, request.progress.line)
         features, frames = [], []
         generator = np.random.default_rng(request.recipe.seed)
         request.progress.phase("Spectrograms", len(found))
@@ -143,65 +139,6 @@ class Speech(Modality):
         described = {"kind": "batches", "rows": len(tokens), "sha256": sha256}
         frames = found["input_features"].shape[0] * config.max_source_positions
         return Samples(inputs, {DATA: described}, sha256, frames, {"decoder": predicts}, targets, predicts)
-
-
-def _utterances(recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> list[Utterance]:
-    """The recordings to calibrate on: ``recipe.samples`` of them, drawn by the recipe's seed, or all there are.
-
-    Of a dataset, which has to be fetched, the first ``recipe.samples`` but those that are too long; ``report`` hears
-    how many these were.
-    """
-    found: list[Utterance] = []
-    for source in recipe.calibration:
-        limit = recipe.samples if source.partition(":")[0] in DATASETS else None
-        read = read_speech(source, limit, "calibration")
-        # Twice the same recording could be trained on and held out.
-        earlier = {u.path.resolve() for u in found if u.path is not None}
-        twice = next((u.path for u in read if u.path is not None and u.path.resolve() in earlier), None)
-        if twice is not None:
-            raise UserError(f"{source}: {twice.name} is among the recordings named before; name each once")
-        fitting = [u for u in read if not u.too_long]
-        if len(fitting) < len(read):
-            report(f"{source}: {len(read) - len(fitting)} of {len(read)} recordings are too long; left out")
-        found += fitting
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    return [found[i] for i in order[: recipe.samples]]
-
-
-def _check_count(found: list[Utterance], recipe: Recipe) -> None:
-    if recipe.samples < 2 * recipe.batch_size:
-        raise UserError(
-            f"--samples {recipe.samples} is less than two batches of {recipe.batch_size}: ask for more, or lower"
-            " --batch-size"
-        )
-    if len(found) < 2 * recipe.batch_size:
-        raise UserError(
-            f"{', '.join(recipe.calibration)}: {len(found)} recordings; at least two batches of {recipe.batch_size}"
-            " are needed: give more, or lower --batch-size"
-        )
-    for utterance in found:
-        utterance.sound()
-
-
-def disturbed(sound: Sound, generator: np.random.Generator) -> Sound:
-    """``sound`` [samples] as another microphone in another place would have it: filtered, with noise, louder or softer.
-
-    What is distilled on clean recordings of a few voices forgets the rest of what the model has heard. The filter is
-    a random curve of ``TILT`` dB over the logarithm of the frequency, the noise as coloured, at a random ``SNR``.
-    """
-    frequencies = np.fft.rfftfreq(len(sound), 1 / RATE)
-    knots = np.log(np.array([50.0, 200.0, 600.0, 1500.0, 3500.0, 8000.0]))
-
-    def curve() -> NDArray[np.float64]:
-        decibels = np.interp(np.log(np.maximum(frequencies, 1.0)), knots, generator.uniform(-TILT, TILT, len(knots)))
-        return np.asarray(10 ** (decibels / 20))
-
-    voice = np.fft.irfft(np.fft.rfft(sound) * curve(), len(sound))
-    noise = np.fft.irfft(np.fft.rfft(generator.standard_normal(len(sound))) * curve(), len(sound))
-    ratio = 10 ** (-generator.uniform(*SNR) / 20)
-    mixed = voice / voice.std() + ratio * noise / noise.std()
-    loudness = sound.std() * 10 ** (generator.uniform(-6, 6) / 20)
-    return np.asarray(np.clip(mixed * loudness, -1, 1), dtype=np.float32)
 
 
 def prompt_length(request: SampleRequest, language: str | None) -> int:
