@@ -88,7 +88,7 @@ class Recipe(Validated):
     held_out: float = option(
         0.0625,
         "data",
-        "part of the rows that is kept for choosing checkpoints and for the report",
+        "part of the rows that is kept for the report, and as much again to choose by where something is chosen",
         ge=0.0,
         le=0.5,
     )
