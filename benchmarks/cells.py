@@ -22,6 +22,8 @@ from lillama_benchmarks.results import DENSE, Result
 from lillama_benchmarks.suites import Options, SuiteModel
 from lillama_core.architecture.base import Architecture
 from lillama_core.errors import LillamaError, one_line
+from lillama_core.recipe.loading import load_recipe
+from lillama_core.recipe.reading import choose, unread_options
 
 KEPT = ("lillama.json", "report.html", "README.md")
 """Files of a compressed model that stay in the folder of its cell."""
@@ -80,8 +82,11 @@ def compress_options(model: SuiteModel, method: Method, reduction: float) -> dic
 
 
 def _over(options: Options, method: Method) -> Options:
-    """A method that does not train stays one: no option for the course of a training applies to it."""
-    return {k: v for k, v in options.items() if not (k == "steps" and method.options.get("steps") == 0)}
+    """Those of a model's options that the method reads; one that does not train stays one, whatever else is asked."""
+    recipe = load_recipe(method.recipe).with_options(method.options, f"method {method.name}")
+    unread = unread_options(recipe, choose(recipe))
+    trains = method.options.get("steps") != 0
+    return {k: v for k, v in options.items() if k not in unread and (trains or k != "steps")}
 
 
 def planned_options(model: SuiteModel, method: Method | None, reduction: float) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from lillama_benchmarks.cells import SuiteRunner, command_line, compress_options
 from lillama_benchmarks.methods import METHODS, Method, find_methods
 from lillama_benchmarks.pages import markdown, page, quality_metric, write_pages
 from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read
-from lillama_benchmarks.suites import DATA, SUITES, SuiteModel, choose_models
+from lillama_benchmarks.suites import DATA, SUITES, Suite, SuiteModel, choose_models
 from lillama_core.cli.compress import compress
 from lillama_core.cli.options import recipe_of
 from lillama_core.errors import UserError
+from lillama_core.recipe.loading import load_recipe
+from lillama_core.recipe.reading import check_options_are_read
 from lillama_registry import registry
 
 
@@ -327,3 +329,12 @@ def test_smoke(tmp_path: Path) -> None:
     # Whatever is compared case by case is compared with the dense model, which was measured once.
     for model, name in (("tiny-whisper", "wer_change/read"), ("tiny-mixtral", "routing/agreement")):
         assert read(tmp_path / "out")[model, "fast", 0.2].metric(name), model
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_cells_set_only_options_that_their_method_reads(suite: Suite, tmp_path: Path) -> None:
+    for model in suite.models(tmp_path):
+        for method in METHODS:
+            options = compress_options(model, method, 0.2)
+            recipe = load_recipe(options.pop("recipe")).with_options(options, "command line")
+            check_options_are_read(recipe)
