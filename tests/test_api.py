@@ -201,15 +201,17 @@ def test_speech_takes_batches_as_for_training(tmp_path: Path) -> None:
 
 
 def test_recipes_by_name_file_mapping_and_object_are_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    from lillama_core import api
+    from lillama_core.api import compress
+    from lillama_core.api.arguments import recipe_of
 
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: fast\nsteps: 2\n", encoding="utf-8")
     wanted = load_recipe("fast").with_options({"steps": 2})
     for given in (path, str(path), {"recipe": "fast", "steps": 2}, wanted):
-        found = api._recipe(given, None, {})
+        found = recipe_of(given, None, {}, compress)
         assert {**found.to_dict(), "name": ""} == {**wanted.to_dict(), "name": ""}
-    changed = api._recipe("default", Path("a.txt"), {"reduction": torch.tensor(0.25), "exclude": ["mlp.*"]})
+    options = {"reduction": torch.tensor(0.25), "exclude": ["mlp.*"]}
+    changed = recipe_of("default", Path("a.txt"), options, compress)
     assert changed == Recipe().with_options({"reduction": 0.25, "exclude": ["mlp.*"], "calibration": ["a.txt"]})
 
 

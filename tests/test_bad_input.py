@@ -640,7 +640,7 @@ def test_out_of_memory(make_model: Callable[..., Path], calibration_text: Path, 
     script = tmp_path / "limited.py"
     script.write_text(
         "import resource, sys, psutil\n"
-        "from lillama_core.cli import main\n"
+        "from lillama_core.cli.main import main\n"
         "limit = psutil.Process().memory_info().vms + 120_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "sys.exit(main(sys.argv[1:]))\n"

@@ -145,7 +145,7 @@ def test_plan_promises_what_the_run_gives(
     record = json.loads((compressed / "lillama.json").read_text())
     # Ranks are whole numbers: the plan's even ranks and those by spectrum end within a rank of the same budget.
     for name, value in record["parameters"].items():
-        assert found[name] == pytest.approx(value, rel=1e-3), name
+        assert found[name] == pytest.approx(value, rel=2e-3), name
     assert found["dtype"] == record["dtype"]
     if found["note"] is None:
         assert {m["name"]: m["rank"] for m in found["maps"] if m["rank"]} == record["plan"]["ranks"]

@@ -39,6 +39,8 @@ def test_a_name_that_has_moved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_else_of_the_core_uses_them() -> None:
     core = ADAPTER.parents[1]
-    found = [f for f in core.rglob("*.py") if f != ADAPTER and UNDOCUMENTED.search(f.read_text(encoding="utf-8"))]
+    # The hook waits for the module by its name, before anything may be imported.
+    allowed = {ADAPTER, core / "transformers_hook.py"}
+    found = [f for f in core.rglob("*.py") if f not in allowed and UNDOCUMENTED.search(f.read_text(encoding="utf-8"))]
     assert UNDOCUMENTED.search(ADAPTER.read_text(encoding="utf-8"))
     assert not found, [str(file.relative_to(core)) for file in found]

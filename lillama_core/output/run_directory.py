@@ -36,6 +36,8 @@ class RunDirectory:
         self.store = self.path / "profile"
         self.result = self.path / "result"
         self.replaced = self.path / "replaced"
+        self.opened = False
+        """Whether this run has taken the directory: what is in it is its own from then on."""
         # Beside the directory, so that it can be taken before the directory is touched.
         self._lock = FileLock(str(self.output.with_name(f".{self.output.name}.lock")))
 
@@ -178,6 +180,7 @@ class RunDirectory:
         self.blocks.mkdir(parents=True, exist_ok=True)
         self.store.mkdir(exist_ok=True)
         write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
+        self.opened = True
 
     def discard(self) -> None:
         """Remove the directory: the run was refused before any of its blocks was done."""

@@ -75,7 +75,8 @@ class CompressionPipeline:
                 with context.record.timed(stage.name):
                     stage.run(context)
         except UserError:
-            if not any(context.directory.blocks.glob("*.safetensors")):
+            # What another run left is not this one's to remove.
+            if context.directory.opened and not any(context.directory.blocks.glob("*.safetensors")):
                 context.directory.discard()
             raise
         return context.record

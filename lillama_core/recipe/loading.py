@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lillama_core.errors import UserError, one_line
+from lillama_core.errors import UserError, nearest, one_line
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import get, names
 from lillama_core.strategies.validation import shown
@@ -61,5 +61,7 @@ def _from_file(path: Path, name: str) -> dict[str, Any]:
 
 
 def _named(name: str) -> dict[str, Any]:
+    if name not in (known := recipe_names()):
+        raise UserError(f"no recipe named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
     found = get("recipes", name)
     return _from_file(found, name) if isinstance(found, Path) else dict(found)
