@@ -28,10 +28,6 @@ from lillama_core.errors import LillamaError
 from lillama_core.formats import FactoredLinear
 from lillama_core.runtime.block_runner import BlockRunner
 
-MODES = ("teacher", "student", "teacher+student")
-TRAIN = ("factors", "block")
-SCHEDULES = ("cosine", "constant")
-
 
 @dataclass(frozen=True)
 class TrainingOptions:

@@ -10,6 +10,7 @@ from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.weight_source import WeightSource
 from lillama_core.statistics.observers import InputObserver, map_statistics
 from lillama_core.statistics.store import DecompositionStore
+from lillama_core.system.devices import exact_device
 from lillama_core.system.memory import release_memory
 from lillama_core.system.progress import Progress
 
@@ -29,8 +30,7 @@ def decompose_blocks(
     """
     runner, stream = activations.runner, activations.hidden
     progress.phase("Statistics of the dense blocks", len(blocks))
-    # Decompositions are done in fp64, which not every accelerator has.
-    device = runner.device if runner.device.type == "cuda" else torch.device("cpu")
+    device = exact_device(runner.device)
     sequences = sum(len(hidden) for hidden in stream)
     for block in blocks:
         done = store.has(block)

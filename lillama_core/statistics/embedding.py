@@ -16,6 +16,7 @@ from lillama_core.initialization import Initializer, MapStatistics
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 from lillama_core.statistics.store import DecompositionStore
+from lillama_core.system.devices import exact_device
 
 
 class EmbeddingObserver:
@@ -81,8 +82,7 @@ class EmbeddingObserver:
         (map_,) = block.maps
         weight = self.target.weight(model, map_)
         statistics = self.statistics(weight, data)
-        # Decompositions are done in fp64, which not every accelerator has.
-        device = weight.device if weight.device.type == "cuda" else torch.device("cpu")
+        device = exact_device(weight)
         found = initializer.decompose(weight.to(device), statistics.to(device))
         store.save(block, {map_.name: found}, None, {})
 

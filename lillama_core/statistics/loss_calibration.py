@@ -11,7 +11,6 @@ energies before the ranks are shared out for good.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from torch import nn
 
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.evaluation.fidelity import measure_fidelity
 from lillama_core.initialization import Decomposition
 from lillama_core.runtime.activations import StackActivations
@@ -124,11 +124,6 @@ def parts_of(blocks: Sequence[Block], parts: int) -> list[Sequence[Block]]:
     """``blocks`` in at most ``parts`` runs of about equal length."""
     bounds = [round(i * len(blocks) / parts) for i in range(parts + 1)]
     return [blocks[a:b] for a, b in itertools.pairwise(bounds) if b > a]
-
-
-def kind_of(name: str) -> str:
-    """What maps of one kind share: the name within the block, without the numbers of experts."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def kinds_of(ranks: Mapping[str, Ranks]) -> list[str]:
