@@ -151,7 +151,7 @@ def test_named_recipes() -> None:
         ("calibration: {a: 1}", "calibration must be a string or a list of strings"),
         ("dtype: 16", "dtype must be one of float32, bfloat16, float16, not 16"),
         ("recipe: 3", "recipe must be the name of its base, not 3"),
-        ("recipe: lilama", "--recipe must be one of default, fast, lillama, not 'lilama'; did you mean 'lillama'?"),
+        ("recipe: lilama", "no recipe named 'lilama' (there are: default, fast, lillama); did you mean 'lillama'?"),
         ("recipe: gone.yaml", "no recipe file 'gone.yaml'"),
         ("recipe: r.yaml", "is based on itself"),
         ("steps: -1", "recipe 'r.yaml': steps must be at least 0, not -1"),
