@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lillama_core.errors import UserError, one_line
 
@@ -14,8 +14,22 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of GGUF's numbers, by its number of their type."""
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise UserError unless the header of a safetensors file is sound and its tensors lie within the file."""
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in its safetensors file, and as what."""
+
+    dtype: str
+    """As the format calls it: ``BF16``."""
+    shape: tuple[int, ...]
+    start: int
+    """Bytes from the beginning of the file."""
+    end: int
+
+
+def check_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Return what a safetensors file holds, by its header; no weight is read.
+
+    Raises UserError unless the header is sound and its tensors lie within the file.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as stream:
@@ -24,14 +38,22 @@ def check_safetensors(path: Path) -> None:
             if length > min(size - 8, 100_000_000):
                 raise ValueError(f"its header claims {length} bytes")
             header = json.loads(stream.read(length))
-        tensors = [t for k, t in header.items() if k != "__metadata__"]
-        if not tensors:
+        found = {k: _stored(t, 8 + length) for k, t in header.items() if k != "__metadata__"}
+        if not found:
             raise ValueError("it has no tensors")
-        end = max(int(t["data_offsets"][1]) for t in tensors)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes where its header promises {8 + length + end}")
+        end = max(t.end for t in found.values())
+        if end != size:
+            raise ValueError(f"it has {size} bytes where its header promises {end}")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
         raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
+    return found
+
+
+def _stored(entry: dict[str, Any], begin: int) -> StoredTensor:
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError(f"its header claims a tensor from byte {start} to {end}")
+    return StoredTensor(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), begin + start, begin + end)
 
 
 def check_gguf(path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lillama_core.errors import UserError, is_out_of_memory, one_line
+from lillama_core.models.complete import check_complete
 from lillama_core.models.source import QUANT_METHOD, ModelSource
 from lillama_core.models.transformers_adapter import detach_quantizer, from_config
 from lillama_core.models.unclaimed import no_plugin
@@ -106,8 +107,6 @@ def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
 
 def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dtype | str) -> nn.Module:
     """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises UserError when it cannot load."""
-    import transformers
-
     try:
         # Its bars for the conversion of GGUF have no switch.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
@@ -123,21 +122,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
         if is_out_of_memory(error):
             raise
         raise UserError(f"cannot load model {source.spec!r}: {one_line(error)}") from None
-    # transformers would fill them with random numbers.
-    absent = sorted(set(notes["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    named = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-    other = ""
-    if named != type(model).__name__ and hasattr(transformers, named):
-        other = f"; it is a {named}, which architecture {architecture.name!r} does not load: try --architecture auto"
-    if absent:
-        raise UserError(f"model {source.spec!r} lacks {len(absent)} of its weights, such as {absent[0]}{other}")
-    dropped = sorted(notes["unexpected_keys"])
-    if not getattr(model.config, "architectures", None) and architecture.auto_class == "AutoModel":
-        other = "; its config names no class to load it by: add 'architectures' to config.json"
-    if dropped and other:
-        raise UserError(
-            f"model {source.spec!r} has {len(dropped)} weights that would be dropped, such as {dropped[0]}{other}"
-        )
+    check_complete(source, architecture, model, notes["missing_keys"], notes["unexpected_keys"])
     if source.gguf_file is not None:
         detach_quantizer(model)
     model.eval().requires_grad_(False)
@@ -145,10 +130,13 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     return model
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise UserError that names the first map, or other module, whose weight holds NaN or infinity."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+def check_finite(model: nn.Module, path: str = "") -> None:
+    """Raise UserError that names the first map, or other module, whose weight holds NaN or infinity.
+
+    ``path`` is that of ``model`` in a larger one. Weights that are elsewhere, on the meta device, are passed over.
+    """
+    for name, parameter in model.named_parameters(path):
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             module, _, kind = name.rpartition(".")
             raise UserError(f"the {kind} of {module} holds NaN or infinite values")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from lillama_core.errors import UserError, one_line
 from lillama_core.models.integrity import check_gguf, check_safetensors
 
 QUANT_METHOD = "lillama"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers calls the file of all weights, and the list of where they are among several."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,33 @@ class CheckpointReader(Protocol):
 
 def _converted(folder: Path, reader: CheckpointReader) -> Path:
     """``folder`` as a transformers directory, made once and kept in the cache."""
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    return made_once(f"{reader.name} {reader.version}", folder, files, lambda made: reader.convert(folder, made))
+
+
+def made_once(what: str, origin: Path, files: Iterable[Path], make: Callable[[Path], None]) -> Path:
+    """Return the directory of the cache that ``make`` fills, which gets an empty one, and has filled before.
+
+    It is made anew when ``what``, the path ``origin`` or the sizes and times of its ``files`` are others. What
+    ``make`` raises leaves no directory behind.
+    """
     from filelock import FileLock
 
     from lillama_core.system.cache import default_cache_dir
 
-    digest = hashlib.sha256(f"{reader.name} {reader.version} {folder.resolve()}\n".encode())
-    for file in sorted(f for f in folder.iterdir() if f.is_file()):
+    digest = hashlib.sha256(f"{what} {origin.resolve()}\n".encode())
+    for file in files:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     cache = default_cache_dir() / "converted"
-    target = cache / digest.hexdigest()[:24] / folder.resolve().name
+    target = cache / digest.hexdigest()[:24] / origin.resolve().name
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target.parent) + ".lock"):
         if not target.is_dir():
-            # A checkpoint that is refused leaves no directory.
             with tempfile.TemporaryDirectory(dir=cache) as unfinished:
                 made = Path(unfinished) / "model"
                 made.mkdir()
-                reader.convert(folder, made)
+                make(made)
                 target.parent.mkdir(exist_ok=True)
                 made.rename(target)
     return target
@@ -141,15 +153,77 @@ def _check_directory(path: Path) -> None:
         raise UserError(f"model directory {str(path)!r} has no .safetensors weights")
     for file in weights:
         check_safetensors(file)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"weight index {str(index)!r} is corrupt: {one_line(error)}") from None
-        absent = sorted(name for name in named if not (path / str(name)).is_file())
-        if absent:
-            raise UserError(f"model directory {str(path)!r} lacks {absent[0]}, which its weight index names")
+    if (path / INDEX).is_file():
+        check_index(path / INDEX)
+
+
+def check_index(index: Path) -> dict[str, Path]:
+    """Return where the tensors of the shards lie that a weight index beside them names: name on disk -> file.
+
+    Raises UserError when the index is damaged, or names a file outside of its folder, a file that is not there or a
+    tensor that its file does not hold, and when two files hold a tensor of one name.
+    """
+    folder, named = index.parent, _read_index(index)
+    absent = sorted(n for n in named.values() if not (folder / n).is_file())
+    if absent:
+        raise UserError(f"model directory {str(folder)!r} lacks {absent[0]}, which its weight index names")
+    found: dict[str, Path] = {}
+    # Like transformers: all that the named files hold, whether the index lists it or not.
+    for name in sorted(set(named.values())):
+        for key in check_safetensors(folder / name):
+            if key in found:
+                raise UserError(f"model directory {str(folder)!r} has {key} in both {found[key].name} and {name}")
+            found[key] = folder / name
+    for key, name in named.items():
+        if found.get(key) != folder / name:
+            raise UserError(f"weight index {str(index)!r} says that {name} holds {key}, which it does not")
+    return found
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Name on disk -> name of the file, of an index that may not be trusted."""
+    try:
+        named = {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"weight index {str(index)!r} is corrupt: {one_line(error)}") from None
+    # By the names alone: in the cache of the hub the files are links to elsewhere.
+    outside = sorted(n for n in named.values() if Path(n).is_absolute() or ".." in Path(n).parts)
+    if outside:
+        raise UserError(f"weight index {str(index)!r} names {outside[0]!r}, which is outside of the model directory")
+    return named
+
+
+def weight_files(source: ModelSource) -> dict[str, Path]:
+    """Return where the weights of a model in safetensors lie: name on disk -> file; from the hub they are fetched.
+
+    Of several sets of weights the same as transformers': one whole file before shards. Raises UserError when there
+    are none, or damaged ones.
+    """
+    whole, index = (_local_file(source, name) for name in (WEIGHTS, INDEX))
+    if whole is not None:
+        return dict.fromkeys(check_safetensors(whole), whole)
+    if index is None:
+        raise UserError(f"model {source.spec!r} has neither {WEIGHTS} nor {INDEX}")
+    if not source.is_local:
+        for name in sorted(set(_read_index(index).values())):
+            _local_file(source, name)
+    return check_index(index)
+
+
+def _local_file(source: ModelSource, name: str) -> Path | None:
+    """The file ``name`` of a model, fetched if it is on the hub; None where it has none."""
+    if source.is_local:
+        file = Path(source.location) / name
+        return file if file.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source.location, name))
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise UserError(f"cannot load model {source.spec!r}: {one_line(error)}") from None
 
 
 def model_fingerprint(source: ModelSource) -> str:

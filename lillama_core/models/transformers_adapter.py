@@ -6,24 +6,45 @@ Releases may move these names without notice. They are looked up here alone, whe
 
 from __future__ import annotations
 
+import copy
 import importlib
+from collections.abc import Callable, Container, Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lillama_core.errors import LillamaError
 
 NAMES = {
     "transformers.core_model_loading:WeightRenaming": "names the matrices of a low-rank module otherwise on disk",
-    "transformers.conversion_mapping:get_model_conversion_mapping": "finds a family's own names on disk, for saving",
+    "transformers.core_model_loading:WeightConverter": "makes tensors in memory of others on disk",
+    "transformers.core_model_loading:dot_natural_key": "orders the tensors that are made one",
+    "transformers.core_model_loading:rename_source_key": "tells the name in memory of a tensor on disk",
+    "transformers.core_model_loading:revert_weight_conversion": "makes the tensors on disk of those in memory",
+    "transformers.conversion_mapping:get_model_conversion_mapping": "finds a family's own names on disk",
+    "transformers.initialization:guard_torch_init_functions": "keeps what is loaded from being initialised",
+    "transformers.modeling_utils:remove_tied_weights_from_state_dict": "leaves one of several tied weights to save",
+    "transformers.modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys": "knows which may be missing",
+    "transformers.modeling_utils:PreTrainedModel._get_dtype_plan": "says which weights stay in fp32",
+    "transformers.modeling_utils:PreTrainedModel._init_weights": "computes the buffers that are not on disk",
     "transformers.quantizers.auto:AUTO_QUANTIZATION_CONFIG_MAPPING": "says whether the format is registered already",
     "transformers.quantizers.base:HfQuantizer._process_model_before_weight_loading": "swaps the modules",
     "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading": "adapts a loaded model",
     "transformers.quantizers.base:HfQuantizer.update_weight_conversions": "adds the names on disk",
     "transformers.modeling_utils:PreTrainedModel._from_config": "builds a model of a class that is no auto class",
     "transformers.modeling_utils:PreTrainedModel._can_compile_fullgraph": "says whether a static cache may be used",
+    "transformers.integrations.gguf.utils:is_gguf_arch_supported": "says of which GGUF files the tensors are packed",
+    "transformers.modeling_gguf_pytorch_utils:load_gguf_checkpoint": "reads the sizes by which tensors are reordered",
+    "transformers.modeling_gguf_pytorch_utils:get_gguf_hf_weights_map": "tells the names of a GGUF file's tensors",
+    "transformers.modeling_gguf_pytorch_utils:TENSOR_PROCESSORS": "reorders the tensors of GGUF files",
+    "transformers.modeling_gguf_pytorch_utils:TensorProcessor": "stands for no reordering",
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "lists the classes that write text",
     "transformers.models.auto.modeling_auto:MODEL_FOR_MASKED_LM_MAPPING_NAMES": "lists the families of encoders",
+    "transformers.modeling_utils:PreTrainedModel.is_remote_code": "says whether a model brings code of its own",
+    "transformers.dynamic_module_utils:custom_object_save": "copies a model's own code beside its weights",
     "transformers.integrations.moe:_default_apply_gate": "is the gate of fused experts that is understood",
 }
 """``module:name`` -> what lillama needs it for."""
@@ -31,6 +52,9 @@ ATTRIBUTES = {
     "_weight_conversions": ("transformers.core_model_loading", "renames weights when a model is saved"),
     "hf_quantizer": ("transformers.modeling_utils", "decides whether and how a model is saved"),
     "is_quantized": ("transformers.modeling_utils", "forbids changes of the dtype"),
+    "_from_model_config": ("transformers.generation.configuration_utils", "says that settings are a config's"),
+    "_is_hf_initialized": ("transformers.initialization", "says that a weight is loaded and to be left alone"),
+    "_keys_to_ignore_on_save": ("transformers.modeling_utils", "names what is never written"),
     "all_tied_weights_keys": ("transformers.modeling_utils", "says which weights are one parameter"),
 }
 """Attribute of a loaded model -> the module of transformers that reads it, and what it does there."""
@@ -82,6 +106,20 @@ def detach_quantizer(model: Any) -> None:
         del model.config.quantization_config
 
 
+def save_settings(model: Any, folder: Path) -> None:
+    """Write all of the directory of ``model``, which may have no weights, that ``save_pretrained`` writes besides them.
+
+    Its config, its settings for generation, and the code that it was loaded with.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    if model.is_remote_code():
+        lookup("transformers.dynamic_module_utils:custom_object_save")(model, str(folder), config=model.config)
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
 def from_config(model_class: Any, config: Any, trust_remote_code: bool) -> nn.Module:
     """Build a model of ``model_class``, an auto class or a model's own, with random weights."""
     if hasattr(model_class, "from_config"):
@@ -115,3 +153,160 @@ def has_own_gate(experts: nn.Module) -> bool:
 def tied_weights(model: nn.Module) -> list[tuple[str, str]]:
     """Return pairs of names of weights of ``model`` that are one parameter."""
     return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+
+
+# Loading by parts, and saving by parts: what ``from_pretrained`` and ``save_pretrained`` do with the names
+
+
+class Names:
+    """From the names of tensors on disk to those in memory, for one checkpoint of ``model``.
+
+    What some families call a tensor depends on which other tensors there are: an object is for one checkpoint, whose
+    names are asked for in the order of `natural`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        mapping = lookup("transformers.conversion_mapping:get_model_conversion_mapping")
+        found = mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))
+        converter = lookup("transformers.core_model_loading:WeightConverter")
+        self._converters = [entry for entry in found if isinstance(entry, converter)]
+        self._renamings = [entry for entry in found if not isinstance(entry, converter)]
+        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        self._rename = lookup("transformers.core_model_loading:rename_source_key")
+        self._prefix = model.base_model_prefix
+        self.known: dict[str, torch.Tensor] = model.state_dict()
+        """The model's tensors by name in memory."""
+
+    @staticmethod
+    def natural(key: str) -> Any:
+        """What to sort names on disk by: numbers in them count as numbers."""
+        return lookup("transformers.core_model_loading:dot_natural_key")(key)
+
+    def in_memory(self, key: str) -> tuple[str, str | None]:
+        """Return the name in memory of ``key``, and the converter's pattern that takes it, if one does.
+
+        Where a converter makes several tensors it is the name of the first of them.
+        """
+        name, pattern = self._rename(key, self._renamings, self._converters, self._prefix, self.known)
+        if name not in self.known and key in self.known:
+            name, pattern = self._rename(key, [], [], self._prefix, self.known)
+        return name, pattern
+
+    def unmatched(self, name: str, pattern: str | None) -> list[str]:
+        """Return what transformers calls the unexpected tensors at ``name``, which is not one of the model's."""
+        if pattern is None:
+            return [name]
+        targets = self._by_pattern[pattern].target_patterns
+        return [name.replace(targets[0], target) for target in targets]
+
+    def convert(
+        self, model: Any, name: str, tensors: Iterable[tuple[str, str, Callable[[], torch.Tensor]]]
+    ) -> dict[str, torch.Tensor]:
+        """Return the tensors in memory that a converter makes of ``tensors``: (name on disk, pattern, how to read it).
+
+        All have ``name`` by `in_memory`. ``model`` gives sizes alone, and may be on the meta device.
+        """
+        sources = list(tensors)
+        converter = copy.deepcopy(self._by_pattern[sources[0][1]])
+        for key, pattern, read in sources:
+            converter.add_tensor(name, key, pattern, read)
+        made = converter.convert(name, model=model, config=model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in made.items()}
+
+
+def adjusted(model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """Return both without the names that the model's class says may be missing, or left over."""
+    lookup("transformers.modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys")
+    notes = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(notes)
+    return notes.missing_keys, notes.unexpected_keys
+
+
+def dtypes_kept(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return patterns, to be searched for in names, -> the dtype that such weights have in a model of ``dtype``."""
+    lookup("transformers.modeling_utils:PreTrainedModel._get_dtype_plan")
+    return {k.replace("*", ".*"): v for k, v in model._get_dtype_plan(dtype).items()}
+
+
+def initialize(model: nn.Module, owner: Any, skip: Container[nn.Module] = ()) -> None:
+    """Compute the tensors of ``model`` that were not `mark_loaded`, by the rules of ``owner`` or of models inside.
+
+    ``owner`` is the nearest model of transformers that holds ``model``. Modules in ``skip`` are passed over.
+    """
+    lookup("transformers.modeling_utils:PreTrainedModel._init_weights")
+    guard = lookup("transformers.initialization:guard_torch_init_functions")
+    with torch.no_grad(), guard():
+        _initialize(model, owner, skip)
+
+
+def nearest_model(model: nn.Module, path: str) -> Any:
+    """Return the innermost model of transformers that holds the module at ``path`` of ``model``, or is it."""
+    found = module = model
+    for part in path.split("."):
+        module = module.get_submodule(part)
+        found = module if hasattr(module, "_init_weights") else found
+    return found
+
+
+def _initialize(module: nn.Module, owner: Any, skip: Container[nn.Module]) -> None:
+    for child in module.children():
+        if child not in skip:
+            _initialize(child, child if hasattr(child, "_init_weights") else owner, skip)
+    owner._init_weights(module)
+
+
+def set_generation_config(model: Any, location: str) -> None:
+    """Give ``model`` the settings for writing text that are stored at ``location``, as ``from_pretrained`` does."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(location)
+    except OSError:
+        # Older models have them in their config.
+        model.generation_config = GenerationConfig.from_pretrained(
+            location, config_file_name="config.json", _from_model_config=True
+        )
+
+
+def mark_loaded(tensor: torch.Tensor) -> None:
+    """Keep `initialize` from touching ``tensor``."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return some of a model's tensors, by name in memory, as ``save_pretrained`` writes them: by name on disk."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    kept = lookup("transformers.modeling_utils:remove_tied_weights_from_state_dict")(kept, model)
+    found: dict[str, torch.Tensor] = lookup("transformers.core_model_loading:revert_weight_conversion")(model, kept)
+    return found
+
+
+class GgufTensors:
+    """The tensors of a GGUF file, one after the other, as transformers loads them into ``model``."""
+
+    def __init__(self, file: str, architecture: str, model: Any) -> None:
+        module = "transformers.modeling_gguf_pytorch_utils"
+        config = lookup(f"{module}:load_gguf_checkpoint")(file)["config"]
+        processors = lookup(f"{module}:TENSOR_PROCESSORS")
+        self._processor = processors.get(architecture, lookup(f"{module}:TensorProcessor"))(config=config)
+        self._names = lookup(f"{module}:get_gguf_hf_weights_map")(model, self._processor)
+
+    @staticmethod
+    def can_read(architecture: str) -> bool:
+        """Whether files of this architecture, by GGUF's name for it, are unpacked by names and orders alone."""
+        return not lookup("transformers.integrations.gguf.utils:is_gguf_arch_supported")(architecture)
+
+    def add(self, name: str, weights: Any, found: dict[str, torch.Tensor]) -> None:
+        """Put the tensor ``name`` of the file, an array of numbers, into ``found`` by its name in the model.
+
+        Parts of one tensor must be added to the same ``found``. What the model has no name for is left out.
+        """
+        parsed: dict[str, Any] = {"tensors": found}
+        made = self._processor.process(
+            weights=weights, name=name, tensor_key_mapping=self._names, parsed_parameters=parsed
+        )
+        if made.name in self._names:
+            found[self._names[made.name]] = torch.from_numpy(made.weights.copy())
