@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lillama_core.formats import Format
+from lillama_core.formats.pivoted import LARGEST_ENTRY, interpolate
 from lillama_core.strategies import make
 
 FORMATS = [make("formats", name) for name in core_names("formats")]
@@ -93,3 +94,41 @@ def test_pivoted_of_factors_that_are_singular(shape: tuple[int, int], rank: int)
     assert all(p.abs().max() < 100 for p in layer.parameters())
     x = torch.randn(4, n, dtype=torch.float64)
     torch.testing.assert_close(layer(x), x @ (B @ A).T, rtol=1e-9, atol=1e-9)
+
+
+@given(shape=shapes, data=st.data(), dtype=st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=100, deadline=None)
+def test_interpolation_reproduces_the_rows_with_small_entries(
+    shape: tuple[int, int], data: st.DataObject, dtype: torch.dtype
+) -> None:
+    r, n = sorted(shape)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    A = torch.randn(r, n, generator=generator, dtype=dtype) * torch.logspace(0, -3, r, dtype=dtype)[:, None]
+    order, R, T = interpolate(A)
+    assert sorted(order.tolist()) == list(range(n))
+    assert T.shape == (r, n - r)
+    assert T.dtype == R.dtype == dtype
+    assert n == r or float(T.abs().max()) <= LARGEST_ENTRY * (1 + 1e-3)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-10
+    expected = A.double()[:, order]
+    torch.testing.assert_close(expected[:, :r], R.double(), rtol=0, atol=0)
+    torch.testing.assert_close(R.double() @ T.double(), expected[:, r:], rtol=0, atol=rounding * float(A.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60)])
+def test_pivoted_keeps_its_dtype_and_loses_only_what_rounding_takes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """No more than a few times the rounding of plain factors to the same dtype."""
+    B, A = (t.to(dtype) for t in factors(*shape, 40))
+    layer = make("formats", "pivoted").from_factors(B, A, None)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    back_B, back_A = make("formats", "pivoted").to_factors(layer)
+    expected = B.double() @ A.double()
+    error = (back_B.double() @ back_A.double() - expected).norm() / expected.norm()
+    assert error < 20 * torch.finfo(dtype).eps
+
+
+def test_converting_factors_that_are_trained_leaves_no_trace_of_their_gradients() -> None:
+    B, A = (t.requires_grad_() for t in factors(12, 9, 4))
+    layer = make("formats", "pivoted").from_factors(B, A, None)
+    assert all(p.is_leaf and p.grad is None for p in layer.parameters())

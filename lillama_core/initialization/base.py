@@ -75,7 +75,7 @@ def balance(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     up, down = B.norm(dim=0), A.norm(dim=1)
     scale = torch.where((up > 0) & (down > 0), (down / up.clamp(min=1e-30)).sqrt(), torch.ones_like(up))
-    return (B * scale).contiguous(), (A / scale[:, None]).contiguous()
+    return (B * scale).contiguous(), (A / scale.unsqueeze(1)).contiguous()
 
 
 class Initializer(Strategy, ABC):

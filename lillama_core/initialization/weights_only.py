@@ -6,6 +6,7 @@ import torch
 
 from lillama_core.allocation import Spectrum
 from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics
+from lillama_core.initialization.eigen import descending_eigenpairs, symmetric_product
 
 
 class PlainSVD(Initializer):
@@ -19,8 +20,9 @@ class PlainSVD(Initializer):
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         W = weight.double()
         on_outputs = W.shape[0] <= W.shape[1]
-        squared_singular_values, vectors = torch.linalg.eigh(W @ W.T if on_outputs else W.T @ W)
-        squared_singular_values, vectors = squared_singular_values.flip(0), vectors.flip(1).float().contiguous()
+        gram = symmetric_product(W, W.T) if on_outputs else symmetric_product(W.T, W)
+        squared_singular_values, vectors = descending_eigenpairs(gram)
+        vectors = vectors.float().contiguous()
         return Decomposition(
             Spectrum(squared_singular_values.float(), False), vectors, vectors.T.contiguous(), on_outputs
         )

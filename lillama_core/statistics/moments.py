@@ -2,48 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from scipy.linalg.blas import ssyrk
 
 from lillama_core.runtime.masks import StackMasks
+from lillama_core.system.devices import exact_device, fast_gram_products
 
 
 class SecondMoment:
     """E[x x^T] over rows that arrive in batches, accumulated in fp32.
 
-    On a CPU the product is made in tiles of the upper triangle: half the multiply-adds of the full one, at the
-    speed of a large matrix product.
+    No batch waits for the device: counts stay there until they are asked for. On a CPU only the upper triangle is
+    made, by BLAS: 0.75 to 0.84 of the time of a loop over tiles of it, and half of that of the full product.
     """
-
-    TILE = 384
 
     def __init__(self) -> None:
         self.total: torch.Tensor | None = None
         self.sum: torch.Tensor | None = None
-        self.count = 0.0
+        self._count: float | torch.Tensor = 0.0
+
+    @property
+    def count(self) -> float:
+        """The number of rows, each as often as its weight said; waits for the device where weights were given."""
+        if isinstance(self._count, torch.Tensor):
+            self._count = float(self._count.item())
+        return self._count
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows [tokens, d], each as often as ``weights`` [tokens] says; once without."""
+        half = fast_sums_of_bfloat16(rows.device)
         rows = rows.detach().float()
         size = rows.shape[-1]
         if self.total is None or self.sum is None:
             self.total = torch.zeros(size, size, device=rows.device)
             self.sum = torch.zeros(size, device=rows.device)
         if weights is None:
-            self.sum += rows.sum(0)
+            self._count = self._count + rows.shape[0]
         else:
-            kept = weights > 0
-            rows, weights = rows[kept], weights[kept].float()
-            self.sum += weights @ rows
-            rows = rows * weights.sqrt()[:, None]
+            # Rows that count for nothing may hold anything, and 0 times infinity is no number. A CPU leaves them out;
+            # on other devices their number is not known without waiting.
+            if rows.device.type == "cpu":
+                kept = weights > 0
+                rows, weights = rows[kept], weights[kept].float()
+            else:
+                weights = weights.float()
+                rows = torch.where(weights.unsqueeze(1) > 0, rows, 0.0)
+            exact = torch.float64 if exact_device(weights) == weights.device else torch.float32
+            self._count = self._count + weights.sum(dtype=exact)
         # Autocast would round the products to half precision, which leaves the small eigenvalues to chance.
         with torch.autocast(rows.device.type, enabled=False):
-            if rows.device.type != "cpu" or size <= self.TILE:
-                self.total.addmm_(rows.T, rows)
+            self.sum += rows.sum(0) if weights is None else weights @ rows
+            if weights is not None:
+                rows = rows * weights.sqrt().unsqueeze(1)
+            if rows.device.type == "cpu":
+                add_upper_gram(self.total, rows)
+            elif half:
+                rows = rows.bfloat16()
+                self.total = torch.addmm(self.total, rows.T, rows, out_dtype=torch.float32)
             else:
-                for start in range(0, size, self.TILE):
-                    stop = min(start + self.TILE, size)
-                    self.total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self.count += rows.shape[0] if weights is None else weights.sum().item()
+                with fast_gram_products(rows.device):
+                    self.total.addmm_(rows.T, rows)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums so far, as tensors by name; none before the first row."""
+        if self.total is None or self.sum is None:
+            return {}
+        return {"total": self.total, "sum": self.sum, "count": torch.tensor(self.count, dtype=torch.float64)}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `tensors` gave."""
+        if tensors:
+            self.total, self.sum, self._count = tensors["total"], tensors["sum"], float(tensors["count"])
 
     def center(self) -> torch.Tensor:
         """E[x] [d]."""
@@ -55,10 +86,32 @@ class SecondMoment:
         """The moment [d, d], symmetric."""
         if self.total is None or not self.count:
             raise ValueError("no rows were seen")
-        if self.total.device.type != "cpu" or self.total.shape[0] <= self.TILE:
+        if self.total.device.type != "cpu":
             return self.total / self.count
         upper = self.total.triu()
         return (upper + upper.triu(1).T) / self.count
+
+
+def add_upper_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add the upper triangle of rows^T rows to ``total`` [d, d], in place; both in fp32 on the CPU, rows [n, d]."""
+    if not len(rows):
+        return
+    # BLAS counts by columns: what it sees is rows^T and total^T, whose lower triangle is the upper one of total.
+    ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+
+
+def fast_sums_of_bfloat16(device: torch.device) -> bool:
+    """Whether to take rows as bfloat16 and sum their products in fp32, where the pass computes in bfloat16 anyway.
+
+    Rounding the rows changes truncation errors by less than 1e-5 of themselves on SmolLM2's activations, and is up to
+    16 times as fast as fp32 products. Only CUDA has such products, since PyTorch 2.8.
+    """
+    return (
+        device.type == "cuda"
+        and torch.is_autocast_enabled("cuda")
+        and torch.get_autocast_dtype("cuda") == torch.bfloat16
+        and hasattr(torch.ops.aten.addmm, "dtype")
+    )
 
 
 def flat_rows(

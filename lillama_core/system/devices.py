@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -58,3 +60,22 @@ def has_fast_bfloat16(device: torch.device) -> bool:
             return False
         return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
+
+
+@contextmanager
+def fast_gram_products(device: torch.device) -> Iterator[None]:
+    """Let CUDA make fp32 products in TF32 inside; elsewhere, and outside, nothing changes.
+
+    For sums of x x^T over many rows, of which the inputs alone are rounded: to 11 bits, where bfloat16 keeps 8 and
+    that changes truncation errors by less than 1e-5 of themselves; on an A100 it is 8 times as fast. Not for products
+    of moments, from which small energies are left by cancellation.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

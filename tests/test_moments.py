@@ -1,0 +1,126 @@
+"""Second moments of weighted rows against sums over single rows, in fp64."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lillama_core.initialization import balance
+from lillama_core.statistics.moments import SecondMoment, add_upper_gram, fast_sums_of_bfloat16
+from lillama_core.system.devices import fast_gram_products
+
+
+@given(
+    size=st.integers(1, 40),
+    batches=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=4),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_with_and_without_weights_add_up(size: int, batches: list[tuple[int, bool]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    moment, total, sums, count = SecondMoment(), torch.zeros(size, size).double(), torch.zeros(size).double(), 0.0
+    for tokens, weighted in batches:
+        rows = torch.randn(tokens, size, generator=generator)
+        weights = torch.randint(0, 4, (tokens,), generator=generator) if weighted else None
+        moment.add(rows, weights)
+        for row, weight in zip(rows.double(), [1] * tokens if weights is None else weights.tolist(), strict=True):
+            total += weight * torch.outer(row, row)
+            sums += weight * row
+            count += weight
+    assert moment.count == count
+    if not count:
+        with pytest.raises(ValueError, match="no rows"):
+            moment.mean()
+        return
+    torch.testing.assert_close(moment.mean().double(), total / count, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moment.center().double(), sums / count, rtol=1e-4, atol=1e-4)
+    assert torch.equal(moment.mean(), moment.mean().T)
+
+
+def test_rows_that_count_for_nothing_may_hold_anything() -> None:
+    rows = torch.tensor([[1.0, 2.0], [float("inf"), float("nan")], [3.0, 4.0]])
+    moment = SecondMoment()
+    moment.add(rows, torch.tensor([True, False, True]))
+    assert moment.count == 2
+    torch.testing.assert_close(moment.mean(), torch.tensor([[5.0, 7.0], [7.0, 10.0]]))
+
+
+def test_rows_that_are_not_contiguous_and_of_half_precision() -> None:
+    rows = torch.randn(7, 50, dtype=torch.bfloat16).T
+    moment = SecondMoment()
+    moment.add(rows)
+    torch.testing.assert_close(moment.mean(), rows.float().T @ rows.float() / 50, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sum_is_made_in_place_and_below_the_diagonal_nothing_is_touched() -> None:
+    total = torch.full((30, 30), 2.0)
+    before, rows = total.data_ptr(), torch.randn(11, 30)
+    add_upper_gram(total, rows)
+    assert total.data_ptr() == before
+    torch.testing.assert_close(total.triu(), (2 + rows.T @ rows).triu(), rtol=1e-4, atol=1e-5)
+    assert (total.tril(-1) == torch.full((30, 30), 2.0).tril(-1)).all()
+
+
+def test_a_count_beyond_what_fp32_holds_stays_exact() -> None:
+    moment = SecondMoment()
+    for _ in range(3):
+        moment.add(torch.ones(1, 1), torch.tensor([2**24 + 2]))
+    assert moment.count == 3 * (2**24 + 2)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_pass_on_cuda_waits_for_nothing(half: bool) -> None:
+    """Tensors without values, which raise where one is asked for: the batches of a pass ask for none."""
+    if half:
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", half)
+    try:
+        with FakeTensorMode():
+            moment = SecondMoment()
+            for weights in (None, torch.ones(5, device="cuda"), torch.ones(5, device="cuda", dtype=torch.bool)):
+                moment.add(torch.ones(5, 3, device="cuda"), weights)
+            assert moment.total is not None
+            assert moment.total.dtype == torch.float32
+            B, A = balance(torch.ones(4, 2, device="cuda"), torch.ones(2, 3, device="cuda"))
+            assert (B.shape, A.shape) == ((4, 2), (2, 3))
+            with pytest.raises(DataDependentOutputException):
+                _ = moment.count
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+
+
+def test_off_cuda_products_are_as_they_were() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    for name in ("cpu", "mps"):
+        with fast_gram_products(torch.device(name)):
+            assert torch.backends.cuda.matmul.allow_tf32 == before
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not fast_sums_of_bfloat16(torch.device(name))
+
+
+def test_on_cuda_tf32_is_allowed_inside_only() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    with contextlib.suppress(KeyError), fast_gram_products(torch.device("cuda")):
+        assert torch.backends.cuda.matmul.allow_tf32
+        raise KeyError
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_bfloat16_rows_only_where_the_pass_computes_in_it() -> None:
+    cuda = torch.device("cuda")
+    assert not fast_sums_of_bfloat16(cuda)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        torch.set_autocast_dtype("cuda", torch.float16)
+        assert not fast_sums_of_bfloat16(cuda)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        assert fast_sums_of_bfloat16(cuda) == hasattr(torch.ops.aten.addmm, "dtype")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
