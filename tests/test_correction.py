@@ -19,13 +19,14 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.linear import linear_targets
-from lillama_core.distillation.correction import Corrected, LastMap, correct, find_last_map
+from lillama_core.distillation.correction import Corrected, LastMap, correct
 from lillama_core.distillation.training import BlockData
 from lillama_core.initialization import MapStatistics
 from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.statistics.last_map import find_last_map
 from lillama_core.strategies import make
 
 CPU = torch.device("cpu")

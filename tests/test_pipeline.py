@@ -12,7 +12,7 @@ from lillama_core.allocation.plan import RankPlan
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import LillamaError
 from lillama_core.pipeline import CompressionPipeline, Context, Stage
-from lillama_core.pipeline.context import CalibrationRows, CompressedStacks, DenseModel, Statistics
+from lillama_core.pipeline.context import CalibrationRows, CompressedModel, CompressedStacks, DenseModel, Statistics
 
 
 class Silent(Stage):
@@ -46,7 +46,15 @@ def test_the_stages_of_lillama_in_their_order() -> None:
         f"{name}Stage" for name in ("Load", "Calibrate", "Statistics", "Allocate", "Blocks", "Report", "Write")
     ]
     given = {result for s in stages for result in s.gives}
-    assert given == {DenseModel, CalibrationRows, CalibrationSplit, Statistics, RankPlan, CompressedStacks}
+    assert given == {
+        DenseModel,
+        CalibrationRows,
+        CalibrationSplit,
+        Statistics,
+        RankPlan,
+        CompressedStacks,
+        CompressedModel,
+    }
 
 
 def test_what_is_read_must_be_given_before() -> None:
@@ -63,7 +71,7 @@ def test_a_stage_takes_and_puts_what_it_declares_and_nothing_else() -> None:
     context.enter(giver)
     giver.run(context)
     with pytest.raises(LillamaError, match="puts CalibrationSplit, which it does not declare in 'gives'"):
-        context.put(CalibrationSplit((), (), (), ()))
+        context.put(CalibrationSplit((), (), (), (), ()))
     context.enter(stage(reads=(RankPlan,)))
     assert context.get(RankPlan) is plan
     context.enter(stage())

@@ -21,7 +21,6 @@ from lillama_core.distillation.stack import StackCompressor
 from lillama_core.output.record import RunRecord
 from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.stages import report
-from lillama_core.pipeline.stages.calibrate import has_stale_upstream
 from lillama_core.runtime import recording
 from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
@@ -148,15 +147,16 @@ def test_what_is_told_of_other_blocks_cannot_be_handed_on(listens: bool) -> None
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("hand_on", "options"),
     [
-        {},
-        {"steps": 0},
-        {"compress_embeddings": True},
-        {"stacks": ["decoder"]},
+        (True, {}),
+        (True, {"steps": 0}),
+        (True, {"compress_embeddings": True}),
+        (True, {"stacks": ["decoder"]}),
+        (False, {"compress_embeddings": True}),
+        (False, {"stacks": ["decoder"]}),
     ],
 )
-@pytest.mark.parametrize("hand_on", [True, False])
 def test_what_is_reported_is_what_the_whole_models_say(
     hand_on: bool,
     options: dict[str, Any],
@@ -210,21 +210,11 @@ def test_streams_of_a_stack_end_with_it(
         gc.collect()
         alive.append(sum(ref() is not None for ref in left))
         compress_stack(self, *args)
-        left.extend(weakref.ref(hidden) for activations in args[2:] for hidden in activations.hidden)
+        left.extend(weakref.ref(hidden) for hidden in args[3].hidden)
 
     monkeypatch.setattr(StackCompressor, "compress", observe)
     if not hand_on:
         monkeypatch.setattr(recording, "_same", lambda *_: False)
     compress_t5(tiny_t5(), tmp_path, tiny_tokenizer, calibration_text, steps=1)
-    assert len(left) >= 16
+    assert len(left) >= 8
     assert alive == [0, 0]
-
-
-@pytest.mark.parametrize(
-    ("chosen", "expected"), [("abc", False), ("c", False), ("bc", False), ("ab", False), ("ac", True)]
-)
-def test_a_dense_stack_above_a_compressed_one_has_to_be_run(chosen: str, expected: bool) -> None:
-    a: Any = SimpleNamespace(stack="a", earlier=())
-    b: Any = SimpleNamespace(stack="b", earlier=(a,))
-    c: Any = SimpleNamespace(stack="c", earlier=(a, b))
-    assert has_stale_upstream(c, chosen) is expected

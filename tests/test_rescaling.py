@@ -26,8 +26,9 @@ from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.loss_calibration import Ablation, kinds_of, measure_scales, parts_of, safe_ratio
+from lillama_core.statistics.loss_calibration import Ablation, StackErrors, kinds_of, parts_of, safe_ratio
 from lillama_core.statistics.store import DecompositionStore
+from lillama_core.system.progress import Progress
 
 CPU = torch.device("cpu")
 
@@ -73,18 +74,19 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
         b.name: {name: 0.1 * (1 + b.index) * (1 + i) for i, name in enumerate(ranks.get(b.name, {}))} for b in blocks
     }
 
-    def low_rank(block: Block, mine: Mapping[str, int]) -> nn.Module:
-        module = source.block(block)
+    def low_rank(block: Block, dense: nn.Module, mine: Mapping[str, int]) -> nn.Module:
+        module = copy.deepcopy(dense)
         for name in mine:
             module.get_submodule(name).weight.mul_(1 - 0.02 * (1 + block.index))
         return module
 
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     batches = [Samples({"input_ids": rows}) for rows in tokens.split(2)]
-    activations = ActivationStore(Recorder(architecture, CPU, None), batches).record(parent)
-    heard: list[str] = []
-    ablation = Ablation(parent, source, activations, low_rank)
-    scales = measure_scales(ablation, ranks, left_out, PARTS, heard.append)
+    activations = ActivationStore(Recorder(architecture, CPU, None), batches)
+    errors = StackErrors(blocks, ranks, left_out)
+    variants = errors.variants(PARTS)
+    ablation = Ablation([parent], source, activations, low_rank, Progress("quiet"))
+    scales = errors.scales(PARTS, ablation.costs(variants))
 
     dense = model(tokens).logits.double().log_softmax(-1)
 
@@ -92,7 +94,7 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
         other = copy.deepcopy(model)
         for block in blocks:
             if block.name in changes:
-                other.model.layers[block.index] = low_rank(block, changes[block.name])
+                other.model.layers[block.index] = low_rank(block, source.block(block), changes[block.name])
         logs = other(tokens).logits.double().log_softmax(-1)
         return 2 * (dense.exp() * (dense - logs)).sum().item() / 4  # nats a row
 
@@ -115,7 +117,7 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
             assert scales[path] == pytest.approx(of_block[block.name] * of_kind, rel=1e-2)
     # Of a kind that was never low rank only the block is known.
     assert scales[f"model.layers.5.{whole}"] == pytest.approx(of_block[blocks[5].name], rel=1e-2)
-    assert heard == [run[-1] for run in runs] + list(ranks[blocks[0].name])
+    assert [v.name for v in variants] == [run[-1] for run in runs] + list(ranks[blocks[0].name])
 
 
 def test_where_nothing_is_left_out_nothing_is_scaled() -> None:
@@ -136,7 +138,7 @@ def test_a_block_that_counts_more_gets_higher_ranks(tmp_path: Path, make_model: 
             found[map_.name] = Decomposition(
                 Spectrum(squared_singular_values, True), torch.zeros(1, 1), torch.zeros(1, 1), True
             )
-        store.save(block, found, None, {})
+        store.save(block, found)
     paths = {b.name: [b.full_name(m) for m in b.maps] for b in prepared.all_blocks}
     first, *others = paths
 
@@ -182,10 +184,12 @@ def test_a_run_measures_every_part_and_says_so(
     assert all(math.isfinite(s) and s > 0 for s in written["scales"].values())
     # Blocks of random weights are much alike: were one not, its maps would be spared.
 
-    def spare(*measured: Any) -> dict[str, float]:
-        return {name: 1e3 * scale if ".1." in name else scale for name, scale in measure_scales(*measured).items()}
+    scales = StackErrors.scales
 
-    monkeypatch.setattr("lillama_core.pipeline.stages.allocate.measure_scales", spare)
+    def spare(*measured: Any) -> dict[str, float]:
+        return {name: 1e3 * scale if ".1." in name else scale for name, scale in scales(*measured).items()}
+
+    monkeypatch.setattr(StackErrors, "scales", spare)
     spared = run("spared", recipe).plan["ranks"]
 
     def removed(ranks: dict[str, int]) -> int:

@@ -61,9 +61,12 @@ def test_as_many_first_rows_as_were_asked_for(batch_size: int) -> None:
     batches = [samples(24).part(i, i + batch_size) for i in range(0, 24, batch_size)]
     store = ActivationStore(recorder, batches)
     store.keep_output("encoder", [batch.inputs["input_ids"].float()[..., None] for batch in batches])
-    found = store.first_rows(7, 2, torch.device("cpu"))
+    found, taken = store.first_rows(7, 2, torch.device("cpu"))
     assert torch.cat([part.inputs["input_ids"] for part in found.batches])[:, 0].tolist() == list(range(7))
     assert max(len(part) for part in found.batches) <= 2
+    # Each part says where it comes from.
+    rows = [batches[i].inputs["input_ids"][part] for i, part in taken]
+    assert torch.equal(torch.cat(rows), torch.cat([part.inputs["input_ids"] for part in found.batches]))
     # What a stack gave for them goes along.
     assert torch.cat(found._outputs["encoder"])[:, 0, 0].tolist() == list(range(7))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.block_runner import BlockRunner, share_equal
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
+from lillama_core.runtime.states import StateStore
 from lillama_core.runtime.weight_source import ResidentSource
 from lillama_core.statistics.moments import SecondMoment
 from lillama_core.statistics.observers import InputObserver
-from lillama_core.statistics.sensitivity import measure_sensitivity, output_gradient
-from lillama_core.system.progress import Progress
+from lillama_core.statistics.sensitivity import Piece, SensitivityPass, output_gradient
+from lillama_core.system import seeds
 
 
 def tiny_llama() -> nn.Module:
@@ -105,15 +107,60 @@ def test_maps_that_read_one_tensor_share_a_moment() -> None:
         torch.testing.assert_close(observer.moment(name), rows.T @ rows / len(rows))
 
 
-def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
+def block_wise_gradients(
+    stacks: list[StackHarness], samples: Samples, folder: Path, stop_after: str | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What the backward pass finds for every block of a chain of stacks, by the block's name.
+
+    Everything is made anew behind the block ``stop_after``, and goes on from the files.
+    """
+    recorder = Recorder(stacks[0].architecture, torch.device("cpu"), None)
+    (folder / "states").mkdir()
+    states, batches = StateStore(folder / "states", torch.float32), ActivationStore(recorder, [samples])
+    for harness in stacks:
+        found = batches.record(harness)
+        states.write(harness.stack, 0, {0: found.hidden[0]})
+        for block in harness.blocks:
+            found.advance(harness.source.block(block), block)
+            states.write(harness.stack, block.index + 1, {0: found.hidden[0]})
+        batches.keep_output(harness.stack, found.hidden)
+
+    def begin() -> SensitivityPass:
+        pieces = [Piece(0, slice(0, len(samples)))]
+        return SensitivityPass(stacks, recorder, batches, pieces, range(len(samples)), states, folder, 7)
+
+    measured = begin()
+    measured.start()
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    for position in reversed(range(len(stacks))):
+        harness = stacks[position]
+        for block in reversed(harness.blocks):
+            seen[block.name] = measured.block(block, harness.source.block(block)).statistics()
+            measured.forget(block)
+            if block.name == stop_after:
+                measured = begin()
+                assert measured.resume(lambda b: b.name in seen) == (position, block.index)
+        if position:
+            measured.leave(harness)
+    return seen
+
+
+def draw(logits: torch.Tensor) -> torch.Tensor:
+    """The labels [rows * length, 1] that the pass draws from logits [rows, length, classes]."""
+    parts = [
+        torch.multinomial(row.detach().softmax(-1), 1, generator=seeds.stream(7, "labels", i))
+        for i, row in enumerate(logits)
+    ]
+    return torch.cat(parts)
+
+
+def test_block_wise_gradients_equal_those_of_the_whole_model(tmp_path: Path) -> None:
     """The same labels, one ordinary backward pass through the whole model: the same second moments."""
     model = tiny_llama()
-    architecture, blocks, parent, source = parts(model)
+    _, blocks, parent, source = parts(model)
     tokens = torch.randint(0, 50, (2, 9))
     inputs = {"input_ids": tokens}
-    activations = ActivationStore(Recorder(architecture, torch.device("cpu"), None), [Samples(inputs)]).record(parent)
-    measured = measure_sensitivity(parent, source, activations, 7, Progress("quiet"))
-    found = {b.name: t for b, t in measured}
+    found = block_wise_gradients([parent], Samples(inputs), tmp_path)
 
     gradients: dict[str, torch.Tensor] = {}
     outputs: list[torch.Tensor] = []
@@ -133,9 +180,7 @@ def test_block_wise_gradients_equal_those_of_the_whole_model() -> None:
             module.get_submodule(target.name).register_forward_hook(keep(f"{block.name}/{target.name}"))
     embedded = model.get_input_embeddings()(tokens).requires_grad_(True)
     logits = model(inputs_embeds=embedded).logits
-    labels = torch.multinomial(
-        logits.detach().reshape(-1, 50).softmax(-1), 1, generator=torch.Generator().manual_seed(7)
-    )
+    labels = draw(logits)
     logits.reshape(-1, 50).log_softmax(-1).gather(1, labels).sum().neg().backward()
     for block in blocks:
         statistics = found[block.name]
@@ -176,9 +221,12 @@ def test_core_names_no_architecture() -> None:
         assert not names.search(file.read_text(encoding="utf-8")), file
 
 
+@pytest.mark.parametrize("stop_after", [None, "decoder.1", "decoder.0", "encoder.1"])
 @pytest.mark.parametrize("length", [5, 8])
-def test_gradients_reach_maps_that_read_another_stack_alone(length: int) -> None:
-    """The keys and values of cross-attention read what no gradient is asked of; padding counts for nothing.
+def test_gradients_reach_the_stack_below_and_maps_that_read_nothing_else(
+    length: int, stop_after: str | None, tmp_path: Path
+) -> None:
+    """One backward pass through both stacks equals autograd's through the whole model; padding counts for nothing.
 
     Where both streams have one length, what counts follows the stream that a map reads, not its shape.
     """
@@ -186,35 +234,49 @@ def test_gradients_reach_maps_that_read_another_stack_alone(length: int) -> None
 
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4,
+        vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, num_mel_bins=4,
         decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=8, init_std=0.3,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).eval().requires_grad_(False)
     architecture = find_architecture(config)
-    blocks = find_blocks(architecture, model)["decoder"]
-    parent, source = StackHarness(model, architecture, blocks), ResidentSource(model, torch.device("cpu"))
+    blocks = find_blocks(architecture, model)
+    encoder = StackHarness(model, architecture, blocks["encoder"])
+    decoder = StackHarness(model, architecture, blocks["decoder"], (encoder,))
+    decoder.depends_only_on_upstream_output = True
     inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 60, (2, length))}
     kept = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]).float()
     written = torch.ones(2, length)
     written[0, 2:] = 0
     samples = Samples(inputs, masks={"decoder": written, "encoder": kept})
-    activations = ActivationStore(Recorder(architecture, torch.device("cpu"), None), [samples]).record(parent)
-    ((_, found),) = list(measure_sensitivity(parent, source, activations, 7, Progress("quiet")))
+    found = block_wise_gradients([encoder, decoder], samples, tmp_path, stop_after)
 
-    gradients: list[torch.Tensor] = []
+    gradients: dict[str, torch.Tensor] = {}
 
-    def hook(_m: nn.Module, _i: tuple, out: torch.Tensor) -> None:
-        out.requires_grad_(True).register_hook(gradients.append)
+    def hook(name: str) -> Callable[..., None]:
+        def watch(_m: nn.Module, _i: tuple, out: torch.Tensor) -> None:
+            if not out.requires_grad:
+                out.requires_grad_(True)
+            out.register_hook(lambda g: gradients.update({name: g}))
 
-    model.model.decoder.layers[0].encoder_attn.v_proj.register_forward_hook(hook)
+        return watch
+
+    # A frozen model: without this the encoder would have no graph.
+    model.model.encoder.conv1.weight.requires_grad_(True)
+    watched = [(b, m) for stack in blocks.values() for b in stack for m in b.maps]
+    for block, map_ in watched:
+        model.get_submodule(block.full_name(map_)).register_forward_hook(hook(block.full_name(map_)))
     logits = model(**inputs).logits
-    labels = torch.multinomial(
-        logits.detach().reshape(-1, 60).softmax(-1), 1, generator=torch.Generator().manual_seed(7)
-    )
-    logits.reshape(-1, 60).log_softmax(-1).gather(1, labels).sum().neg().backward()
-    g = gradients[0][kept > 0]
-    torch.testing.assert_close(found["gradients.encoder_attn.v_proj"], g.T @ g / 12, rtol=1e-3, atol=1e-6)
+    logits.reshape(-1, 60).log_softmax(-1).gather(1, draw(logits)).sum().neg().backward()
+    for block, map_ in watched:
+        mask = written if block.stack == "decoder" and ".encoder_attn." not in block.full_name(map_) else kept
+        if map_.name in ("encoder_attn.q_proj", "encoder_attn.out_proj"):
+            mask = written
+        g = gradients[block.full_name(map_)][mask > 0]
+        W = model.get_submodule(block.full_name(map_)).weight
+        if W.shape[0] > W.shape[1]:
+            g = g @ W
+        torch.testing.assert_close(found[block.name][f"gradients.{map_.name}"], g.T @ g / len(g), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("reads_encoder", [False, True])

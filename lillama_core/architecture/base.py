@@ -79,7 +79,8 @@ class Architecture:
         """Choose how the modules of ``model`` run, when it was loaded: dense, or compressed, or without its head.
 
         For models that pick a kernel, or read a module's weight instead of calling it. What the model computes and
-        what is saved must stay the same.
+        what is saved must stay the same. The weights may be elsewhere: blocks that are read later are copies of those
+        that ``model`` has now, with their hooks and flags.
         """
 
     def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:

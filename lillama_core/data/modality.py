@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,18 @@ class Samples:
 
     def part(self, start: int, stop: int) -> Samples:
         """Rows ``start`` to ``stop`` in the same memory; ``description`` and ``sha256`` stay those of the whole."""
-        rows = slice(start, min(stop, len(self)))
+        return self._rows(slice(start, min(stop, len(self))))
+
+    def every(self, first: int, step: int) -> Samples:
+        """Every ``step``-th row from row ``first`` on, otherwise as in `part`; there may be none."""
+        return self._rows(slice(first, len(self), step))
+
+    def _rows(self, rows: slice) -> Samples:
         return Samples(
             {k: v[rows] for k, v in self.inputs.items()},
             self.description,
             self.sha256,
-            self.tokens * (rows.stop - start) // max(1, len(self)),
+            self.tokens * len(range(*rows.indices(len(self)))) // max(1, len(self)),
             {k: v[rows] for k, v in self.masks.items()},
             None if self.targets is None else self.targets[rows],
             None if self.output_mask is None else self.output_mask[rows],
@@ -86,6 +92,8 @@ class SampleRequest:
     progress: Progress
     data: GivenData | None = None
     """What was handed over as objects: in place of named sources, or texts beside them."""
+    whole_model: Callable[[], Any] | None = None
+    """Gives the model with all its weights on ``device``, where ``model`` reads its blocks from disk; else None."""
 
 
 class Modality(ABC):

@@ -13,8 +13,7 @@ how much of it holds elsewhere: the shrinkage, between 0 and 1, is the factor of
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,9 @@ from lillama_core.initialization import Initializer, MapStatistics, root
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.statistics.reduction import reduce_moments
 from lillama_core.system.devices import exact_device
+from lillama_core.system.processes import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -84,46 +85,6 @@ class Corrected:
         return Factored().from_factors(B, A, bias)
 
 
-def find_last_map(
-    block: Block, module: nn.Module, run: Callable[[], torch.Tensor]
-) -> tuple[TargetModule, TargetLinear] | None:
-    """The last map that ``module``, a dense block, calls, if its output is added to the block's as it is.
-
-    ``run`` gives the block's output [rows, length, width] for some batch. Found out by trying: with that map's output
-    negated, the block's must change by twice as much. None for blocks that end otherwise (experts, a norm), and for a
-    map with more outputs than inputs, of whose gradients only what W makes of them is known.
-    """
-    calls: list[tuple[TargetModule, TargetLinear, torch.Tensor]] = []
-    with torch.no_grad():
-        with contextlib.ExitStack() as observe:
-            for target in block.targets:
-                observe.enter_context(target.observe(module, on_output=_noting(target, calls)))
-            before = run()
-        if not calls:
-            return None
-        target, last, output = calls[-1]
-        if target.kind != "linear":
-            return None
-        alone = sum(map_.name == last.name for _, map_, _ in calls) == 1
-        # Some blocks flatten rows and positions on the way.
-        if output.numel() != before.numel() or not alone or last.out_features > last.in_features:
-            return None
-        change = -2 * output.float().view_as(before)
-        with target.observe(module, on_output=lambda map_, out: _negate(out) if map_.name == last.name else None):
-            difference = run() - before - change.to(before.device)
-    return (target, last) if difference.norm() <= 1e-3 * change.norm() else None
-
-
-def _noting(
-    target: TargetModule, calls: list[tuple[TargetModule, TargetLinear, torch.Tensor]]
-) -> Callable[[TargetLinear, torch.Tensor], None]:
-    return lambda map_, output: calls.append((target, map_, output.clone()))
-
-
-def _negate(tensor: torch.Tensor) -> None:
-    tensor.neg_()
-
-
 def correct(
     last: LastMap,
     block: Block,
@@ -133,12 +94,14 @@ def correct(
     correction_batches: Sequence[int],
     fisher_factor: torch.Tensor | None,
     ridge: float,
+    world: World = ALONE,
 ) -> Corrected:
     """The dense map ``last`` with what ``student``, whose maps are low rank already, needs of it besides.
 
     ``data`` holds the student's stream and the dense block's outputs. K is fitted on ``correction_batches``
     with a ``ridge`` relative to the mean diagonal of E[x x^T], its shrinkage on the batches that choose, where
-    ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2.
+    ``fisher_factor`` C [width, width] weighs errors e of the output as |e C|^2. Sums run over the rows of all
+    processes.
     """
     W, bias = last.weight.to(runner.device), None if last.bias is None else last.bias.to(runner.device)
     moment, cross, wanted = SecondMoment(), torch.zeros_like(W), torch.zeros_like(W[:, 0])
@@ -149,6 +112,8 @@ def correct(
         with torch.autocast(rows.device.type, enabled=False):
             cross.addmm_(r.T, rows)
         wanted += r.sum(0)
+    moment = reduce_moments(world, {"": moment}, [""], None, W.device)[""]
+    world.sum_([cross, wanted])
     exact = exact_device(W)
     P, center = moment.mean(), moment.center()
 
@@ -176,6 +141,7 @@ def correct(
         counts = torch.ones_like(rows[:, 0]) if weights is None else weights
         agreeing += ((missing * offered).sum(1) * counts).sum().item()
         size += (offered.square().sum(1) * counts).sum().item()
+    agreeing, size = world.sums([agreeing, size])
     shrinkage = min(1.0, max(0.0, agreeing / size)) if size > 0 else 0.0
     return Corrected(W + shrinkage * K, None if bias is None else bias + shrinkage * shift, P, center, shrinkage)
 
@@ -230,9 +196,3 @@ def _regression(
     K = torch.cholesky_solve((cross - W @ P).T, C).T
     shift = torch.zeros_like(wanted) if bias is None else wanted - bias - (W + K) @ center
     return K, shift
-
-
-def gradients_of(seen: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor | None, float]:
-    """F and its mean diagonal, of the map ``name``, from what the sensitivity pass found for its block."""
-    scale = seen.get(f"scale.{name}")
-    return seen.get(f"gradients.{name}"), 0.0 if scale is None else float(scale)

@@ -11,8 +11,10 @@ from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.embedding import embedding_target
 from lillama_core.distillation.finished_blocks import FinishedBlocks, rounded
+from lillama_core.initialization import Initializer
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.files import read_tensors, write_tensors
+from lillama_core.system.processes import ALONE, World
 from lillama_core.system.progress import Progress
 
 
@@ -21,8 +23,10 @@ class EmbeddingCompressor:
     """Puts the factors of the token embedding into a model."""
 
     finished: FinishedBlocks
+    initializer: Initializer
     seed: int
     progress: Progress
+    world: World = ALONE
 
     def compress(
         self, block: Block, model: nn.Module, plan: RankPlan, store: DecompositionStore
@@ -34,12 +38,13 @@ class EmbeddingCompressor:
             return {}
         (map_,) = block.maps
         path = finished.path(block)
-        if not finished.has(block):
-            found, _ = store.load(block)
+        if self.world.is_main and not finished.has(block):
+            found = store.load(block, ranks)
             generator = torch.Generator().manual_seed(self.seed)
             weight = target.weight(model, map_).cpu()
-            B, A = finished.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+            B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
             write_tensors(path, rounded(finished.format.from_factors(B, A, None), finished.dtype, target.name))
+        self.world.barrier()
         layer = finished.format.module(
             map_.out_features, map_.in_features, ranks[map_.name], False, torch.float32, "cpu"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,23 +15,37 @@ from lillama_core.errors import LillamaError
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.formats.base import Format
 from lillama_core.initialization import Decomposition, Initializer
-from lillama_core.system.files import read_json, read_tensors, write_json, write_tensors
+from lillama_core.runtime.modules import exact
+from lillama_core.system.files import read_json, write_json, write_tensors
 from lillama_core.system.names import safe_file_stem
+
+
+class Checkpoint(Protocol):
+    """How the compressed model names its tensors on disk, and what it makes of them when it is loaded."""
+
+    def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors`` of whole blocks, by their paths in the model, by the names that they have in its files."""
+        ...
+
+    def block(self, path: str, file: Path) -> nn.Module:
+        """The block at ``path`` of the compressed model with the weights in ``file``, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
 class FinishedBlocks:
-    """The blocks of a run that are done, a file of weights and one of notes each; and how blocks get there."""
+    """The blocks of a run that are done: for each a file of weights, as the result will have it, and one of notes."""
 
     folder: Path
-    initializer: Initializer
+    checkpoint: Checkpoint
     format: Format
     """In which the maps are written."""
     dtype: torch.dtype
     """In which the weights are written."""
     device: torch.device
     """Where blocks run."""
-    seed: int
+    arithmetic: torch.dtype | None
+    """In which autocast makes their products; None: fp32."""
 
     def path(self, block: Block) -> Path:
         """The file of a block's weights."""
@@ -45,25 +59,6 @@ class FinishedBlocks:
         found: dict[str, Any] = read_json(self.path(block).with_suffix(".json"))
         return found
 
-    def generator(self, block: Block) -> torch.Generator:
-        """Random numbers for the factors of a block."""
-        return torch.Generator().manual_seed(self.seed * 100_003 + block.index)
-
-    def factor(
-        self, block: Block, module: nn.Module, ranks: Mapping[str, int], found: Mapping[str, Decomposition]
-    ) -> None:
-        """Put the untrained factors of the maps that have ``ranks`` into a dense block, ready to be trained."""
-        generator = self.generator(block)
-        for target in block.targets:
-            layers: dict[str, nn.Module] = {}
-            for map_ in target.maps:
-                if map_.name in ranks:
-                    weight = target.weight(module, map_)
-                    B, A = self.initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                    bias = found[map_.name].bias(target.bias(module, map_), weight, B, A)
-                    layers[map_.name] = Factored().from_factors(B, A, bias)
-            target.replace(module, layers)
-
     def write(self, block: Block, module: nn.Module, ranks: Mapping[str, int], note: Mapping[str, Any]) -> None:
         """Convert the factors in ``module`` and write the block; raises LillamaError where numbers overflow."""
         for target in block.targets:
@@ -72,32 +67,53 @@ class FinishedBlocks:
                 if map_.name in ranks:
                     layer = target.layer(module, map_)
                     assert isinstance(layer, FactoredLinear)
-                    bias = None if layer.bias is None else layer.bias.cpu()
-                    converted[map_.name] = self.format.from_factors(
-                        layer.up.weight.data.cpu(), layer.down.weight.data.cpu(), bias
-                    )
+                    bias = None if layer.bias is None else layer.bias.data
+                    converted[map_.name] = self.format.from_factors(layer.up.weight.data, layer.down.weight.data, bias)
             target.replace(module, converted)
         state = rounded(module, self.dtype, block.path)
         write_json(self.path(block).with_suffix(".json"), dict(note))
         # Last: the weights say that the block is done.
-        write_tensors(self.path(block), state)
+        tensors = {f"{block.path}.{k}": v.cpu() for k, v in state.items()}
+        write_tensors(self.path(block), self.checkpoint.on_disk(tensors))
 
-    def read(self, block: Block, module: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
-        """``module``, the dense block, made what was written of it, in fp32.
+    def read(self, block: Block) -> nn.Module:
+        """The block as whoever loads the result will have it, in fp32.
 
         What follows learns to live with its rounding, and a resumed run sees the same as an uninterrupted one.
         """
-        for target in block.targets:
-            layers: dict[str, nn.Module] = {}
-            for map_ in target.maps:
-                if map_.name in ranks:
-                    has_bias = target.bias(module, map_) is not None
-                    layers[map_.name] = self.format.module(
-                        map_.out_features, map_.in_features, ranks[map_.name], has_bias, torch.float32, "cpu"
-                    )
-            target.replace(module, layers)
-        module.load_state_dict(read_tensors(self.path(block)))
-        return module.to(self.device).eval().requires_grad_(False)
+        return exact(self.checkpoint.block(block.path, self.path(block)), self.device, self.arithmetic)
+
+
+def generator_of(block: Block, seed: int) -> torch.Generator:
+    """Random numbers for the factors of a block."""
+    return torch.Generator().manual_seed(seed * 100_003 + block.index)
+
+
+def factored_layers(
+    block: Block,
+    module: nn.Module,
+    ranks: Mapping[str, int],
+    found: Mapping[str, Decomposition],
+    initializer: Initializer,
+    seed: int,
+) -> dict[str, nn.Module]:
+    """Untrained factors, by map, of the maps of a dense block that have ``ranks``."""
+    generator = generator_of(block, seed)
+    layers: dict[str, nn.Module] = {}
+    for target in block.targets:
+        for map_ in target.maps:
+            if map_.name in ranks:
+                weight = target.weight(module, map_)
+                B, A = initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
+                bias = found[map_.name].bias(target.bias(module, map_), weight, B, A)
+                layers[map_.name] = Factored().from_factors(B, A, bias)
+    return layers
+
+
+def put_layers(block: Block, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put ``layers``, by map, into a block."""
+    for target in block.targets:
+        target.replace(module, {map_.name: layers[map_.name] for map_ in target.maps if map_.name in layers})
 
 
 def rounded(module: nn.Module, dtype: torch.dtype, path: str) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,24 +14,26 @@ from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.base import TargetModule
 from lillama_core.architecture.targets.linear_map import TargetLinear
-from lillama_core.distillation.correction import LastMap, correct, find_last_map, gradients_of
-from lillama_core.distillation.finished_blocks import FinishedBlocks
+from lillama_core.distillation.correction import LastMap, correct
+from lillama_core.distillation.finished_blocks import FinishedBlocks, factored_layers, generator_of, put_layers
 from lillama_core.distillation.losses import MSE
 from lillama_core.distillation.training import BlockData, RoutingReplay, TrainingOptions, distill_block
 from lillama_core.initialization import Initializer, root
-from lillama_core.runtime.activations import ActivationStore, StackActivations
+from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
+from lillama_core.runtime.states import StateStore
 from lillama_core.runtime.weight_source import WeightSource
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.memory import release_memory
+from lillama_core.system.processes import ALONE, World
 from lillama_core.system.progress import Progress
 
 
 @dataclass(frozen=True)
 class BatchRoles:
-    """What the batches that are followed through the blocks serve, by their positions."""
+    """What the batches that are followed through the blocks serve, by their positions in this process."""
 
     correct: list[int]
     """The correction is fitted on them."""
@@ -39,6 +41,25 @@ class BatchRoles:
     """Checkpoints and the size of the correction are chosen on them; empty where nothing is chosen."""
     report: list[int]
     """Losses are reported on them, and nothing else."""
+    train: list[int | None]
+    """The factors are trained on them; None for one of which only other processes have rows."""
+    followed: list[int | None]
+    """All that the processes of the job follow, likewise."""
+
+    def shares(self, masks: Sequence[torch.Tensor | None], hidden: Sequence[torch.Tensor], world: World) -> list[float]:
+        """Which part of the tokens of each batch that is here, of stream ``hidden``, this process has."""
+        if world.size == 1:
+            return [1.0] * len(hidden)
+        tokens = [0.0] * len(self.followed)
+        for i, place in enumerate(self.followed):
+            if place is not None:
+                mask = masks[place]
+                tokens[i] = float(hidden[place][..., 0].numel() if mask is None else mask.sum().item())
+        return [
+            own / max(of_all, 1.0)
+            for own, of_all, place in zip(tokens, world.sums(tokens), self.followed, strict=True)
+            if place is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,56 +76,55 @@ class StackCompressor:
     recorder: Recorder
     source: WeightSource
     store: DecompositionStore
+    states: StateStore
+    """Of the dense model: what enters each block, and so what the one before shall give."""
     finished: FinishedBlocks
+    seed: int
     progress: Progress
     note: Callable[[dict[str, Any]], None]
     """Hears what is noted of each finished block."""
+    world: World = ALONE
 
     def compress(
-        self, harness: StackHarness, roles: BatchRoles, teacher: StackActivations, student: StackActivations
+        self,
+        harness: StackHarness,
+        roles: BatchRoles,
+        numbers: Sequence[int],
+        student: StackActivations,
+        routes: StackActivations | None = None,
     ) -> None:
-        """Compress the blocks of one stack; the streams of ``teacher`` and ``student`` end as what leaves it.
+        """Compress the blocks of one stack; the stream of ``student`` ends as what leaves it.
 
-        ``teacher`` is what enters the stack in the dense model, ``student`` in the one whose earlier stacks are
-        compressed.
+        ``student`` is what enters the stack in the model whose earlier stacks are compressed, for the batches whose
+        dense states were kept under ``numbers``. ``routes`` has the dense model's recorded arguments, to run its blocks
+        with where routing is replayed.
         """
-        last_maps = self._last_maps(harness, teacher)
-        masks = [mask.own for mask in teacher.masks]
-        self.progress.phase("Compressing blocks", len(harness.blocks))
+        masks = [mask.own for mask in student.masks]
+        shares = roles.shares(masks, student.hidden, self.world)
+        self.progress.phase(f"Compressing {harness.stack}", len(harness.blocks))
         for block in harness.blocks:
             ranks = self.plan.of(block)
-            dense = self.source.block(block)
-            before = list(teacher.hidden) if self.training.follows_teacher else []
-            routing = RoutingReplay(self.recorder.architecture.pinned)
-            with routing.noting(dense):
-                teacher.advance(dense, block)
-            if not self.finished.has(block):
-                data = BlockData(before, student.hidden, teacher.hidden, masks, roles.choose, roles.report, routing)
-                last_map = last_maps.get(block.name)
-                self._compress_block(block, dense, ranks, student.runner, data, last_map, roles.correct)
+            if not self.world.from_main(functools.partial(self.finished.has, block)):
+                entering, leaving = (self.states.read(block.stack, block.index + i, numbers) for i in (0, 1))
+                dense = self.source.block(block)
+                routing = RoutingReplay(self.recorder.architecture.pinned)
+                if routes is not None:
+                    with torch.no_grad(), routing.noting(dense):
+                        for index, hidden in enumerate(entering):
+                            routes.runner(dense, block, index, hidden)
+                before: Sequence[torch.Tensor] = entering if self.training.follows_teacher else ()
+                data = BlockData(before, student.hidden, leaving, masks, roles.choose, roles.report)
+                data = replace(data, train=roles.train, shares=shares, pinned=routing)
+                self._compress_block(block, dense, ranks, student.runner, data, roles.correct)
+                # Only what the main process has written is the block.
+                self.world.barrier()
             note = self.finished.note(block)
             self.note(note)
-            student.advance(self.finished.read(block, self.source.block(block), ranks), block)
+            student.advance(self.finished.read(block), block)
             release_memory()
             self.progress.step(
                 f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
             )
-
-    def _last_maps(
-        self, harness: StackHarness, teacher: StackActivations
-    ) -> dict[str, tuple[TargetModule, TargetLinear]]:
-        """The maps through which blocks can make up for what those below them have lost, by block."""
-        if not self.corrects:
-            return {}
-        # How a block ends does not depend on what enters it: two rows will do.
-        few = ActivationStore(self.recorder, [teacher.batches[0].part(0, 2)]).record(harness)
-        found = {}
-        for block in harness.blocks:
-            module = self.source.block(block)
-            last = find_last_map(block, module, functools.partial(few.runner, module, block, 0, few.hidden[0]))
-            if last is not None and last[1].name in self.plan.of(block):
-                found[block.name] = last
-        return found
 
     def _compress_block(
         self,
@@ -113,14 +133,15 @@ class StackCompressor:
         ranks: dict[str, int],
         runner: BlockRunner,
         data: BlockData,
-        last_map: tuple[TargetModule, TargetLinear] | None,
         correct_on: list[int],
     ) -> None:
         """Factor, correct, train, convert and write a block, made of ``dense``."""
-        decompositions, gradient_moment = self.store.load(block)
-        last = None if last_map is None else LastMap.of(*last_map, dense)
+        name = self.store.last_map(block) if self.corrects and ranks else None
+        last = None if name not in ranks else LastMap.of(*find_map(block, name), dense)
+        gradient_moment = self.store.metric(block) if ranks or self.store.has(block) else None
         student = dense
-        self.finished.factor(block, student, ranks, decompositions)
+        found = self.store.load(block, ranks) if ranks else {}
+        put_layers(block, student, factored_layers(block, student, ranks, found, self.initializer, self.seed))
         student.to(self.recorder.device)
         training = self.training if ranks else replace(self.training, steps=0)
         fisher_factor = None
@@ -131,13 +152,17 @@ class StackCompressor:
             fisher_factor = loss_factor(gradient_moment, training.loss.fisher_damping).to(self.recorder.device)
         shrinkage = 0.0
         if last is not None:
-            corrected = correct(last, block, student, runner, data, correct_on, fisher_factor, self.correction_ridge)
+            corrected = correct(
+                last, block, student, runner, data, correct_on, fisher_factor, self.correction_ridge, self.world
+            )
             shrinkage, name = corrected.shrinkage, last.map.name
             if shrinkage > 0:
-                seen, generator = self.store.gradients(block), self.finished.generator(block)
-                layer = corrected.factored(ranks[name], self.initializer, *gradients_of(seen, name), generator)
+                seen, generator = self.store.gradients(block, name), generator_of(block, self.seed)
+                layer = corrected.factored(ranks[name], self.initializer, *seen, generator)
                 last.target.replace(student, {name: layer.to(self.recorder.device)})
-        result = distill_block(student, block, runner, data, fisher_factor, training)
+        # The same weights to begin with, on whatever processors they were found.
+        self.world.copy_([tensor for tensor in student.state_dict().values() if tensor.is_floating_point()])
+        result = distill_block(student, block, runner, data, fisher_factor, training, self.world)
         note = {
             "name": block.path,
             "ranks": ranks,
@@ -150,10 +175,16 @@ class StackCompressor:
             "steps": result.steps,
             "kept_step": result.kept_step,
         }
-        self.finished.write(block, student, ranks, note)
+        if self.world.is_main:
+            self.finished.write(block, student, ranks, note)
 
 
 def loss_factor(gradient_moment: torch.Tensor, damping: float) -> torch.Tensor:
     """C [d, d] of C C^T = E[g g^T] / mean diagonal + ridge, for a loss that weighs output errors e as |e C|^2."""
     moment = gradient_moment / gradient_moment.diagonal().mean().clamp(min=1e-30)
     return root(moment, damping).float()
+
+
+def find_map(block: Block, name: str) -> tuple[TargetModule, TargetLinear]:
+    """The target and the map of a block that has this name."""
+    return next((target, map_) for target in block.targets for map_ in target.maps if map_.name == name)

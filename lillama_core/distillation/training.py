@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from lillama_core.distillation.losses import Loss
 from lillama_core.errors import LillamaError
 from lillama_core.formats import FactoredLinear
 from lillama_core.runtime.block_runner import BlockRunner
+from lillama_core.system.processes import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,25 @@ class BlockData:
     ``teacher`` may be empty when only the student stream is followed.
     """
 
-    teacher: list[torch.Tensor]
-    student: list[torch.Tensor]
-    targets: list[torch.Tensor]
+    teacher: Sequence[torch.Tensor]
+    student: Sequence[torch.Tensor]
+    targets: Sequence[torch.Tensor]
     masks: list[torch.Tensor | None]
     """What each position counts for [rows, length], by batch."""
     choose: list[int]
     """Batches that choose the checkpoint, and are not trained on."""
     report: list[int]
     """Batches that only say how well it went."""
+    train: list[int | None] | None = None
+    """Batches that are trained on; for those of which only other processes have rows None. None: all the others."""
+    shares: Sequence[float] = ()
+    """Which part this process has of what each batch counts for in a mean over all processes; none: all of it."""
     pinned: RoutingReplay = field(default_factory=lambda: RoutingReplay(()))
     """What the deciding modules of the teacher block said on each batch."""
+
+    def share(self, batch: int) -> float:
+        """Which part of what ``batch`` counts for this process has."""
+        return self.shares[batch] if self.shares else 1.0
 
 
 class RoutingReplay:
@@ -147,16 +156,19 @@ def distill_block(
     data: BlockData,
     fisher_factor: torch.Tensor | None,
     options: TrainingOptions,
+    world: World = ALONE,
 ) -> BlockResult:
     """Train ``student`` in place; it ends in eval mode with the weights that did best on the batches that choose.
 
-    Raises LillamaError when the loss is not a finite number.
+    Of several processes, which begin with the same weights, each brings its rows of every batch; they end
+    alike. Raises LillamaError when the loss is not a finite number.
     """
 
-    def loss_of(batch: int, stream: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(batch: int, stream: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         with data.pinned.replaying(student, batch):
             out = runner(student, block, batch, stream[batch])
-        return options.loss(out, data.targets[batch].to(out.device), mask_of(batch), fisher_factor), out
+        loss = options.loss(out, data.targets[batch].to(out.device), mask_of(batch), fisher_factor)
+        return loss * data.share(batch), out
 
     def mask_of(batch: int) -> torch.Tensor | None:
         mask = data.masks[batch]
@@ -167,9 +179,10 @@ def distill_block(
         followed.append(data.student)
 
     def evaluate(batches: list[int]) -> tuple[float, float]:
-        total, wrong, size = 0.0, 0.0, 0.0
+        total, wrong, size, count = 0.0, 0.0, 0.0, 0.0
         with torch.no_grad():
             for batch in batches:
+                count += data.share(batch)
                 loss, out = loss_of(batch, data.student)
                 target = data.targets[batch].to(out.device)
                 mask = mask_of(batch)
@@ -177,12 +190,13 @@ def distill_block(
                 total += loss.item()
                 wrong += ((out - target).square().sum(-1) * counts).sum().item()
                 size += (target.square().sum(-1) * counts).sum().item()
+        total, wrong, size, count = world.sums([total, wrong, size, count])
         if not math.isfinite(total):
             raise LillamaError(
                 f"the loss of block {block.name} is not finite: its activations overflow;"
                 " try --loss sensitivity or --dtype float32"
             )
-        return total / len(batches), wrong / max(size, 1e-30)
+        return total / count, wrong / max(size, 1e-30)
 
     student.eval()
     before, error_before = evaluate(data.report)
@@ -207,12 +221,14 @@ def distill_block(
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * factor
         optimizer.zero_grad(set_to_none=True)
-        # One backward pass a stream: the same sum, with one graph alive at a time.
-        for stream in followed:
-            loss, _ = loss_of(order[step], stream)
-            # It depends on no factor where the batch sends no row to the only experts that have some.
-            if loss.requires_grad:
-                loss.backward()
+        if (batch := order[step]) is not None:
+            # One backward pass a stream: the same sum, with one graph alive at a time.
+            for stream in followed:
+                loss, _ = loss_of(batch, stream)
+                # It depends on no factor where the batch sends no row to the only experts that have some.
+                if loss.requires_grad:
+                    loss.backward()
+        sum_gradients(parameters, world)
         if options.gradient_clip > 0:
             nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimizer.step()
@@ -229,11 +245,23 @@ def distill_block(
     return BlockResult(before, after, error_before, error_after, options.steps, kept_step)
 
 
-def _batches(data: BlockData, options: TrainingOptions, generator: torch.Generator) -> list[int]:
+def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
+    """Give each parameter the sum of its gradients in all processes; none where no process has one."""
+    if world.size == 1:
+        return
+    has = world.greatest([p.grad is not None for p in parameters])
+    found = [p for p, has_gradient in zip(parameters, has, strict=True) if has_gradient]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    world.sum_([p.grad for p in found if p.grad is not None])
+
+
+def _batches(data: BlockData, options: TrainingOptions, generator: torch.Generator) -> list[int | None]:
     """The batch for each step: every training batch once an epoch, in an order drawn anew each time."""
     held = {*data.choose, *data.report}
-    training = [i for i in range(len(data.targets)) if i not in held]
-    order: list[int] = []
+    training = data.train if data.train is not None else [i for i in range(len(data.targets)) if i not in held]
+    order: list[int | None] = []
     while len(order) < options.steps:
         order += [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
     return order[: options.steps]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from lillama_core.data.modality import IGNORE_INDEX, Samples
 from lillama_core.models.outputs import class_logits, main_output
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.modules import swapped_modules
+from lillama_core.system.processes import ALONE, World
 
 
 @dataclass
@@ -37,15 +38,17 @@ def measure_fidelity(
     held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
     autocast: torch.dtype | None,
     dense_embeddings: Mapping[str, nn.Module],
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Compare predictions from the last hidden states (dense, compressed) of each held-out batch.
 
     Both streams are there already, so this costs what comes after the last stack alone. Perplexities need targets;
     divergence and agreement, a model that puts out scores of classes. ``dense_embeddings`` are the modules outside
-    of the blocks, by path, that the model had before it was compressed.
+    of the blocks, by path, that the model had before it was compressed. Of several processes each brings its own rows,
+    and all learn what comes of them together.
     """
     device = next(harness.model.parameters()).device
-    tokens, predictions, divergence, agreement = 0, 0, 0.0, 0.0
+    tokens, predictions, divergence, agreement = 0.0, 0.0, 0.0, 0.0
     nll = [0.0, 0.0]
     wrong, size = 0.0, 0.0
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -78,10 +81,13 @@ def measure_fidelity(
                         predictions += int((wanted != IGNORE_INDEX).sum().item())
                         for i, log in enumerate((p, q)):
                             nll[i] += nll_loss(log, wanted, ignore_index=IGNORE_INDEX, reduction="sum").item()
+    tokens, predictions, divergence, agreement, wrong, size, *nll = world.sums(
+        [tokens, predictions, divergence, agreement, wrong, size, *nll]
+    )
     perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
     return asdict(
         Fidelity(
-            tokens=tokens,
+            tokens=int(tokens),
             perplexity_before=perplexities[0],
             perplexity_after=perplexities[1],
             divergence=divergence / tokens if tokens else None,
@@ -89,3 +95,54 @@ def measure_fidelity(
             relative_error=wrong / max(size, 1e-30),
         )
     )
+
+
+def measure_costs(
+    harness: StackHarness,
+    batches: Sequence[Samples],
+    dense: Sequence[torch.Tensor],
+    variants: Sequence[Sequence[torch.Tensor]],
+    autocast: torch.dtype | None,
+    world: World = ALONE,
+) -> list[float]:
+    """How far the predictions of each of several ``variants`` are from the dense model's.
+
+    ``dense`` and each variant are the last hidden states by batch. Twice the divergence, in nats a row; of outputs that
+    are no predictions the relative squared error. What follows the last stack is run once for the dense model.
+    """
+    device = next(harness.model.parameters()).device
+    divergence, wrong = ([torch.zeros((), device=device) for _ in variants] for _ in range(2))
+    size, predicts = torch.zeros((), device=device), False
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for index, samples in enumerate(batches):
+            for row in range(len(samples)):
+                one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
+                kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
+
+                def output(
+                    hidden: torch.Tensor,
+                    one: dict[str, torch.Tensor] = one,
+                    kept: torch.Tensor | None = kept,
+                    row: int = row,
+                ) -> tuple[torch.Tensor, bool]:
+                    outputs = harness.outputs(one, hidden[row : row + 1].to(device))
+                    found = main_output(outputs)[0]
+                    found = found.reshape(-1, found.shape[-1])
+                    return found if kept is None else found[kept], class_logits(harness.model, outputs) is not None
+
+                p, predicts = output(dense[index])
+                size += p.float().square().sum()
+                for i, hidden in enumerate(variants):
+                    q, _ = output(hidden[index])
+                    # Some tokens at a time: these tables are as wide as the vocabulary.
+                    for p_part, q_part in zip(p.split(64), q.split(64), strict=True):
+                        a, b = p_part.float(), q_part.float()
+                        if predicts:
+                            a = a.log_softmax(-1)
+                            divergence[i] += (a.exp() * (a - b.log_softmax(-1))).sum()
+                        else:
+                            wrong[i] += (b - a).square().sum()
+    rows = sum(len(samples) for samples in batches)
+    sums = [found.item() for found in (divergence if predicts else wrong)]
+    *sums, size_of_all, rows_of_all = world.sums([*sums, size.item(), rows])
+    return [2 * found / rows_of_all if predicts else found / max(size_of_all, 1e-30) for found in sums]

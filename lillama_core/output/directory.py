@@ -4,54 +4,98 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from lillama_core.allocation.plan import RankPlan
 from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError
 from lillama_core.models.outputs import main_output
 from lillama_core.output.card import public_name, public_recipe, write_card
-from lillama_core.output.quantizer import LillamaConfig, attach, target_entries
+from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
 from lillama_core.output.run_directory import RunDirectory
-from lillama_core.output.verify import TRUST
+from lillama_core.output.shards import assemble
+from lillama_core.output.verify import BY_BLOCK, TRUST, WHOLE
+from lillama_core.runtime.weight_source import run_blocks_from
 from lillama_core.system.files import apply_umask, write_json, write_tensors
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
+    from lillama_core.architecture.base import Architecture
     from lillama_core.pipeline.spec import CompressionSpec
 
 
+MERGE_BELOW = 5_000_000_000
+"""Bytes of weights from which they stay in several files: what the hub's tools once split at, and still read well."""
+
+
+@dataclass(frozen=True)
+class FinishedModel:
+    """The compressed model: what is around its blocks in memory, and the blocks in files."""
+
+    shell: nn.Module
+    """The model, of whose blocks nothing is looked at; its parameters are in the dtype of the result."""
+    checkpoint: CompressedCheckpoint
+    blocks: Mapping[str, Path]
+    """Path of a block -> the file with its weights, in forward order."""
+    streams: bool
+    """Whether the model is too large to be held: it is run block by block, here and where it is loaded again."""
+
+    def shell_tensors(self) -> dict[str, torch.Tensor]:
+        """What is in no block, by its path in the model."""
+        return {
+            name: tensor
+            for name, tensor in self.shell.state_dict().items()
+            if not any(name.startswith(f"{path}.") for path in self.blocks)
+        }
+
+    def output(self, inputs: Inputs) -> torch.Tensor:
+        """The model's main output for ``inputs``, in fp32; its blocks are read one after the other."""
+        run_blocks_from(self.shell, self.blocks, self._block)
+        with torch.no_grad():
+            return main_output(self.shell(**as_dtype(inputs, next(self.shell.parameters()).dtype))).float()
+
+    def _block(self, path: str) -> nn.Module:
+        return self.checkpoint.block(path, self.blocks[path]).eval()
+
+
 def write_result(
-    model: Any,
+    model: FinishedModel,
     processor: Any,
     prepared: CompressionSpec,
-    plan: RankPlan,
     record: RunRecord,
     directory: RunDirectory,
     progress: Progress,
 ) -> None:
-    """Write ``model``, whose maps are low rank already, and publish the directory once it has been loaded back."""
+    """Write ``model`` and publish the directory once it has been loaded back."""
     result = directory.result
-    targets = target_entries(prepared.all_blocks, plan)
-    model.config.dtype = next(model.parameters()).dtype
-    attach(model, LillamaConfig(targets))
+    result.mkdir(exist_ok=True)
     with quiet():
-        model.save_pretrained(str(result))
+        model.checkpoint.save_settings(result)
+    shell = directory.path / "shell.safetensors"
+    write_tensors(shell, model.checkpoint.on_disk(model.shell_tensors()))
+    assemble(result, [shell, *model.blocks.values()], MERGE_BELOW)
     modality = modality_of(prepared.architecture)
     modality.save_processor(processor, result)
     record.bytes = {
-        "dense": prepared.total_parameters * next(model.parameters()).dtype.itemsize,
+        "dense": prepared.total_parameters * next(model.shell.parameters()).dtype.itemsize,
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
-    trusted = prepared.source.trust_remote_code
-    check_reload(model, result, prepared.architecture.auto_class, modality.dummy_inputs(prepared.config), trusted)
+    check_reload(
+        model,
+        result,
+        prepared.architecture,
+        modality.dummy_inputs(prepared.config),
+        prepared.source.trust_remote_code,
+    )
     record.stop()
     write_json(result / "lillama.json", published(record))
     write_card(result, record, prepared)
@@ -77,22 +121,24 @@ def published(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def check_reload(model: Any, result: Path, auto_class: str, inputs: Inputs, trust_remote_code: bool = False) -> None:
+def check_reload(
+    model: FinishedModel, result: Path, architecture: Architecture, inputs: Inputs, trust_remote_code: bool = False
+) -> None:
     """Load ``result`` in a new process and compare its outputs for ``inputs`` with the model's.
 
     Raises LillamaError if they differ.
     """
-    with torch.no_grad():
-        # What was made in fp32 meets weights of the model's dtype.
-        expected = main_output(model(**as_dtype(inputs, next(model.parameters()).dtype))).float()
+    # What was made in fp32 meets weights of the model's dtype.
+    expected = model.output(inputs)
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
     # -P: files of the working directory, which may be an untrusted model, are not to be taken for modules.
-    command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe), auto_class]
+    command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe)]
+    command += [BY_BLOCK, architecture.name] if model.streams else [WHOLE, architecture.auto_class]
     if trust_remote_code:
         command.append(TRUST)
     # Nobody could answer what it might ask.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LillamaError(f"the written model does not load as it was: {reason}")

@@ -85,9 +85,16 @@ class RunRecord:
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int | None = None
     """What torch had allocated on a CUDA device at the most; None on other devices."""
+    residency: str = "resident"
+    """Whether the dense model was held in memory, ``resident``, or read from disk by blocks, ``streamed``."""
+    residency_reason: str = ""
+    estimate: dict[str, Any] | None = None
+    """What the run was expected to take, see `lillama_core.estimates`; None where it could not be told."""
     remarks: list[str] = field(default_factory=list)
     """What was found rather than declared about the architecture."""
     resumed: bool = False
+    processes: int = 1
+    """How many processes shared the work."""
     started: float = field(default_factory=time.monotonic, repr=False)
 
     def stop(self) -> None:

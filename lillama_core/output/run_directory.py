@@ -20,7 +20,17 @@ from lillama_core.system.files import read_json, write_json
 
 OWN_ENTRIES = frozenset(
     name + end
-    for name in ("run.json", "blocks", "profile", "result", "replaced", "probe.safetensors")
+    for name in (
+        "run.json",
+        "blocks",
+        "profile",
+        "states",
+        "gradients",
+        "result",
+        "replaced",
+        "probe.safetensors",
+        "shell.safetensors",
+    )
     for end in ("", ".tmp")
 )
 """All that a run puts right into ``DIR.partial``; anything else is somebody's, and is never removed."""
@@ -34,6 +44,8 @@ class RunDirectory:
         self.path = self.output.with_name(self.output.name + ".partial")
         self.blocks = self.path / "blocks"
         self.store = self.path / "profile"
+        self.states = self.path / "states"
+        self.gradients = self.path / "gradients"
         self.result = self.path / "result"
         self.replaced = self.path / "replaced"
         self.opened = False
@@ -146,18 +158,7 @@ class RunDirectory:
 
     def check_fingerprint(self, known: dict[str, Any]) -> None:
         """Raise UserError when the unfinished run differs from this one in what is ``known`` so far."""
-        found = self._started()
-        details: list[str] = []
-        for key in sorted(k for k in known if k in found and found[k] != known[k]):
-            old, new = found[key], known[key]
-            if isinstance(old, dict) and isinstance(new, dict):
-                parts = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-                details += [f"{part} ({old.get(part)} -> {new.get(part)})" for part in parts]
-            elif len(str(old)) == len(str(new)) == 64:
-                # Hashes say nothing to anybody.
-                details.append(f"the {key}")
-            else:
-                details.append(f"{key} ({old} -> {new})")
+        details = differences(self._started(), known)
         if details:
             raise UserError(
                 f"{str(self.path)!r} is from another run; it differs in {', '.join(details)};"
@@ -171,14 +172,15 @@ class RunDirectory:
         """
         # Without the note of its start nobody knows what the rest belongs to. So it goes last.
         if self.path.exists() and (overwrite or not (self.path / "run.json").is_file()):
-            for part in (self.blocks, self.store, self.result):
+            for part in (self.blocks, self.store, self.states, self.gradients, self.result):
                 shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(self.path)
         self.check_fingerprint(fingerprint)
         overwrite = overwrite or self._started().get("overwrite") is True
         shutil.rmtree(self.result, ignore_errors=True)
         self.blocks.mkdir(parents=True, exist_ok=True)
-        self.store.mkdir(exist_ok=True)
+        for folder in (self.store, self.states, self.gradients):
+            folder.mkdir(exist_ok=True)
         write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
         self.opened = True
 
@@ -201,6 +203,22 @@ class RunDirectory:
             self.output.rename(self.replaced)
         self.result.rename(self.output)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def differences(found: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """What of ``known`` two fingerprints of runs differ in, each in a few words; nothing if in nothing."""
+    details: list[str] = []
+    for key in sorted(k for k in known if k in found and found[k] != known[k]):
+        old, new = found[key], known[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+            details += [f"{part} ({old.get(part)} -> {new.get(part)})" for part in parts]
+        elif len(str(old)) == len(str(new)) == 64:
+            # Hashes say nothing to anybody.
+            details.append(f"the {key}")
+        else:
+            details.append(f"{key} ({old} -> {new})")
+    return details
 
 
 def normal_path(output: Path) -> Path:

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import as_dtype
+from lillama_core.models.loading import load_config
 from lillama_core.models.outputs import main_output
+from lillama_core.models.shards import BlockReader
+from lillama_core.models.source import ModelSource, weight_files
+from lillama_core.output.quantizer import LillamaConfig
+from lillama_core.output.shards import compressed_meta_model
+from lillama_core.runtime.weight_source import run_blocks_from
 
 TOLERANCE = 1e-3
 """On ||y - y0|| / ||y0||, for fp32: kernels may differ with the number of threads."""
 TRUST = "--trust-remote-code"
+WHOLE, BY_BLOCK = "whole", "by-block"
+"""How the model is loaded."""
 ROUNDINGS = 8
 """In half precision as many relative roundings of a number are allowed instead, if that is more."""
 
 
-def main(folder: str, probe: str, auto_class: str, *flags: str) -> int:
+def main(folder: str, probe: str, how: str, name: str, *flags: str) -> int:
     """0 if the model in ``folder`` reproduces the outputs in ``probe``, else 1 with a line on stderr.
 
-    ``TRUST`` among the flags lets code that came with the model run: the user has allowed it for this run.
+    ``how`` is WHOLE, with the ``name`` of a class of transformers, or BY_BLOCK, with that of an architecture, for a
+    model that is not to be held as a whole. ``TRUST`` among the flags lets code that came with the model run: the user
+    has allowed it for this run.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     saved = load_file(probe)
-    model = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto", trust_remote_code=TRUST in flags)
+    trusted = TRUST in flags
+    if how == BY_BLOCK:
+        model = open_by_block(folder, name, trusted)
+    else:
+        model = getattr(transformers, name).from_pretrained(folder, dtype="auto", trust_remote_code=trusted)
     model.eval()
     inputs = {k.removeprefix("inputs."): v for k, v in saved.items() if k.startswith("inputs.")}
     with torch.no_grad():
@@ -36,6 +52,27 @@ def main(folder: str, probe: str, auto_class: str, *flags: str) -> int:
         return 0
     print(f"outputs differ by {difference:.3g} of their norm", file=sys.stderr)
     return 1
+
+
+def open_by_block(folder: str, architecture: str, trust_remote_code: bool) -> Any:
+    """The compressed model in ``folder``, that reads each of its blocks when it is run."""
+    source = ModelSource(folder, folder, None, trust_remote_code)
+    config = load_config(source, allow_compressed=True)
+    found = find_architecture(config, architecture, trust_remote_code)
+    targets = LillamaConfig(**{k: v for k, v in quantization_of(config).items() if k in ("sites", "version")})
+    del config.quantization_config
+    model = compressed_meta_model(found, config, targets, trust_remote_code)
+    reader = BlockReader(model, weight_files(source), found.stacks, model.dtype)
+    reader.load_shell()
+    run_blocks_from(reader.model, reader.paths, reader.block)
+    return reader.model
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """What a compressed model's config says of its modules."""
+    found = config.quantization_config
+    said: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    return said
 
 
 if __name__ == "__main__":

@@ -11,13 +11,16 @@ from torch import nn
 from lillama_core.data.modality import Samples
 from lillama_core.distillation.finished_blocks import FinishedBlocks
 from lillama_core.errors import LillamaError
-from lillama_core.runtime.activations import ActivationStore
+from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.runtime.harness import StackHarness
-from lillama_core.runtime.weight_source import ResidentSource
+from lillama_core.runtime.states import StateStore
+from lillama_core.runtime.weight_source import WeightSource
 from lillama_core.statistics.store import DecompositionStore
+from lillama_core.system.processes import ALONE, World
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
+    from lillama_core.architecture.blocks import Block
     from lillama_core.data.modality import Modality
     from lillama_core.distillation.losses import Loss
     from lillama_core.initialization import Initializer
@@ -40,7 +43,7 @@ class DenseModel:
     model: nn.Module
     dtype: torch.dtype
     """Of the weights that will be written."""
-    source: ResidentSource
+    source: WeightSource
     stacks: tuple[StackHarness, ...]
     """All stacks, in the order of the forward pass."""
     chosen: dict[str, StackHarness]
@@ -49,11 +52,12 @@ class DenseModel:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """The calibration data, and what stacks of which nothing is chosen make of it."""
+    """The calibration data, and how it goes through the stacks."""
 
     data: Samples
-    activations: ActivationStore
-    """Of the dense model, on all batches of the split."""
+    chains: tuple[tuple[StackHarness, ...], ...]
+    """Stacks that are run one after the other, each on what the one before gave. One chain of all stacks where stacks
+    hand on what their last blocks give and nothing else; else a chain for each stack of which maps are compressed."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Statistics:
     """What the passes over the dense model found."""
 
     store: DecompositionStore
-    activations: ActivationStore
-    """Of the dense model on the rows that are fitted to, with the outputs of the stacks that were run."""
+    states: StateStore
+    """Of the dense model, of the batches that later stages need."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class CompressedStacks:
     """By path; empty when the embedding stays as it is."""
 
 
+@dataclass(frozen=True)
+class CompressedModel:
+    """What the result is put together from, besides what is around the blocks."""
+
+    checkpoint: CompressedCheckpoint
+    finished: FinishedBlocks
+    blocks: tuple[Block, ...]
+    """All blocks of the model, in forward order; each has been written."""
+
+
 @dataclass
 class Context:
     """The services of one compression, fixed before the first stage, and the results of its stages, by type."""
@@ -88,6 +102,8 @@ class Context:
     modality: Modality
     processor: Any
     device: torch.device
+    streams: bool
+    """Whether blocks are read from disk when they are needed, instead of being held in memory."""
     autocast: torch.dtype | None
     recorder: Recorder
     initializer: Initializer
@@ -95,6 +111,8 @@ class Context:
     directory: RunDirectory
     record: RunRecord
     progress: Progress
+    world: World = ALONE
+    """The processes of this job, each of which runs all stages on its own rows."""
     _results: dict[type, Any] = field(default_factory=dict)
     _running: Stage | None = None
 
@@ -123,16 +141,15 @@ class Context:
         """Forget a result that no later stage reads, and with it its memory."""
         self._results.pop(of, None)
 
-    def finished_blocks(self, dense: DenseModel) -> FinishedBlocks:
-        """The blocks of this run that are done, and how blocks get there."""
-        return FinishedBlocks(
-            self.directory.blocks, self.initializer, self.spec.format, dense.dtype, self.device, self.recipe.seed
-        )
-
     @property
     def corrects(self) -> bool:
         """Whether the last map of a block makes up in closed form for what was lost below."""
         return self.recipe.correction_tokens > 0 and self.initializer.corrects
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In which hidden states are kept: that of matrix products, which read little else."""
+        return self.autocast or torch.float32
 
     @property
     def given_tokens(self) -> int:
@@ -150,4 +167,6 @@ class Context:
             "versions": self.record.versions,
             "compute": self.record.compute,
             "device": self.device.type,
+            # Sums are rounded otherwise, and each process keeps what is its own in files of its own.
+            "processes": self.world.size,
         }

@@ -37,6 +37,8 @@ class CompressionSpec:
     source: ModelSource
     config: Any
     architecture: Architecture
+    meta: nn.Module
+    """The model without weights: shapes and names."""
     blocks: dict[str, list[Block]]
     maps: list[PlannedMap]
     total_parameters: int
@@ -84,6 +86,7 @@ def prepare(
         source,
         config,
         found,
+        meta,
         blocks,
         maps,
         count_parameters(meta),
@@ -138,11 +141,11 @@ def make_plan(
     spectra = {}
     typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
     if allocator.needs_spectra and store is not None:
-        for block in prepared.all_blocks:
-            found, _ = store.load(block)
+        for block in (b for b in prepared.all_blocks if b.targets):
+            found = store.spectra(block)
             for map_ in block.maps:
                 name = block.full_name(map_)
-                spectra[name] = scaled_spectrum(found[map_.name].spectrum, scales.get(name, typical))
+                spectra[name] = scaled_spectrum(found[map_.name], scales.get(name, typical))
     request = AllocationRequest(prepared.maps, prepared.budget, prepared.format, spectra)
     plan = allocator.allocate(request)
     _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)

@@ -58,14 +58,17 @@ class ActivationStore:
 
         Stacks below it that this store has the output of are not run again, if nothing else of them reaches the blocks.
         """
-        upstream = {}
-        if harness.depends_only_on_upstream_output:
-            names = [below.stack for below in harness.earlier]
-            if all(name in self._outputs for name in names):
-                upstream = {name: self._outputs[name] for name in names}
+        below = self.outputs_below(harness)
+        upstream = {other.stack: hidden for other, hidden in zip(harness.earlier, below, strict=False)}
         calls, hidden = self.recorder.record(harness, [batch.inputs for batch in self.batches], upstream)
         masks = [StackMasks.of(harness.stack, batch.masks) for batch in self.batches]
         return StackActivations(self.batches, hidden, masks, self.recorder.runner(calls))
+
+    def outputs_below(self, harness: StackHarness) -> list[list[torch.Tensor]]:
+        """What each earlier stack gave for every batch, if that is known and all that the blocks get of them."""
+        known = [self._outputs[below.stack] for below in harness.earlier if below.stack in self._outputs]
+        complete = harness.depends_only_on_upstream_output and len(known) == len(harness.earlier)
+        return known if complete else []
 
     def keep_output(self, stack: str, hidden: Sequence[torch.Tensor]) -> None:
         """Keep what the last block of ``stack`` gave for every batch, for the stacks that read it."""
@@ -81,17 +84,24 @@ class ActivationStore:
         chosen._outputs = {stack: [hidden[i] for i in indices] for stack, hidden in self._outputs.items()}
         return chosen
 
-    def first_rows(self, rows: int, rows_per_batch: int, device: torch.device) -> ActivationStore:
-        """A store of the first ``rows`` rows on ``device``, in batches of at most ``rows_per_batch``."""
+    def first_rows(
+        self, rows: int, rows_per_batch: int, device: torch.device
+    ) -> tuple[ActivationStore, list[tuple[int, slice]]]:
+        """A store of the first ``rows`` rows on ``device``, in batches of at most ``rows_per_batch``.
+
+        And for each of these the position of the batch that it is a part of, and which rows of it.
+        """
         chosen = ActivationStore(self.recorder, [])
         chosen._outputs = {stack: [] for stack in self._outputs}
+        taken: list[tuple[int, slice]] = []
         for index, batch in enumerate(self.batches):
             for start in range(0, len(batch), rows_per_batch):
                 stop = min(start + min(rows_per_batch, rows), len(batch))
                 if rows <= 0:
-                    return chosen
+                    return chosen, taken
+                taken.append((index, slice(start, stop)))
                 chosen.batches.append(batch.part(start, stop).to(device))
                 for stack, hidden in self._outputs.items():
                     chosen._outputs[stack].append(hidden[index][start:stop].to(device))
                 rows -= stop - start
-        return chosen
+        return chosen, taken

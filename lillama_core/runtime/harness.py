@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ from lillama_core.data.modality import Inputs
 from lillama_core.errors import UserError
 from lillama_core.models.outputs import main_output
 from lillama_core.runtime.block_runner import BlockInputs
+from lillama_core.runtime.weight_source import ResidentSource
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
     from lillama_core.architecture.blocks import Block
+    from lillama_core.runtime.weight_source import WeightSource
 
 RunBlock = Callable[[int, torch.Tensor, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 """Takes a block's index, hidden states and other arguments, and returns hidden states."""
@@ -36,10 +37,19 @@ class StackHarness:
     """
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, blocks: list[Block], earlier: Sequence[StackHarness] = ()
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        blocks: list[Block],
+        earlier: Sequence[StackHarness] = (),
+        source: WeightSource | None = None,
     ) -> None:
-        """``earlier`` are the harnesses of the stacks that are run before this one."""
+        """``earlier`` are the harnesses of the stacks that are run before this one.
+
+        ``source`` has the blocks' weights; None: ``model`` itself.
+        """
         self.model = model
+        self.source = source or ResidentSource(model, next(model.parameters()).device)
         self.architecture = architecture
         self.blocks = blocks
         self.earlier = earlier
@@ -56,10 +66,13 @@ class StackHarness:
         """The name of the stack that these blocks are."""
         return self.blocks[0].stack
 
-    def record(self, inputs: Inputs, earlier: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, list[BlockInputs]]:
+    def record(
+        self, inputs: Inputs, earlier: Sequence[torch.Tensor] = (), with_graph: bool = False
+    ) -> tuple[torch.Tensor, list[BlockInputs]]:
         """The hidden states that enter the first block, and the other arguments of every block.
 
-        ``earlier`` is what the last blocks of the earlier stacks give, if that is known: they are not run then.
+        ``earlier`` is what the last blocks of the earlier stacks give, if that is known: they are not run then. What is
+        recorded hangs on it by the autograd graph if it shall come ``with_graph``.
         """
         calls: list[BlockInputs] = []
         first: list[torch.Tensor] = []
@@ -72,12 +85,16 @@ class StackHarness:
                 raise StopForward
             return hidden
 
-        with torch.no_grad(), contextlib.ExitStack() as bypassed, contextlib.suppress(StopForward):
+        with (
+            torch.set_grad_enabled(with_graph),
+            contextlib.ExitStack() as bypassed,
+            contextlib.suppress(StopForward),
+        ):
             for below, last_hidden in zip(self.earlier, earlier, strict=True) if earlier else ():
                 bypassed.enter_context(below._bypassed(below._giving(last_hidden)))
             bypassed.enter_context(self._bypassed(bypass))
             self._forward(inputs)
-        return first[0].detach().float(), calls
+        return first[0].float() if with_graph else first[0].detach().float(), calls
 
     def last_output(self, inputs: Inputs, run: RunBlock) -> torch.Tensor:
         """What the last block returns in a forward pass of the model in which ``run`` stands for every block.
@@ -119,12 +136,15 @@ class StackHarness:
 
     def outputs(self, inputs: Inputs, last_hidden: torch.Tensor) -> Any:
         """The model's outputs when its last block returns ``last_hidden``; gradients reach ``last_hidden``."""
+        return self._outputs(inputs, last_hidden, self.outputs_need_no_earlier(inputs, last_hidden))
 
+    def outputs_need_no_earlier(self, inputs: Inputs, last_hidden: torch.Tensor) -> bool:
+        """Whether what earlier stacks give reaches the outputs through these blocks alone; tried once."""
         if self._without_earlier is None:
             with torch.no_grad():
                 whole, short = (main_output(self._outputs(inputs, last_hidden, skip)) for skip in (False, True))
             self._without_earlier = torch.equal(whole, short)
-        return self._outputs(inputs, last_hidden, self._without_earlier)
+        return self._without_earlier
 
     def _outputs(self, inputs: Inputs, last_hidden: torch.Tensor, skip_earlier: bool) -> Any:
         """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
@@ -155,10 +175,8 @@ class StackHarness:
                 shape = tuple((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape)
                 if shape not in self._extra_outputs:
                     # What a block returns besides is its own business: see once what it does.
-                    block = copy.deepcopy(modules[index]).float()
-                    del block.__dict__["forward"]  # the bypass itself
                     with torch.no_grad():
-                        result = block(*args, **kwargs)
+                        result = self.source.block(self.blocks[index])(*args, **kwargs)
                     self._extra_outputs[shape] = result[1:] if isinstance(result, tuple) else None
                 if "hidden_states" in kwargs:
                     rest = dict(kwargs)
@@ -170,13 +188,17 @@ class StackHarness:
 
             return forward
 
+        own = [module.__dict__.get("forward") for module in modules]
         for index, module in enumerate(modules):
             module.forward = replaced(index)
         try:
             yield
         finally:
-            for module in modules:
-                del module.__dict__["forward"]
+            for module, forward in zip(modules, own, strict=True):
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.forward = forward
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,10 @@ from lillama_core.data.modality import Inputs
 from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner, share_equal
 from lillama_core.runtime.harness import StackHarness
-from lillama_core.runtime.weight_source import ResidentSource
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
+    from lillama_core.runtime.weight_source import WeightSource
 
 RecordedInputs = tuple[list[list[BlockInputs]], list[torch.Tensor]]
 """For every batch the other arguments of each block of a stack, and the hidden states that enter the first."""
@@ -66,32 +67,44 @@ class Recorder:
     def on_device(self, inputs: Inputs) -> Inputs:
         return {k: v.to(self.device) for k, v in inputs.items()}
 
-    def check(self, harness: StackHarness, inputs: Inputs, source: ResidentSource) -> None:
+    def check(
+        self,
+        harness: StackHarness,
+        inputs: Inputs,
+        source: WeightSource,
+        upstream: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> torch.Tensor:
         """Blocks run one after the other must give what the model gives, or nothing that follows means anything.
 
         Raises UserError where they do not. Also finds out whether earlier stacks hand on what their last blocks give,
-        and nothing else.
+        and nothing else. Returns what leaves the stack for the first two rows of ``inputs``; ``upstream`` is that of
+        earlier stacks, where it is known. Reads every block once.
         """
         # Two rows: what a block is given besides the hidden states may depend on their number.
         short = {k: v[:2] for k, v in self.on_device(inputs).items()}
         calls, stream = self.record(harness, [short])
         runner = self.runner(calls)
-
-        expected = self.stack_output(harness, short, source)
+        chained = stream[0].to(self.device)
         unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
-        try:
-            with torch.no_grad():
-                chained = stream[0].to(self.device)
-                for block in harness.blocks:
-                    chained = runner(source.block(block), block, 0, chained)
-        except LillamaError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
+
+        def both(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+            nonlocal chained
+            block = harness.blocks[index]
+            module = source.block(block, self.autocast_dtype)
+            try:
+                chained = runner(module, block, 0, chained)
+            except LillamaError:
                 raise
-            raise UserError(
-                f"the blocks of {harness.stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
-            ) from error
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"the blocks of {harness.stack!r} cannot be run one by one: {unsuitable} ({one_line(error)})"
+                ) from error
+            with runner.autocast():
+                return self.architecture.call_block(module, hidden.float(), args, kwargs)
+
+        expected = harness.last_output(short, both)
         difference = _relative(chained, expected)
         if not difference < TOLERANCE:
             raise UserError(
@@ -99,25 +112,35 @@ class Recorder:
                 f" {difference:.2%}: {unsuitable}"
             )
         harness.depends_only_on_upstream_output = bool(harness.earlier) and self._hand_on(
-            harness, short, source, (stream[0], calls[0])
+            harness, short, source, (stream[0], calls[0]), upstream
         )
+        return expected
 
-    def stack_output(self, harness: StackHarness, inputs: Inputs, source: ResidentSource) -> torch.Tensor:
+    def stack_output(self, harness: StackHarness, inputs: Inputs, source: WeightSource) -> torch.Tensor:
         """What leaves a stack in a forward pass of the model, whose blocks get what the model passes at that moment."""
 
         def block(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             with self.runner([]).autocast():
-                module = source.block(harness.blocks[index])
+                module = source.block(harness.blocks[index], self.autocast_dtype)
                 return self.architecture.call_block(module, hidden.float(), args, kwargs)
 
         return harness.last_output(self.on_device(inputs), block)
 
-    def _hand_on(self, harness: StackHarness, inputs: Inputs, source: ResidentSource, real: Any) -> bool:
+    def _hand_on(
+        self,
+        harness: StackHarness,
+        inputs: Inputs,
+        source: WeightSource,
+        real: Any,
+        upstream: Mapping[str, torch.Tensor],
+    ) -> bool:
         """Whether the blocks get the same as in the ``real`` pass if the earlier stacks only say what they gave."""
         try:
-            handed = self._record(
-                harness, inputs, [self.stack_output(earlier, inputs, source) for earlier in harness.earlier]
-            )
+            known = [
+                upstream[below.stack] if below.stack in upstream else self.stack_output(below, inputs, source)
+                for below in harness.earlier
+            ]
+            handed = self._record(harness, inputs, known)
         except Exception as error:  # a stack that cannot be run like that is run by the model
             if is_out_of_memory(error):
                 raise

@@ -1,22 +1,30 @@
-"""Where the dense weights come from: one block at a time."""
+"""Where the dense weights come from: one block at a time, of a model in memory or of files."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from lillama_core.models.loading import check_finite
+from lillama_core.runtime.modules import exact
+
 if TYPE_CHECKING:
     from lillama_core.architecture.blocks import Block
+    from lillama_core.models.shards import BlockReader
 
 
 class WeightSource(Protocol):
     """Gives the dense model's blocks, one at a time, as fp32 modules that the caller owns."""
 
-    def block(self, block: Block) -> nn.Module:
-        """A fresh fp32 copy of ``block`` on the compute device, in eval mode, without gradients."""
+    def block(self, block: Block, arithmetic: torch.dtype | None = None) -> nn.Module:
+        """A fresh fp32 copy of ``block`` on the compute device, in eval mode, without gradients.
+
+        To run it as it is, and not to train it, ``arithmetic`` is that of autocast; see `runtime.modules.exact`.
+        """
         ...
 
 
@@ -27,8 +35,43 @@ class ResidentSource:
         self.model = model
         self.device = device
 
-    def block(self, block: Block) -> nn.Module:
+    def block(self, block: Block, arithmetic: torch.dtype | None = None) -> nn.Module:
         module = copy.deepcopy(self.model.get_submodule(block.path))
-        # A copy made while the parent bypasses its blocks must run for itself.
+        # A copy must run for itself, whatever stands in for the block in its model.
         module.__dict__.pop("forward", None)
-        return module.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
+        return exact(module, self.device, arithmetic)
+
+
+class StreamedSource:
+    """Blocks that are read from files when they are asked for, and the next one meanwhile."""
+
+    def __init__(self, reader: BlockReader, device: torch.device) -> None:
+        self.reader = reader
+        self.device = device
+        self._sound: set[str] = set()
+        self._before = -1
+
+    def block(self, block: Block, arithmetic: torch.dtype | None = None) -> nn.Module:
+        paths = self.reader.paths
+        position = paths.index(block.path)
+        module = self.reader.block(block.path)
+        # Passes go up or down: what follows is on the other side of the one that came before.
+        following = position + (1 if position >= self._before else -1)
+        self._before = position
+        if 0 <= following < len(paths):
+            self.reader.prefetch(paths[following])
+        if block.path not in self._sound:
+            check_finite(module, block.path)
+            self._sound.add(block.path)
+        return exact(module, self.device, arithmetic)
+
+
+def run_blocks_from(model: nn.Module, paths: Iterable[str], load: Callable[[str], nn.Module]) -> None:
+    """Let ``model`` run what ``load`` gives for the path of a block in the place of that block, and drop it again."""
+
+    def forward_of(path: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: load(path)(*args, **kwargs)
+
+    for path in paths:
+        # Not by a module put there: what is asked of the block besides, its attributes, is still answered.
+        model.get_submodule(path).__dict__["forward"] = forward_of(path)

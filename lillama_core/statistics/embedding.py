@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,8 +16,11 @@ from lillama_core.data.modality import Samples
 from lillama_core.initialization import Initializer, MapStatistics
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.statistics.reduction import reduce_moments
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.devices import exact_device
+from lillama_core.system.files import read_tensors, write_tensors
+from lillama_core.system.processes import World
 
 
 class EmbeddingObserver:
@@ -53,17 +57,43 @@ class EmbeddingObserver:
         with self.target.observe(model, observe_input, observe_output):
             yield
 
-    @contextlib.contextmanager
-    def lookups(self, model: nn.Module) -> Iterator[list[str]]:
-        """While open, the paths of the tables in which rows are looked up are listed: none below an audio encoder."""
-        seen: list[str] = []
-        tables = {p: m for p, m in self.target.modules(model).items() if is_embedding(m)}
-        handles = [m.register_forward_hook(lambda *_, p=p: seen.append(p)) for p, m in tables.items()]
+    def enters(self, model: nn.Module, run: Callable[[], object]) -> bool:
+        """Whether rows of the table are looked up while ``run`` is called: none are below an audio encoder."""
+        seen: list[int] = []
+        tables = [m for m in self.target.modules(model).values() if is_embedding(m)]
+        handles = [m.register_forward_hook(lambda *_: seen.append(1)) for m in tables]
         try:
-            yield seen
+            run()
         finally:
             for handle in handles:
                 handle.remove()
+        return bool(seen)
+
+    def write(self, path: Path) -> None:
+        """Keep what was seen so far in a file."""
+        tensors = {"squares": torch.tensor(self._squares, dtype=torch.float64)}
+        for name, moment in self._moments().items():
+            tensors |= {f"{name}.{key}": value for key, value in moment.tensors().items()}
+        write_tensors(path, tensors, durable=False)
+
+    def read(self, path: Path) -> None:
+        """Go on from what `write` has kept."""
+        tensors = read_tensors(path)
+        self._squares = float(tensors["squares"])
+        for name, moment in self._moments().items():
+            moment.restore({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+
+    def reduce(self, world: World, device: torch.device) -> None:
+        """Add what all processes saw together, in the main one, on ``device``."""
+        if world.size == 1:
+            return
+        (self._squares,) = world.sums([self._squares])
+        own = self._moments()
+        found = reduce_moments(world, own, list(own), 0, device)
+        self.inputs, self.gradients, self.entry = (found.get(name, SecondMoment()) for name in own)
+
+    def _moments(self) -> dict[str, SecondMoment]:
+        return {"inputs": self.inputs, "gradients": self.gradients, "entry": self.entry}
 
     def _add(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
         rows, gradients = rows.flatten(0, -2), gradients.flatten(0, -2)
@@ -84,7 +114,7 @@ class EmbeddingObserver:
         statistics = self.statistics(weight, data)
         device = exact_device(weight)
         found = initializer.decompose(weight.to(device), statistics.to(device))
-        store.save(block, {map_.name: found}, None, {})
+        store.save(block, {map_.name: found})
 
     def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
         """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""

@@ -3,9 +3,9 @@
 Energies add up the errors of maps and of positions as if they were independent (K-FAC), and to second order. Some
 blocks and some kinds of map are further from that than others: in SmolLM2 a value projection costs three times what its
 energies say, the query projection beside it two thirds. So one part of the model at a time is made low rank, untrained,
-and the divergence of the predictions is set against the energies that were left out: first up to ten runs of
-consecutive blocks of a stack, then each kind of map in all of its blocks. The product of both quotients scales a map's
-energies before the ranks are shared out for good.
+and the divergence of the predictions is set against the energies that were left out: up to ten runs of consecutive
+blocks of a stack, and each kind of map in all of its blocks. The product of both quotients scales a map's energies
+before the ranks are shared out for good. All of these variants go through the blocks side by side.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from lillama_core.allocation import Spectrum
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.linear_map import kind_of
-from lillama_core.evaluation.fidelity import measure_fidelity
-from lillama_core.initialization import Decomposition
-from lillama_core.runtime.activations import StackActivations
+from lillama_core.evaluation.fidelity import measure_costs
+from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import WeightSource
+from lillama_core.system.memory import release_memory
+from lillama_core.system.processes import ALONE, World
+from lillama_core.system.progress import Progress
 
 ByMap = Mapping[str, float]
 """A number for maps of a block, by the names that they have there."""
@@ -33,86 +34,118 @@ Ranks = Mapping[str, int]
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The dense model with some of its maps low rank, untrained."""
+
+    name: str
+    """For the progress."""
+    ranks: Mapping[str, Ranks]
+    """By the names of blocks."""
+
+
+@dataclass(frozen=True)
 class Ablation:
-    """A stack of the dense model in which maps are made low rank for a while, and a few rows to see what it does."""
+    """A chain of stacks of the dense model in which maps are made low rank, and a few rows to see what it does."""
 
-    harness: StackHarness
+    chain: Sequence[StackHarness]
     source: WeightSource
-    activations: StackActivations
-    """What enters the stack for the rows; its stream stays as it is."""
-    low_rank: Callable[[Block, Ranks], nn.Module]
-    """A dense block with untrained factors of these ranks."""
+    activations: ActivationStore
+    """Of the dense model, for the rows."""
+    factored: Callable[[Block, nn.Module, Ranks], nn.Module]
+    """A dense block with untrained factors of these ranks in it; the module that is given stays as it is."""
+    progress: Progress
+    world: World = ALONE
+    """The processes that have the rows."""
 
-    def advance(
-        self, stream: Sequence[torch.Tensor], blocks: Sequence[Block], ranks: Mapping[str, Ranks]
-    ) -> list[torch.Tensor]:
-        """What comes out of consecutive ``blocks`` of which some have ``ranks``, by their names."""
-        stream = list(stream)
-        for block in blocks:
-            mine = ranks.get(block.name)
-            self.activations.runner.advance(
-                self.low_rank(block, mine) if mine else self.source.block(block), block, stream
-            )
-        return stream
+    def costs(self, variants: Sequence[Variant]) -> list[float]:
+        """What the predictions of each variant diverge from the dense model's, in one pass over the blocks.
 
-    def cost(self, dense: Sequence[torch.Tensor], changed: Sequence[torch.Tensor]) -> float:
-        """Twice the divergence of the predictions, in nats a row, from what the last block gives in either case.
-
-        Of outputs that are no predictions the relative error, which is as good for comparing parts of one model.
+        Twice the divergence, in nats a row; of outputs that are no predictions the relative error, which is as good for
+        comparing parts of one model. Each block is read once, and a variant takes part from where it first differs.
         """
-        held = list(zip(self.activations.batches, dense, changed, strict=True))
-        found = measure_fidelity(self.harness, held, self.activations.runner.autocast_dtype, {})
-        if found["divergence"] is None:
-            return float(found["relative_error"])
-        return float(2 * found["divergence"] * found["tokens"] / sum(len(batch) for batch in self.activations.batches))
-
-
-def measure_scales(
-    ablation: Ablation,
-    ranks: Mapping[str, Ranks],
-    left_out: Mapping[str, ByMap],
-    parts: int,
-    report: Callable[[str], None],
-) -> dict[str, float]:
-    """What the energies of each map of a stack count for, by its path.
-
-    ``ranks`` and ``left_out``, the energies beyond them, are by the names of blocks. At most ``parts`` runs of blocks
-    are measured apart. ``report`` hears what has been measured.
-    """
-    blocks = ablation.harness.blocks
-    dense = ablation.advance(ablation.activations.hidden, blocks, {})
-    entering, rest = ablation.activations.hidden, blocks
-    measured: list[tuple[Sequence[Block], float, float]] = []
-    for part in parts_of(blocks, parts):
-        low = {block.name: ranks[block.name] for block in part if block.name in ranks}
-        cost = ablation.cost(dense, ablation.advance(entering, rest, low)) if low else 0.0
-        measured.append((part, cost, sum(sum(left_out[name].values()) for name in low)))
-        rest = rest[len(part) :]
-        entering = ablation.advance(entering, part, {}) if rest else entering
-        report(part[-1].name)
-    typical = safe_ratio(sum(cost for _, cost, _ in measured), sum(predicted for _, _, predicted in measured), 1.0)
-    of_block = {
-        block.name: safe_ratio(cost, predicted, typical) for part, cost, predicted in measured for block in part
-    }
-
-    of_kind: dict[str, float] = {}
-    for kind in kinds_of(ranks):
-        low = {name: {n: r for n, r in mine.items() if kind_of(n) == kind} for name, mine in ranks.items()}
-        expected = sum(of_block[name] * left_out[name][n] for name, mine in low.items() for n in mine)
-        of_kind[kind] = safe_ratio(
-            ablation.cost(dense, ablation.advance(ablation.activations.hidden, blocks, low)), expected, 1.0
+        stores: list[ActivationStore | None] = [None] * len(variants)
+        dense = self.activations
+        for position, harness in enumerate(self.chain):
+            below = dense.record(harness)
+            streams = [None if store is None else store.record(harness) for store in stores]
+            for block in harness.blocks:
+                module = self.source.block(block, dense.recorder.autocast_dtype)
+                for i, variant in enumerate(variants):
+                    mine = variant.ranks.get(block.name, {})
+                    if mine and streams[i] is None:
+                        streams[i] = below.fork()
+                    stream = streams[i]
+                    if stream is not None:
+                        stream.advance(self.factored(block, module, mine) if mine else module, block)
+                below.advance(module, block)
+                release_memory()
+                self.progress.step(block.name)
+            if position < len(self.chain) - 1:
+                for i, stream in enumerate(streams):
+                    if stream is not None:
+                        store = stores[i] = stores[i] or dense.select(range(len(dense.batches)))
+                        store.keep_output(harness.stack, stream.hidden)
+                dense.keep_output(harness.stack, below.hidden)
+        changed = [stream.hidden for stream in streams if stream is not None]
+        found = iter(
+            measure_costs(
+                self.chain[-1], below.batches, below.hidden, changed, dense.recorder.autocast_dtype, self.world
+            )
         )
-        report(kind)
-    return {
-        block.full_name(map_): of_block[block.name] * of_kind.get(kind_of(map_.name), 1.0)
-        for block in blocks
-        for map_ in block.maps
-    }
+        return [0.0 if stream is None else next(found) for stream in streams]
 
 
-def truncation_error(found: Mapping[str, Decomposition], ranks: Ranks) -> dict[str, float]:
+@dataclass(frozen=True)
+class StackErrors:
+    """A stack's maps at some ranks, and what is predicted to be lost."""
+
+    blocks: Sequence[Block]
+    ranks: Mapping[str, Ranks]
+    """By the names of blocks."""
+    left_out: Mapping[str, ByMap]
+    """The energies beyond the ranks, by the names of blocks."""
+
+    def variants(self, parts: int) -> list[Variant]:
+        """First at most ``parts`` runs of blocks, then each kind of map in all blocks."""
+        found = [
+            Variant(part[-1].name, {b.name: self.ranks[b.name] for b in part if b.name in self.ranks})
+            for part in parts_of(self.blocks, parts)
+        ]
+        for kind in kinds_of(self.ranks):
+            low = {name: {n: r for n, r in mine.items() if kind_of(n) == kind} for name, mine in self.ranks.items()}
+            found.append(Variant(kind, low))
+        return found
+
+    def scales(self, parts: int, costs: Sequence[float]) -> dict[str, float]:
+        """What the energies of each map count for, by its path; ``costs`` are those of the `variants`."""
+        runs = parts_of(self.blocks, parts)
+        predicted = [sum(sum(self.left_out[b.name].values()) for b in run if b.name in self.ranks) for run in runs]
+        of_runs, of_kinds = costs[: len(runs)], costs[len(runs) :]
+        typical = safe_ratio(sum(of_runs), sum(predicted), 1.0)
+        of_block = {
+            block.name: safe_ratio(cost, expected, typical)
+            for run, cost, expected in zip(runs, of_runs, predicted, strict=True)
+            for block in run
+        }
+        of_kind = {}
+        for kind, cost in zip(kinds_of(self.ranks), of_kinds, strict=True):
+            expected = sum(
+                of_block[name] * self.left_out[name][n]
+                for name, mine in self.ranks.items()
+                for n in mine
+                if kind_of(n) == kind
+            )
+            of_kind[kind] = safe_ratio(cost, expected, 1.0)
+        return {
+            block.full_name(map_): of_block[block.name] * of_kind.get(kind_of(map_.name), 1.0)
+            for block in self.blocks
+            for map_ in block.maps
+        }
+
+
+def truncation_error(spectra: Mapping[str, Spectrum], ranks: Ranks) -> dict[str, float]:
     """The energies of a block's maps beyond their ranks."""
-    return {name: found[name].spectrum.squared_singular_values[rank:].sum().item() for name, rank in ranks.items()}
+    return {name: spectra[name].squared_singular_values[rank:].sum().item() for name, rank in ranks.items()}
 
 
 def safe_ratio(cost: float, predicted: float, otherwise: float) -> float:

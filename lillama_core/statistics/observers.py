@@ -15,6 +15,9 @@ from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.initialization import MapStatistics
 from lillama_core.runtime.masks import StackMasks, upstream_tensors
 from lillama_core.statistics.moments import SecondMoment, blend, flat_rows, weighted_average
+from lillama_core.statistics.reduction import reduce_moments
+from lillama_core.system.devices import exact_device
+from lillama_core.system.processes import World
 
 
 class InputObserver:
@@ -59,6 +62,39 @@ class InputObserver:
             self.moments.setdefault(name, SecondMoment()).add(
                 *flat_rows(tensor, self._masks, tensor.data_ptr() in self._upstream)
             )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything seen, as tensors by name, from which `of` makes an observer that says the same."""
+        names = [map_.name for map_ in self.block.maps]
+        found = {f"leader.{name}": torch.tensor(names.index(leader)) for name, leader in self._leader.items()}
+        for name, moment in self.moments.items():
+            found |= {f"{kind}.{name}": value for kind, value in moment.tensors().items()}
+        return found
+
+    @classmethod
+    def of(cls, block: Block, tensors: dict[str, torch.Tensor]) -> InputObserver:
+        """The observer of ``block`` that gave these `tensors`."""
+        found, names = cls(block), [map_.name for map_ in block.maps]
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "leader":
+                found._leader[name] = names[int(value)]
+            elif kind == "total":
+                moment = found.moments[name] = SecondMoment()
+                moment.restore({kind: tensors[f"{kind}.{name}"] for kind in ("total", "sum", "count")})
+        return found
+
+    def reduced(self, world: World, owner: int | None, device: torch.device) -> InputObserver:
+        """The observer of the rows of all processes; it says something in the process ``owner``, None: in all."""
+        if world.size == 1:
+            return self
+        names = [map_.name for map_ in self.block.maps]
+        # A process of which no row came to an expert does not know what its maps share.
+        leaders = world.greatest([names.index(self._leader[n]) if n in self._leader else -1 for n in names])
+        found = InputObserver(self.block)
+        found._leader = {name: names[int(at)] for name, at in zip(names, leaders, strict=True) if at >= 0}
+        found.moments = reduce_moments(world, self.moments, names, owner, device)
+        return found
 
     def count(self, name: str) -> float:
         """How many rows a map has seen."""
@@ -116,7 +152,8 @@ class GradientObserver:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.moments: dict[str, SecondMoment] = {m.name: SecondMoment() for m in block.maps}
-        self.squares: dict[str, float] = dict.fromkeys(self.moments, 0.0)
+        self.squares: dict[str, float | torch.Tensor] = dict.fromkeys(self.moments, 0.0)
+        """Sums over rows; on the device until they are asked for, so that no map waits for it."""
         self.output = SecondMoment()
 
     @contextlib.contextmanager
@@ -151,14 +188,26 @@ class GradientObserver:
         self, name: str, gradient: torch.Tensor, weight: torch.Tensor, masks: StackMasks, reads_upstream: bool
     ) -> None:
         rows, weights = flat_rows(gradient.detach().float(), masks, reads_upstream)
-        if weights is None:
-            self.squares[name] += rows.square().sum().item()
-        else:
-            self.squares[name] += (rows.square().sum(1) * weights).sum().item()
+        squares = rows.square().sum(1)
+        squares = squares.sum() if weights is None else (squares * weights).sum()
+        if exact_device(squares) == squares.device:
+            squares = squares.double()
+        self.squares[name] = self.squares[name] + squares
         # See MapStatistics: on a map with more outputs than inputs W^T F W is smaller, and enough.
         if weight.shape[0] > weight.shape[1]:
             rows = rows @ weight.float()
         self.moments[name].add(rows, weights)
+
+    def reduced(self, world: World, owner: int, device: torch.device) -> GradientObserver:
+        """The observer of the rows of all processes; it says something in the process ``owner``."""
+        if world.size == 1:
+            return self
+        names = list(self.squares)
+        found = GradientObserver(self.block)
+        found.squares = dict(zip(names, world.sums([float(self.squares[n]) for n in names]), strict=True))
+        found.moments |= reduce_moments(world, self.moments, names, owner, device)
+        found.output = reduce_moments(world, {"": self.output}, [""], owner, device)[""]
+        return found
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Everything, as tensors by name, ready for a file; maps of a group borrow from each other.
@@ -175,7 +224,7 @@ class GradientObserver:
             group = [n for n in group_of(self.block, name) if n in moments]
             if name not in moments and not group:
                 continue
-            squares = sum(self.squares[n] for n in group or [name]) / sum(counts[n] for n in group or [name])
+            squares = sum(float(self.squares[n]) for n in group or [name]) / sum(counts[n] for n in group or [name])
             found[f"scale.{name}"] = torch.tensor(squares / map_.out_features, dtype=torch.float64)
             if not group or map_.out_features > map_.in_features:
                 if name in moments:

@@ -1,9 +1,10 @@
-"""Decompositions of all maps on disk, one file a block."""
+"""Decompositions of all maps on disk: for each block a file of energies, and one of vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -13,68 +14,109 @@ from lillama_core.initialization import Decomposition
 from lillama_core.system.files import read_tensors, write_tensors
 from lillama_core.system.names import safe_file_stem
 
+Gradients = Mapping[str, torch.Tensor]
+"""What the backward pass found for a block, as `GradientObserver.statistics` names it."""
+
 
 class DecompositionStore:
-    """Decompositions of all maps, one file a block: together they are as large as the model."""
+    """Decompositions of all maps: together they are as large as the model. What shares out ranks reads energies alone.
+
+    The files survive the process, but perhaps not a power cut: they can be made again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def _file(self, block: Block) -> Path:
-        return self.folder / f"{safe_file_stem(block.name)}.safetensors"
+    def _file(self, block: Block, what: str) -> Path:
+        return self.folder / f"{safe_file_stem(block.name)}-{what}.safetensors"
 
     def has(self, block: Block) -> bool:
-        return self._file(block).is_file()
+        return self._file(block, "energies").is_file()
 
     def save(
         self,
         block: Block,
-        found: dict[str, Decomposition],
-        fisher_factor: torch.Tensor | None,
-        counts: dict[str, float],
+        found: Mapping[str, Decomposition],
+        seen: Gradients = MappingProxyType({}),
+        counts: Mapping[str, float] = MappingProxyType({}),
+        last_map: str | None = None,
     ) -> None:
-        """Store what was found of a block's maps, its output metric if there is one, and the rows that maps saw."""
-        tensors: dict[str, torch.Tensor] = {} if fisher_factor is None else {"metric": fisher_factor}
-        tensors |= {f"count.{name}": torch.tensor(count) for name, count in counts.items()}
+        """Store what was found of a block's maps, the rows that they saw, and the name of the map that ends the block.
+
+        Of what the backward pass has ``seen``, the metric of the block's output is kept, and the gradients at that map.
+        """
+        vectors: dict[str, torch.Tensor] = {"metric": seen["output"]} if "output" in seen else {}
+        energies = {f"count.{name}": torch.tensor(count) for name, count in counts.items()}
         for name, d in found.items():
-            tensors[f"energies.{name}"] = d.spectrum.squared_singular_values
-            tensors[f"left.{name}"] = d.left
-            tensors[f"right.{name}"] = d.right
-            tensors[f"flags.{name}"] = torch.tensor([d.spectrum.comparable, d.on_outputs])
+            energies[f"energies.{name}"] = d.spectrum.squared_singular_values
+            energies[f"comparable.{name}"] = torch.tensor(d.spectrum.comparable)
+            vectors[f"left.{name}"] = d.left
+            vectors[f"right.{name}"] = d.right
+            vectors[f"on_outputs.{name}"] = torch.tensor(d.on_outputs)
             if d.center is not None:
-                tensors[f"center.{name}"] = d.center
-        write_tensors(self._file(block), tensors)
+                vectors[f"center.{name}"] = d.center
+        if last_map is not None:
+            energies[f"last.{last_map}"] = torch.tensor(True)
+            for kind in ("gradients", "scale"):
+                if f"{kind}.{last_map}" in seen:
+                    vectors[f"{kind}.{last_map}"] = seen[f"{kind}.{last_map}"]
+        write_tensors(self._file(block, "vectors"), vectors, durable=False)
+        # Last: it says that the block is done.
+        write_tensors(self._file(block, "energies"), energies, durable=False)
+
+    def spectra(self, block: Block) -> dict[str, Spectrum]:
+        """The spectra of a block's maps, by name."""
+        tensors = read_tensors(self._file(block, "energies"))
+        return {
+            m.name: Spectrum(tensors[f"energies.{m.name}"], bool(tensors[f"comparable.{m.name}"])) for m in block.maps
+        }
 
     def counts(self, block: Block) -> dict[str, float]:
         """How many rows each map of a block saw."""
-        tensors = read_tensors(self._file(block))
-        return {m.name: float(tensors[f"count.{m.name}"]) for m in block.maps if f"count.{m.name}" in tensors}
+        tensors = read_tensors(self._file(block, "energies"), lambda key: key.startswith("count."))
+        return {key.removeprefix("count."): float(count) for key, count in tensors.items()}
 
-    def _gradients_file(self, block: Block) -> Path:
-        return self.folder / f"{safe_file_stem(block.name)}-gradients.safetensors"
+    def last_map(self, block: Block) -> str | None:
+        """The name of the map that ends a block, if one does and was looked for."""
+        tensors = read_tensors(self._file(block, "energies"), lambda key: key.startswith("last."))
+        return next((key.removeprefix("last.") for key in tensors), None)
 
-    def has_gradients(self, block: Block) -> bool:
-        return self._gradients_file(block).is_file()
+    def load(self, block: Block, names: Collection[str]) -> dict[str, Decomposition]:
+        """The decompositions of the maps ``names`` of a block."""
+        spectra = self.spectra(block)
+        kinds = ("left", "right", "on_outputs", "center")
+        wanted = {f"{kind}.{name}" for kind in kinds for name in names}
+        tensors = read_tensors(self._file(block, "vectors"), wanted.__contains__)
+        return {
+            name: Decomposition(
+                spectra[name],
+                tensors[f"left.{name}"],
+                tensors[f"right.{name}"],
+                bool(tensors[f"on_outputs.{name}"]),
+                tensors.get(f"center.{name}"),
+            )
+            for name in names
+        }
 
-    def save_gradients(self, block: Block, found: dict[str, torch.Tensor]) -> None:
-        """Store what the sensitivity pass found for a block."""
-        write_tensors(self._gradients_file(block), found)
+    def metric(self, block: Block) -> torch.Tensor | None:
+        """E[g g^T] [width, width] at the block's output, or None if no backward pass ran."""
+        return read_tensors(self._file(block, "vectors"), lambda key: key == "metric").get("metric")
 
-    def gradients(self, block: Block) -> dict[str, torch.Tensor]:
-        """What the sensitivity pass found for a block; empty if it did not run."""
-        return read_tensors(self._gradients_file(block)) if self.has_gradients(block) else {}
+    def gradients(self, block: Block, last_map: str) -> tuple[torch.Tensor | None, float]:
+        """F, as in `MapStatistics`, and its mean diagonal, of the map that ends a block; None and 0 if nothing ran."""
+        names = {f"gradients.{last_map}", f"scale.{last_map}"}
+        tensors = read_tensors(self._file(block, "vectors"), names.__contains__)
+        return tensors.get(f"gradients.{last_map}"), float(tensors.get(f"scale.{last_map}", 0.0))
 
-    def load(
-        self, block: Block, names: Collection[str] | None = None
-    ) -> tuple[dict[str, Decomposition], torch.Tensor | None]:
-        """The decompositions of a block's maps by name, or of those in ``names`` alone, and its metric."""
-        wanted = {m.name for m in block.maps} if names is None else set(names)
-        tensors = read_tensors(self._file(block), lambda key: key == "metric" or key.partition(".")[2] in wanted)
-        found = {}
-        for map_ in (m for m in block.maps if m.name in wanted):
-            comparable, on_outputs = tensors[f"flags.{map_.name}"].tolist()
-            spectrum = Spectrum(tensors[f"energies.{map_.name}"], comparable)
-            left, right = tensors[f"left.{map_.name}"], tensors[f"right.{map_.name}"]
-            center = tensors.get(f"center.{map_.name}")
-            found[map_.name] = Decomposition(spectrum, left, right, on_outputs, center)
-        return found, tensors.get("metric")
+    def has_moments(self, block: Block) -> bool:
+        return self._file(block, "moments").is_file()
+
+    def save_moments(self, block: Block, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep what the forward pass saw of a block, until the backward pass comes by."""
+        write_tensors(self._file(block, "moments"), tensors, durable=False)
+
+    def moments(self, block: Block) -> dict[str, torch.Tensor]:
+        return read_tensors(self._file(block, "moments"))
+
+    def forget_moments(self, block: Block) -> None:
+        self._file(block, "moments").unlink(missing_ok=True)

@@ -44,13 +44,17 @@ def apply_umask(folder: Path) -> None:
             file.chmod(0o666 & ~mask)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file so that ``path`` is complete whenever it exists."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], durable: bool = True) -> None:
+    """Write a safetensors file so that ``path`` is complete whenever it exists.
+
+    One that is not ``durable`` survives this process, but perhaps not a power cut; it costs no wait for the disk.
+    """
     temporary = path.with_name(path.name + ".tmp")
     # Sorted, and without views: equal tensors give equal bytes.
     save_file({k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}, str(temporary))
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
+    if durable:
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
     temporary.replace(path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def sample_rows(
     seed: int,
     place: SamplingPlace,
     progress: Progress,
+    whole: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
     """Sequences that ``model`` writes from its start token, int64 ``[rows, sequence_length]`` on the CPU.
 
@@ -80,6 +81,9 @@ def sample_rows(
     and writing goes on after it, as in pretraining text. Row i depends on the seed and i alone, and batches
     are cached on disk. The global random state and the model's settings are left as they were. Raises
     UserError when the model cannot generate, LillamaError when it gives no valid probabilities.
+
+    ``whole`` gives the model with all its weights in memory, where ``model`` has not: it is asked if there is something
+    to be written, and dropped afterwards.
     """
     check_can_sample(model)
     width = batch_rows(sequence_length)
@@ -104,10 +108,12 @@ def sample_rows(
         progress.detail(f"sampled text: {count - len(missing)} of {count} batches from {cache.folder}")
     if missing:
         progress.phase("Sampling text from the model", len(missing))
-        writer = model
-        if place.autocast_dtype is not None:
-            # Autocast would convert every weight again for every token; a converted copy does it once.
-            writer = converted(model, place.autocast_dtype)
+        writer = model if whole is None else whole()
+        dtype = place.autocast_dtype or torch.float32
+        if any(p.dtype != dtype for p in writer.parameters() if p.is_floating_point()):
+            # Autocast would convert every weight again for every token, and without it weights of several dtypes do
+            # not meet; a converted copy does it once.
+            writer = converted(writer, dtype)
         with _prepared(writer):
             sampler = _Sampler(writer, start, vocabulary, width, sequence_length, place, progress)
             for number in missing:

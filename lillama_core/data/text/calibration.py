@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,14 @@ def load_calibration(
     progress: Progress,
     cache_dir: Path | None = None,
     autocast_dtype: torch.dtype | None = None,
+    whole_model: Callable[[], Any] | None = None,
 ) -> CalibrationData:
     """The rows that ``options`` ask for.
 
     ``model`` is on ``device`` and is used only to write its own text, under autocast to ``autocast_dtype``
-    when given; ``model_fingerprint`` must change with its weights, since that text is cached (``cache_dir``,
-    else ``LILLAMA_CACHE`` or the user's cache folder). Raises UserError for data that cannot be read or is too small,
+    when given; where its weights are not in memory, ``whole_model`` gives one that has them.
+    ``model_fingerprint`` must change with its weights, since that text is cached (``cache_dir``, else
+    ``LILLAMA_CACHE`` or the user's cache folder). Raises UserError for data that cannot be read or is too small,
     and for a model that cannot take such rows.
     """
     check_sources(options)
@@ -69,7 +72,9 @@ def load_calibration(
             continue
         if source.name == SELF:
             place = SamplingPlace(torch.device(device), autocast_dtype, model_fingerprint, cache_dir)
-            rows = sample_rows(model, tokenizer, count, options.sequence_length, options.seed, place, progress)
+            rows = sample_rows(
+                model, tokenizer, count, options.sequence_length, options.seed, place, progress, whole_model
+            )
             details: dict[str, Any] = {
                 "kind": "self",
                 "temperature": TEMPERATURE,

@@ -104,6 +104,7 @@ class Text(Modality):
             device=request.device,
             autocast_dtype=request.autocast,
             progress=request.progress,
+            whole_model=request.whole_model,
         )
         if len(data.rows) < 2 * recipe.batch_size:
             # Possible with --use-all-tokens only.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -11,19 +12,20 @@ from torch import nn
 from lillama_core.allocation.plan import RankPlan, describe_plan
 from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
-from lillama_core.distillation.finished_blocks import FinishedBlocks
-from lillama_core.pipeline.context import Context, DenseModel, Statistics
+from lillama_core.distillation.finished_blocks import factored_layers, put_layers
+from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
 from lillama_core.pipeline.spec import make_plan
 from lillama_core.pipeline.stage import Stage
 from lillama_core.pipeline.stages.statistics import ROWS_PER_BATCH
+from lillama_core.runtime.activations import ActivationStore
+from lillama_core.runtime.modules import shared_copy
 from lillama_core.statistics.loss_calibration import (
     Ablation,
     Ranks,
-    kinds_of,
-    measure_scales,
-    parts_of,
+    StackErrors,
     truncation_error,
 )
+from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
@@ -46,7 +48,7 @@ class AllocateStage(Stage):
     name = "ranks"
     Options = AllocateOptions
     options: AllocateOptions
-    reads = (DenseModel, CalibrationSplit, Statistics)
+    reads = (DenseModel, CalibrationRows, CalibrationSplit, Statistics)
     gives = (RankPlan,)
 
     def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
@@ -61,16 +63,18 @@ class AllocateStage(Stage):
     def run(self, context: Context) -> None:
         spec, recipe, record = context.spec, context.recipe, context.record
         store = context.get(Statistics).store
-        plan = make_plan(spec, recipe.allocation, store)
+        plan = self._plan(context, store)
         allocator = make("allocators", recipe.allocation)
         if allocator.needs_spectra and context.initializer.needs_gradients and recipe.rescaling_tokens:
             path = context.directory.store / "scales.json"
-            if not path.is_file():
-                write_json(path, self._measure_losses(context, plan))
+            if not context.world.from_main(path.is_file):
+                measured = self._measure_losses(context, plan)
+                if context.world.is_main:
+                    write_json(path, measured)
                 release_memory()
             # Read back: a resumed run has to come to the same ranks.
-            record.scales = read_json(path)
-            plan = make_plan(spec, recipe.allocation, store, record.scales)
+            record.scales = context.world.from_main(lambda: read_json(path))
+            plan = self._plan(context, store, record.scales)
         record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
         record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in spec.maps}
         bytes_per_parameter = context.get(DenseModel).dtype.itemsize
@@ -81,35 +85,54 @@ class AllocateStage(Stage):
         )
         context.put(plan)
 
+    @staticmethod
+    def _plan(
+        context: Context, store: DecompositionStore, scales: Mapping[str, float] = MappingProxyType({})
+    ) -> RankPlan:
+        """The allocator's plan, of which the main process speaks for all: a last bit may decide a tie."""
+
+        def make() -> dict[str, Any]:
+            found = make_plan(context.spec, context.recipe.allocation, store, scales)
+            return {"format": found.format, "ranks": dict(found.ranks)}
+
+        return RankPlan(**context.world.from_main(make))
+
     def _measure_losses(self, context: Context, plan: RankPlan) -> dict[str, float]:
         """What the predicted loss of each map counts for, measured on some of the rows that are fitted to."""
-        dense, found = context.get(DenseModel), context.get(Statistics)
-        rows = context.get(CalibrationSplit).rows_for(context.recipe.rescaling_tokens, context.given_tokens)
-        small = found.activations.first_rows(rows, ROWS_PER_BATCH, context.device)
-        ranks = {
-            name: {block.name: r for block in harness.blocks if (r := plan.of(block))}
-            for name, harness in dense.chosen.items()
-        }
-        parts = self.options.parts
-        steps = sum(len(parts_of(dense.chosen[n].blocks, parts)) + len(kinds_of(r)) for n, r in ranks.items())
-        context.progress.phase("Measuring what each part costs", steps)
-        finished = context.finished_blocks(dense)
+        dense, store = context.get(DenseModel), context.get(Statistics).store
+        split, parts = context.get(CalibrationSplit), self.options.parts
+        rows = split.rows_for(context.recipe.rescaling_tokens, context.given_tokens)
+        fitted = ActivationStore(context.recorder, [split.batches[i] for i in split.here(split.fit)])
+
+        built: dict[str, dict[str, nn.Module]] = {}
+
+        def factored(block: Block, module: nn.Module, ranks: Ranks) -> nn.Module:
+            if block.name not in built:
+                # All variants of a block are asked for one after the other.
+                built.clear()
+                every = plan.of(block)
+                found = store.load(block, every)
+                built[block.name] = factored_layers(
+                    block, module, every, found, context.initializer, context.recipe.seed
+                )
+            changed = shared_copy(module)
+            put_layers(block, changed, {name: built[block.name][name] for name in ranks})
+            return changed
+
         scales: dict[str, float] = {}
-        for name, harness in dense.chosen.items():
-            low_rank = functools.partial(_low_rank, dense, finished, found, context)
-            ablation = Ablation(harness, dense.source, small.record(harness), low_rank)
-            left_out = {
-                block.name: truncation_error(found.store.load(block)[0], ranks[name].get(block.name, {}))
-                for block in harness.blocks
-            }
-            scales |= measure_scales(ablation, ranks[name], left_out, parts, context.progress.step)
+        for chain in context.get(CalibrationRows).chains:
+            small, _ = fitted.first_rows(len(context.world.numbers(rows)), ROWS_PER_BATCH, context.device)
+            context.progress.phase("Measuring what each part costs", sum(len(h.blocks) for h in chain))
+            errors = []
+            for harness in (h for h in chain if h.stack in dense.chosen):
+                ranks = {block.name: r for block in harness.blocks if (r := plan.of(block))}
+                left_out = {
+                    b.name: truncation_error(store.spectra(b), ranks[b.name]) for b in harness.blocks if b.name in ranks
+                }
+                errors.append(StackErrors(harness.blocks, ranks, left_out))
+            variants = [found.variants(parts) for found in errors]
+            ablation = Ablation(chain, dense.source, small, factored, context.progress, context.world)
+            costs = iter(ablation.costs([variant for of_stack in variants for variant in of_stack]))
+            for found, of_stack in zip(errors, variants, strict=True):
+                scales |= found.scales(parts, [next(costs) for _ in of_stack])
         return scales
-
-
-def _low_rank(
-    dense: DenseModel, finished: FinishedBlocks, found: Statistics, context: Context, block: Block, ranks: Ranks
-) -> nn.Module:
-    """``block`` with untrained factors of these ranks."""
-    module = dense.source.block(block)
-    finished.factor(block, module, ranks, found.store.load(block, ranks)[0])
-    return module.to(context.device).eval()

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import Field
 from torch import nn
 
 from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
+from lillama_core.data.modality import Samples
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.distillation.embedding import EmbeddingCompressor
 from lillama_core.distillation.finished_blocks import FinishedBlocks
 from lillama_core.distillation.stack import BatchRoles, StackCompressor
 from lillama_core.distillation.training import TrainingOptions
-from lillama_core.pipeline.context import CalibrationRows, CompressedStacks, Context, DenseModel, Statistics
+from lillama_core.output.checkpoint import CompressedCheckpoint
+from lillama_core.output.quantizer import target_entries
+from lillama_core.pipeline.context import (
+    CalibrationRows,
+    CompressedModel,
+    CompressedStacks,
+    Context,
+    DenseModel,
+    Statistics,
+)
 from lillama_core.pipeline.stage import Stage
 from lillama_core.runtime.activations import ActivationStore, StackActivations
-from lillama_core.runtime.modules import swapped_modules
+from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.modules import replace_module
+from lillama_core.runtime.recording import Recorder
+from lillama_core.runtime.states import StateStore
 from lillama_core.strategies import ChosenStrategies, StrategyOptions
+from lillama_core.system.memory import release_memory
 
 
 class BlocksOptions(StrategyOptions):
@@ -40,7 +54,7 @@ class BlocksStage(Stage):
     Options = BlocksOptions
     options: BlocksOptions
     reads = (DenseModel, CalibrationRows, CalibrationSplit, Statistics, RankPlan)
-    gives = (CompressedStacks,)
+    gives = (CompressedStacks, CompressedModel)
 
     def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
         if chosen.recipe.correction_tokens and getattr(chosen.init, "corrects", False):
@@ -52,12 +66,22 @@ class BlocksStage(Stage):
         return f"{done} finished blocks" if done else None
 
     def run(self, context: Context) -> None:
-        dense, plan, store = context.get(DenseModel), context.get(RankPlan), context.get(Statistics).store
-        # What was kept of the rows that were fitted to is done with; the blocks follow streams of their own.
-        context.drop(Statistics)
-        followed, roles = self._follow(context)
+        dense, plan, found = context.get(DenseModel), context.get(RankPlan), context.get(Statistics)
+        chains = context.get(CalibrationRows).chains
+        numbers, roles = self._follow(context)
+        split = context.get(CalibrationSplit)
+        followed = [split.batches[number] for number in numbers]
         context.drop(CalibrationRows)
-        finished = context.finished_blocks(dense)
+        checkpoint = CompressedCheckpoint.of(
+            context.architecture,
+            dense.model,
+            target_entries(context.spec.all_blocks, plan),
+            dense.dtype,
+            context.spec.source.trust_remote_code,
+        )
+        finished = FinishedBlocks(
+            context.directory.blocks, checkpoint, context.spec.format, dense.dtype, context.device, context.autocast
+        )
         compressor = StackCompressor(
             plan,
             training_options(context),
@@ -66,43 +90,56 @@ class BlocksStage(Stage):
             context.initializer,
             context.recorder,
             dense.source,
-            store,
+            found.store,
+            found.states,
             finished,
+            context.recipe.seed,
             context.progress,
             context.record.blocks.append,
+            context.world,
         )
-        teachers: dict[str, StackActivations] = {}
-        for name, harness in dense.chosen.items():
-            if harness.earlier and not harness.depends_only_on_upstream_output:
-                # Only the dense model can tell what its blocks get, and parts of it are compressed soon.
-                teachers[name] = followed.record(harness)
+        # Routing is noted of the dense model's blocks, which are given what the dense model gives them.
+        routes: dict[str, StackActivations] = {}
+        if context.architecture.pinned:
+            routes = record_dense(context.recorder, dense.chosen.values(), found.states, numbers, followed)
         dense_embeddings: dict[str, nn.Module] = {}
         if context.spec.embedding is not None:
-            embedding = EmbeddingCompressor(finished, context.recipe.seed, context.progress)
-            dense_embeddings = embedding.compress(context.spec.embedding, dense.model, plan, store)
-        # The student of a later stack lives with the compressed ones below it, its teacher with the dense.
-        students = followed.select(range(len(followed.batches)))
-        for position, (name, harness) in enumerate(dense.chosen.items()):
-            final = position == len(dense.chosen) - 1
-            with swapped_modules(dense.model, dense_embeddings):
-                teacher = teachers.pop(name, None) or followed.record(harness)
-            same = position == 0 and not dense_embeddings
-            student = teacher.fork() if same else students.record(harness)
-            if final:
-                # What the stacks below gave is in the recordings: some streams less in memory.
-                followed.forget_outputs()
-                students.forget_outputs()
-            compressor.compress(harness, roles, teacher, student)
-            self._install(dense, harness.blocks, finished, plan)
-            if not final:
-                followed.keep_output(name, teacher.hidden)
-                students.keep_output(name, student.hidden)
-        outputs = [(followed.batches[i], teacher.hidden[i], student.hidden[i]) for i in roles.report]
+            embedding = EmbeddingCompressor(
+                finished, context.initializer, context.recipe.seed, context.progress, context.world
+            )
+            dense_embeddings = embedding.compress(context.spec.embedding, dense.model, plan, found.store)
+        for chain in chains:
+            # The student of a later stack lives with the compressed ones below it.
+            students = ActivationStore(context.recorder, followed)
+            for position, harness in enumerate(chain):
+                student = students.record(harness)
+                if position == len(chain) - 1:
+                    # What the stacks below gave is in the recordings: some streams less in memory.
+                    students.forget_outputs()
+                if harness.stack in dense.chosen:
+                    compressor.compress(harness, roles, numbers, student, routes.pop(harness.stack, None))
+                else:
+                    for block in harness.blocks:
+                        student.advance(dense.source.block(block), block)
+                        release_memory()
+                if position < len(chain) - 1:
+                    students.keep_output(harness.stack, student.hidden)
+            if len(chains) > 1:
+                install(dense.model, harness.blocks, finished)
+        blocks = tuple(block for harness in dense.stacks for block in harness.blocks)
+        for block in blocks if context.world.is_main else ():
+            if not finished.has(block):
+                # Of a stack that stays as it is.
+                finished.write(block, dense.source.block(block), {}, {})
+        last = found.states.read(harness.stack, len(harness.blocks), numbers)
+        outputs = [(followed[i], last[i], student.hidden[i]) for i in roles.report]
+        context.drop(Statistics)
         context.put(CompressedStacks(harness, outputs, dense_embeddings))
+        context.put(CompressedModel(checkpoint, finished, blocks))
 
     @staticmethod
-    def _follow(context: Context) -> tuple[ActivationStore, BatchRoles]:
-        """The batches that are followed through the blocks, and what each serves.
+    def _follow(context: Context) -> tuple[list[int], BatchRoles]:
+        """The numbers of the batches that are followed through the blocks by this process, and what each serves.
 
         All that is fitted to where blocks are trained, else what the correction asks for; and what chooses and reports.
         """
@@ -111,21 +148,44 @@ class BlocksStage(Stage):
         if context.corrects:
             correcting = split.batches_for(recipe.correction_tokens / context.given_tokens)
         fit = split.fit if recipe.steps > 0 else split.fit[:correcting]
-        chosen = [*fit, *split.choose, *split.report]
-        first, second = len(fit), len(fit) + len(split.choose)
-        roles = BatchRoles(list(range(correcting)), list(range(first, second)), list(range(second, len(chosen))))
-        return context.get(CalibrationRows).activations.select(chosen), roles
+        numbers = split.here([*fit, *split.choose, *split.report])
+        places = {number: place for place, number in enumerate(numbers)}
 
-    @staticmethod
-    def _install(dense: DenseModel, blocks: list[Block], finished: FinishedBlocks, plan: RankPlan) -> None:
-        """Put the finished blocks of a stack into the model."""
-        for block in blocks:
-            # In fp32: what was trained is rounded once, to the dtype of the result.
-            module = finished.read(block, dense.model.get_submodule(block.path).float(), plan.of(block))
-            if len(dense.stacks) == 1:
-                # Nothing runs them again before they are written.
-                for parameter in module.parameters():
-                    parameter.data = parameter.data.to(dense.dtype)
+        def here(part: Sequence[int]) -> list[int]:
+            return [places[number] for number in split.here(part)]
+
+        return list(numbers), BatchRoles(
+            here(split.fit[:correcting]),
+            here(split.choose),
+            here(split.report),
+            [places.get(number) for number in fit],
+            [places.get(number) for number in (*fit, *split.choose, *split.report)],
+        )
+
+
+def record_dense(
+    recorder: Recorder,
+    stacks: Iterable[StackHarness],
+    states: StateStore,
+    numbers: Sequence[int],
+    batches: Sequence[Samples],
+) -> dict[str, StackActivations]:
+    """What the dense model gives the blocks of ``stacks`` for ``batches``, besides the hidden states."""
+    activations = ActivationStore(recorder, batches)
+    found = {}
+    for harness in stacks:
+        for below in harness.earlier:
+            if states.has_all(below.stack, len(below.blocks), numbers):
+                activations.keep_output(below.stack, states.read(below.stack, len(below.blocks), numbers))
+        found[harness.stack] = activations.record(harness)
+        found[harness.stack].hidden = []
+    return found
+
+
+def install(model: nn.Module, blocks: Sequence[Block], finished: FinishedBlocks) -> None:
+    """Put the finished blocks of a stack into the model, which runs them for those above."""
+    for block in blocks:
+        replace_module(model, block.path, finished.read(block))
 
 
 def training_options(context: Context) -> TrainingOptions:

@@ -1,19 +1,24 @@
-"""Calibrate: load the calibration rows and split them into those to fit, to choose and to report by."""
+"""Calibrate: load the calibration rows, split them, and find out how they go through the stacks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
 
-from lillama_core.data.modality import SampleRequest
+import torch
+from torch import nn
+
+from lillama_core.data.modality import SampleRequest, Samples
+from lillama_core.data.sharing import shared_samples
 from lillama_core.data.split import CalibrationSplit
+from lillama_core.errors import UserError
+from lillama_core.models.loading import load_model
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel
 from lillama_core.pipeline.stage import Stage
-from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 
 
 class CalibrateStage(Stage):
-    """Load the rows, open the run directory, and run the stacks that stay dense and are read by others."""
+    """Load the rows, open the run directory, and check on rows as they are that blocks can be run one by one."""
 
     name = "calibration data"
     reads = (DenseModel,)
@@ -22,18 +27,18 @@ class CalibrateStage(Stage):
     def run(self, context: Context) -> None:
         recipe, dense = context.recipe, context.get(DenseModel)
         load = context.modality.load if context.request.data is None else context.modality.load_given
-        data = load(
-            SampleRequest(
-                recipe,
-                dense.model,
-                context.processor,
-                context.record.model_fingerprint,
-                context.device,
-                context.autocast,
-                context.progress,
-                context.request.data,
-            )
+        asked = SampleRequest(
+            recipe,
+            dense.model,
+            context.processor,
+            context.record.model_fingerprint,
+            context.device,
+            context.autocast,
+            context.progress,
+            context.request.data,
+            functools.partial(open_whole, context) if context.streams else None,
         )
+        data = shared_samples(context.world, lambda: load(asked))
         split = CalibrationSplit.of(data, recipe.batch_size, recipe.held_out, recipe.steps > 0 or context.corrects)
         context.record.data = {
             "sha256": data.sha256,
@@ -42,37 +47,46 @@ class CalibrateStage(Stage):
             "sources": data.description,
             "parts": split.describe(),
         }
-        context.directory.open(context.fingerprint(data), context.request.overwrite)
+        own = split.share(context.world)
+        if context.world.is_main:
+            context.directory.open(context.fingerprint(data), context.request.overwrite)
+        context.world.barrier()
         context.progress.release()
-        for harness in dense.chosen.values():
-            # Again, on rows as they are: what reaches the blocks of a stack may depend on them.
-            context.recorder.check(harness, split.batches[0].inputs, dense.source)
-            if has_stale_upstream(harness, dense.chosen):
-                harness.depends_only_on_upstream_output = False
-        activations = ActivationStore(context.recorder, split.batches)
-        run_frozen_stacks(context, dense, activations)
-        context.put(CalibrationRows(data, activations))
-        context.put(split)
+        # All processes look at the same rows: they have to come to the same chains.
+        context.put(CalibrationRows(data, find_chains(context, dense, split.batches[0])))
+        context.put(own)
 
 
-def run_frozen_stacks(context: Context, dense: DenseModel, activations: ActivationStore) -> None:
-    """Run the stacks of which nothing is chosen, once, where their last output is all that others get of them."""
+def open_whole(context: Context) -> nn.Module:
+    """The dense model with all of its weights on the device, for a while: it writes text token by token."""
+    source = context.spec.source
+    dtype = torch.float16 if source.gguf_file is not None else "auto"
+    return load_model(source, context.architecture, dtype).to(context.device)
+
+
+def find_chains(context: Context, dense: DenseModel, batch: Samples) -> tuple[tuple[StackHarness, ...], ...]:
+    """The stacks that are run one after the other, see `CalibrationRows.chains`.
+
+    What reaches the blocks of a stack may depend on the rows: they are checked on a ``batch`` as it is. Raises
+    UserError where the blocks of a chosen stack do not give what the model gives.
+    """
+    known: dict[str, torch.Tensor] = {}
+    hand_on = True
     for harness in dense.stacks:
-        read = any(
-            harness in later.earlier and later.depends_only_on_upstream_output for later in dense.chosen.values()
-        )
-        if harness.stack in dense.chosen or not read:
+        try:
+            known[harness.stack] = context.recorder.check(harness, batch.inputs, dense.source, known)
+        except UserError:
+            if harness.stack in dense.chosen:
+                raise
+            hand_on = False
             continue
-        context.progress.phase(f"Running {harness.stack}", len(activations.batches))
-        outputs = []
-        for batch in activations.batches:
-            outputs.append(context.recorder.stack_output(harness, batch.inputs, dense.source).cpu())
-            context.progress.step(harness.stack)
-        activations.keep_output(harness.stack, outputs)
-
-
-def has_stale_upstream(harness: StackHarness, chosen: Collection[str]) -> bool:
-    """Whether an earlier stack stays dense above one that does not: it will say something else, but only when run."""
-    return any(
-        other.stack not in chosen and any(below.stack in chosen for below in other.earlier) for other in harness.earlier
-    )
+        if harness.earlier:
+            hand_on = hand_on and harness.depends_only_on_upstream_output
+            two = context.recorder.on_device({k: v[:2] for k, v in batch.inputs.items()})
+            hand_on = hand_on and harness.outputs_need_no_earlier(two, known[harness.stack])
+    if hand_on:
+        return (dense.stacks,)
+    for harness in dense.stacks:
+        # The model runs everything below for real, whatever is known of it.
+        harness.depends_only_on_upstream_output = False
+    return tuple((harness,) for harness in dense.chosen.values())

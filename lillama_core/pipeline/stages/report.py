@@ -17,7 +17,7 @@ class ReportStage(Stage):
     def run(self, context: Context) -> None:
         found = context.get(CompressedStacks)
         context.record.fidelity = measure_fidelity(
-            found.harness, found.outputs, context.autocast, found.dense_embeddings
+            found.harness, found.outputs, context.autocast, found.dense_embeddings, context.world
         )
         context.drop(CompressedStacks)
         release_memory()
