@@ -98,7 +98,7 @@ def test_compress_prints_results_on_stdout_and_progress_on_stderr(compressed: Pa
     record = json.loads((compressed / "lillama.json").read_text())
     assert f"{record['parameters']['parameters_after']:,}" in stdout
     assert stderr.startswith("Loading ")
-    assert "Compressing blocks 2/2" in stderr
+    assert "Compressing decoder 2/2" in stderr
     for text in (stdout, stderr):
         assert "\x1b" not in text
         assert "\r" not in text

@@ -72,7 +72,7 @@ def python_terms() -> Iterator[None]:
 
 _SWITCHES = {
     *("overwrite", "resume", "trust_remote_code", "use_all_tokens", "share_experts", "compress_embeddings"),
-    *("quiet", "verbose"),
+    *("quiet", "verbose", "stream", "no_stream"),
 }
 
 

@@ -35,6 +35,7 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.objects import given_data
 from lillama_core.errors import UserError, nearest
+from lillama_core.estimates.sizes import parse_size
 from lillama_core.evaluation.base import EvaluationOptions
 from lillama_core.models.loading import DTYPES, load_config, load_model
 from lillama_core.models.source import locate
@@ -54,6 +55,8 @@ def compress(
     data: TrainingData | None = None,
     architecture: str | Architecture | None = None,
     device: str | torch.device = "auto",
+    stream: bool | None = None,
+    max_memory: int | str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -72,6 +75,9 @@ def compress(
     ``calibration`` names sources of data as the command line does. ``data`` takes objects: a list of texts, a
     `datasets.Dataset` with a column of texts or messages, or an iterable of batches of the model's inputs. Texts are
     read in their order until there are enough, and may be mixed with named sources; batches are used as they stand.
+
+    ``stream`` says whether the model's blocks are read from disk one at a time (True) or all held in memory (False);
+    None: as it fits. ``max_memory`` bounds the host's memory, in bytes or as ``"3GB"``.
 
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for what
     fails later, leaving ``OUTPUT.partial``, from which ``resume=True`` goes on.
@@ -92,6 +98,8 @@ def compress(
                 architecture=architecture,
                 tokenizer=None if isinstance(model, nn.Module) else tokenizer_spec(tokenizer, scratch),
                 device=str(device),
+                stream=None if stream is None else bool(stream),
+                max_memory=None if max_memory is None else parse_size(max_memory),
                 trust_remote_code=bool(trust_remote_code),
                 overwrite=bool(overwrite),
                 resume=bool(resume),

@@ -17,6 +17,7 @@ from lillama_core.cli.options import (
     option,
     recipe_of,
     recipe_options,
+    residency_options,
     tokenizer_option,
 )
 from lillama_core.cli.silence import silence_transformers
@@ -31,6 +32,7 @@ from lillama_core.cli.silence import silence_transformers
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @recipe_options
+@residency_options
 @device_option
 @debug_option
 @click.pass_context
@@ -44,6 +46,7 @@ def compress(context: click.Context, **options: Any) -> int:
 def run(options: dict[str, Any]) -> int:
     """Compress, and print the result's sizes and place on stdout."""
     recipe = recipe_of(options)
+    from lillama_core.estimates.sizes import parse_size
     from lillama_core.pipeline import Request
     from lillama_core.pipeline import compress as compress_model
 
@@ -54,11 +57,16 @@ def run(options: dict[str, Any]) -> int:
         architecture=options["architecture"],
         tokenizer=options["tokenizer"],
         device=options["device"],
+        stream=options["stream"],
+        max_memory=None if options["max_memory"] is None else parse_size(options["max_memory"]),
         trust_remote_code=options["trust_remote_code"],
         overwrite=options["overwrite"],
         resume=options["resume"],
     )
     record = compress_model(request, "quiet" if options["quiet"] else "verbose" if options["verbose"] else "normal")
+    if not record.bytes:
+        # Of several processes only one writes the result, and says so.
+        return 0
     sizes, numbers = record.bytes, record.parameters
     print(
         f"parameters  {numbers['parameters_before']:,} -> {numbers['parameters_after']:,}"

@@ -19,6 +19,7 @@ from lillama_core.cli.mistakes import one_line_of
 from lillama_core.cli.silence import silence
 from lillama_core.errors import OUT_OF_MEMORY, LillamaError, UserError, is_out_of_memory
 from lillama_core.system.interrupt import noting_interrupts
+from lillama_core.system.processes import fails_first
 
 
 def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -98,7 +99,8 @@ def _run(arguments: list[str], known: set[str]) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr)
+    if fails_first():
+        print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 

@@ -117,6 +117,26 @@ def device_option(function: F) -> F:
     )
 
 
+def residency_options(function: F) -> F:
+    """``--stream``, ``--no-stream`` and ``--max-memory``."""
+    for decorate in (
+        option(
+            "--max-memory",
+            metavar="SIZE",
+            group="memory",
+            help="memory of the host that the run may take, such as 3GB or 3GiB (default: what is available)",
+        ),
+        option(
+            "--stream/--no-stream",
+            default=None,
+            group="memory",
+            help="read the model's blocks from disk one at a time, or hold the model in memory (default: as it fits)",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
 def debug_option(function: F) -> F:
     """``--debug``, which `main` looks for itself."""
     return option("--debug", is_flag=True, expose_value=False, help="show tracebacks")(function)

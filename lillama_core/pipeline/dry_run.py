@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lillama_core.allocation.plan import describe_plan, parameters_of, rank_range
+from lillama_core.errors import UserError
+from lillama_core.estimates.estimate import show_estimate
+from lillama_core.estimates.machine import named_machine
+from lillama_core.estimates.measure import this_machine
 from lillama_core.models.loading import check_dtype
-from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.pipeline.request import Request
+from lillama_core.pipeline.residency import Estimates, Residency, choose_residency, lacks
+from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import make
+from lillama_core.system.devices import choose_autocast, choose_device
 
 
 def dry_run(
-    model: str, recipe: Recipe, architecture: str | None = None, trust_remote_code: bool = False
+    model: str,
+    recipe: Recipe,
+    architecture: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    machine: str | None = None,
+    stream: bool | None = None,
+    max_memory: int | None = None,
+    with_estimate: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Ranks by map, totals, and a note when the real ranks will follow measurements; JSON-serialisable.
+
+    ``with_estimate``: memory, disk and time on ``machine``, or on this one, whose rates are measured at first use.
 
     An allocator that needs spectra cannot be run without weights: ``uniform`` ranks at the same budget stand in,
     and the totals are the same.
@@ -50,8 +70,37 @@ def dry_run(
         "dtype": str(dtype).removeprefix("torch."),
         "note": note,
         **totals,
+        "estimate": _estimate(prepared, recipe, machine, stream, max_memory, say) if with_estimate else None,
         "maps": maps,
     }
+
+
+def _estimate(
+    prepared: CompressionSpec,
+    recipe: Recipe,
+    machine: str | None,
+    stream: bool | None,
+    max_memory: int | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What a run would take, how the model would be held and why; ``refused`` says why it would not run."""
+    device = choose_device("auto")
+    found = this_machine(device, say) if machine is None else named_machine(machine)
+    half = choose_autocast(recipe.compute, device) is not None
+    if machine is not None:
+        half = recipe.compute == "bfloat16" or (recipe.compute == "auto" and found.bfloat16 is not None)
+    # Where the result would go is not known, so that no disk can be looked at.
+    request = Request(prepared.source.spec, Path("."), recipe, stream=stream, max_memory=max_memory)
+    estimates = Estimates.make(prepared, recipe, found, half)
+    refused = None
+    try:
+        chosen = choose_residency(request, estimates, look_at_disk=False)
+    except UserError as error:
+        refused = str(error)
+        streamed = stream if stream is not None else lacks(estimates.of(False), found, max_memory) is not None
+        chosen = Residency(streamed, "", estimates.of(streamed))
+    assert chosen.estimate is not None
+    return {"machine": found.name, "reason": chosen.reason, "refused": refused, **chosen.estimate.to_dict()}
 
 
 def _config_dtype(config: Any) -> Any:
@@ -72,6 +121,8 @@ def show_plan(found: dict[str, Any]) -> str:
         f" {found['multiply_adds_per_token_after']:,}  (linear maps)",
         f"bytes                   {found['bytes_before']:>16,} -> {found['bytes_after']:,}",
     ]
+    if found["estimate"] is not None:
+        lines += show_estimate(found["estimate"])
     lines += found["remarks"]
     if found["note"]:
         lines.append(f"note: {found['note']}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from lillama_core import strategies
 from lillama_core.data.modality import modality_of
@@ -11,9 +13,10 @@ from lillama_core.data.objects import given_data
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.models.source import model_fingerprint
 from lillama_core.output.record import RunRecord
-from lillama_core.output.run_directory import RunDirectory
+from lillama_core.output.run_directory import RunDirectory, differences
 from lillama_core.pipeline.context import Context
 from lillama_core.pipeline.request import Request
+from lillama_core.pipeline.residency import choose_streaming
 from lillama_core.pipeline.spec import make_plan, prepare
 from lillama_core.pipeline.stage import Stage
 from lillama_core.recipe.model import Recipe
@@ -21,6 +24,7 @@ from lillama_core.recipe.reading import make_stage
 from lillama_core.runtime.recording import Recorder
 from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.memory import limit_kernel_caches
+from lillama_core.system.processes import World, joined
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_registry import registry
 
@@ -76,7 +80,11 @@ class CompressionPipeline:
                     stage.run(context)
         except UserError:
             # What another run left is not this one's to remove.
-            if context.directory.opened and not any(context.directory.blocks.glob("*.safetensors")):
+            if (
+                context.world.is_main
+                and context.directory.opened
+                and not any(context.directory.blocks.glob("*.safetensors"))
+            ):
                 context.directory.discard()
             raise
         return context.record
@@ -87,14 +95,22 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
 
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for
     what fails later, leaving ``OUTPUT.partial``, from which ``resume`` goes on.
+
+    Of several processes that ``torchrun`` has started the main one writes the result, and its record is the whole one.
     """
+    with joined() as world:
+        return _compress(request, verbosity, world)
+
+
+def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord:
     limit_kernel_caches()
     recipe = request.recipe
     given = None if request.data is None else given_data(request.data)
     request = replace(request, data=given)
     directory = RunDirectory(request.output)
-    directory.check(request.overwrite, request.resume)
-    device = choose_device(request.device)
+    if world.is_main:
+        directory.check(request.overwrite, request.resume)
+    device = world.device(choose_device(request.device))
     spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
     if not strategies.make("allocators", recipe.allocation).needs_spectra:
         # An allocator may refuse what the budget allows, and this one can be asked already.
@@ -107,12 +123,19 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         modality.check_given(recipe, given)
     processor = modality.load_processor(spec.source, request.tokenizer)
     advice = "what was finished is kept, and --resume goes on from there"
-    with directory.locked(), in_one_line(advice), Progress(verbosity) as progress:
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            held.enter_context(directory.locked())
+        held.enter_context(in_one_line(advice))
+        progress = held.enter_context(Progress(verbosity if world.is_main else "quiet"))
         for failure in registry().failures:
             progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
         for remark in spec.architecture.remarks:
             progress.line(remark)
         autocast = choose_autocast(recipe.compute, device)
+        residency = choose_streaming(spec, request, device, autocast is not None)
+        if residency.streamed:
+            progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(
             model=request.model,
             model_fingerprint=model_fingerprint(spec.source),
@@ -122,8 +145,12 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
             tokenizer=request.tokenizer,
             device=str(device),
             compute="float32" if autocast is None else str(autocast).removeprefix("torch."),
+            residency=residency.name,
+            residency_reason=residency.reason,
+            estimate=None if residency.estimate is None else residency.estimate.to_dict(),
             remarks=list(spec.architecture.remarks),
-            resumed=request.resume and directory.path.exists(),
+            resumed=world.from_main(lambda: request.resume and directory.path.exists()),
+            processes=world.size,
         )
         context = Context(
             request=request,
@@ -133,6 +160,7 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
             modality=modality,
             processor=processor,
             device=device,
+            streams=residency.streamed,
             autocast=autocast,
             recorder=Recorder(spec.architecture, device, autocast),
             initializer=strategies.make("initializers", recipe.init),
@@ -140,5 +168,15 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
             directory=directory,
             record=record,
             progress=progress,
+            world=world,
         )
+        check_alike(world, context.fingerprint(None))
         return pipeline.run(context)
+
+
+def check_alike(world: World, fingerprint: dict[str, Any]) -> None:
+    """Raise UserError when the processes of a job were not started to do the same, naming how the first differs."""
+    first, *others = world.gather(fingerprint)
+    for rank, other in enumerate(others, start=1):
+        if found := differences(first, other):
+            raise UserError(f"process {rank} differs from process 0 in {', '.join(found)}; start all of them alike")

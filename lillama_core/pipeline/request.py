@@ -24,6 +24,10 @@ class Request:
     data: Any = None
     """Calibration data as objects, see `lillama_core.data.objects.given_data`; None: what the recipe names."""
     device: str = "auto"
+    stream: bool | None = None
+    """Read the model's blocks from disk one at a time instead of holding all in memory; None: where they do not fit."""
+    max_memory: int | None = None
+    """Bytes of the host's memory that the run may take; None: what is available."""
     trust_remote_code: bool = False
     overwrite: bool = False
     resume: bool = False
