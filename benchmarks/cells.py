@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,10 +32,6 @@ KEPT = ("lillama.json", "report.html", "README.md")
 
 class CellFailed(LillamaError):  # noqa: N818  it reads as what happened
     """A command of a cell failed; the message is the last line that it wrote on stderr."""
-
-
-class Stopped(Exception):  # noqa: N818  the user wants no more
-    """The suite is being given up; what was being worked on is no result."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,50 @@ class SuiteRunner:
 
 def cell_name(method: str, reduction: float) -> str:
     return method if method == DENSE else f"{method}-{reduction:g}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one row of the results is about."""
+
+    model: SuiteModel
+    method: Method | None = None
+    """None: the model as it is."""
+    reduction: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """Of its result."""
+        return self.model.name, DENSE if self.method is None else self.method.name, self.reduction
+
+    @property
+    def name(self) -> str:
+        """``MODEL/dense`` or ``MODEL/METHOD-REDUCTION``: where its folder is, and what the user calls it."""
+        model, method, reduction = self.key
+        return f"{model}/{cell_name(method, reduction)}"
+
+    def options(self) -> dict[str, Any]:
+        """What its commands are told; a result that was made with other options is of another cell."""
+        return planned_options(self.model, self.method, self.reduction)
+
+    def run(self, runner: SuiteRunner) -> Result:
+        """Work on it, here and now; what fails is in ``error``. Raises KeyboardInterrupt when it is given up."""
+        if self.method is None:
+            return run_dense(runner, self.model)
+        return run_cell(runner, self.model, self.method, self.reduction)
+
+    def failed(self, error: object) -> Result:
+        """The result when it could not even be worked on."""
+        return Result(self.key[0], "", *self.key[1:], self.options(), error=one_line(error))
+
+
+def cells_of(models: list[SuiteModel], methods: list[Method], reductions: tuple[float, ...]) -> list[Cell]:
+    """All cells of a suite, in the order in which one process works on them: of each model the dense one first."""
+    return [
+        cell
+        for model in models
+        for cell in (Cell(model), *(Cell(model, method, reduction) for reduction in reductions for method in methods))
+    ]
 
 
 def compress_options(model: SuiteModel, method: Method, reduction: float) -> dict[str, Any]:
@@ -126,8 +167,6 @@ def run_cell(runner: SuiteRunner, model: SuiteModel, method: Method, reduction: 
                 shutil.copy2(compressed / name, folder / name)
         beside = source if architecture.evaluation.needs_live_baseline else None
         values["metrics"] = _evaluate(runner, model, folder, compressed, options["evaluate"], beside)
-    except Stopped:
-        raise
     except Exception as error:  # whatever it is, it ends this cell alone
         values["error"] = one_line(error)
     finally:
@@ -150,8 +189,6 @@ def run_dense(runner: SuiteRunner, model: SuiteModel) -> Result:
         values |= {"architecture": _architecture(source).name}
         values |= {"parameters": _parameters(source), "bytes": weight_bytes(source)}
         values["metrics"] = _evaluate(runner, model, folder, source, options["evaluate"], None)
-    except Stopped:
-        raise
     except Exception as error:  # whatever it is, it ends this cell alone
         values["error"] = one_line(error)
     return Result(**values)
@@ -225,25 +262,33 @@ def command_line(options: Mapping[str, Any]) -> list[str]:
 
 
 def _command(runner: SuiteRunner, log: Path, *words: str | Path) -> None:
-    """Run a command of lillama; what it writes goes to ``log``. Raises CellFailed when it fails."""
+    """Run a command of lillama; what it writes goes to ``log``.
+
+    Raises CellFailed when it fails, and KeyboardInterrupt when it was interrupted or no more cells are wanted.
+    """
     command = [sys.executable, "-P", "-m", "lillama_core", *map(str, words)]
     env = {"HF_HUB_OFFLINE": "1", **os.environ}
     if runner.threads is not None:
         env["OMP_NUM_THREADS"] = str(runner.threads)
     with log.open("w", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(command, stdout=out, stderr=errors, env=env)
-        while (status := process.poll()) is None:
-            if runner.stopped.wait(0.1):
-                process.terminate()
-                process.wait()
-                raise Stopped
+        try:
+            while (status := process.poll()) is None:
+                if runner.stopped.wait(0.1):
+                    raise KeyboardInterrupt
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
         errors.seek(0)
         said = errors.read()
         out.write(said)
     if status != 0:
-        # Ctrl-C reaches the command too, perhaps sooner than this process.
-        if runner.stopped.wait(0.5):
-            raise Stopped
         lines = [line for line in said.splitlines() if line.strip()]
         last = lines[-1].removeprefix("lillama: error: ") if lines else f"ended with exit status {status}"
+        # A terminal sends Ctrl-C to the command too, which may end before this process has taken note of it: what
+        # was interrupted is no failure, whoever hears of it first. Python ends by the signal, or, when it was still
+        # starting, with the name of the exception.
+        if runner.stopped.is_set() or status == -signal.SIGINT or last.startswith(("interrupted", "KeyboardInterrupt")):
+            raise KeyboardInterrupt
         raise CellFailed(f"{words[0]}: {last}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,9 +12,19 @@ from lillama_core.cli.options import LillamaCommand, debug_option, device_option
 from lillama_core.cli.silence import silence_transformers
 
 if TYPE_CHECKING:
-    from lillama_benchmarks.cells import SuiteRunner
-    from lillama_benchmarks.methods import Method
-    from lillama_benchmarks.suites import SuiteModel
+    from lillama_benchmarks.cells import Cell
+    from lillama_benchmarks.engines import Engine
+    from lillama_benchmarks.results import Result
+    from lillama_benchmarks.suites import Suite
+
+OF_AN_ENGINE = ("engine", "jobs", "ray_address", "cpus_per_cell", "gpus_per_cell", "retries")
+"""Options that a single cell does not read."""
+NOT_READ = {
+    "only": OF_AN_ENGINE,
+    "list": (*OF_AN_ENGINE, "device", "keep_models"),
+    "collect": (*OF_AN_ENGINE, "device", "keep_models", "resume"),
+}
+"""Options that ask for something else than a run, and those that do nothing beside them."""
 
 
 @click.command(
@@ -30,8 +38,22 @@ if TYPE_CHECKING:
 @option("-o", "--output", metavar="DIR", help="where results go (default: benchmark-SUITE)")
 @option("--resume", is_flag=True, help="go on in DIR with the cells that it lacks or that failed")
 @option("--keep-models", is_flag=True, help="keep the compressed models in DIR/cells")
-@option("--jobs", type=int, metavar="N", help="models at a time; spoils speeds (default: 1; smoke: 2)")
 @device_option
+@option("--engine", metavar="NAME", group="engine", help="who works on the cells: in-turns (default) or ray")
+@option("--jobs", type=int, metavar="N", group="engine",
+        help="in-turns: models at a time; spoils speeds (default: 1; smoke: 2)")  # fmt: skip
+@option("--ray-address", metavar="HOST:PORT", group="engine",
+        help="ray: a cluster that this machine is part of (default: a Ray of this machine alone)")  # fmt: skip
+@option("--cpus-per-cell", type=int, metavar="N", group="engine", help="ray: CPUs and threads of a cell (default: 1)")
+@option("--gpus-per-cell", type=float, metavar="X", group="engine",
+        help="ray: GPUs of a cell, or a part of one (default: 0)")  # fmt: skip
+@option("--retries", type=int, metavar="N", group="engine",
+        help="ray: times that a cell is begun again whose worker died (default: 3)")  # fmt: skip
+@option("--list", is_flag=True, group="single cells", help="print the cells that there are to run, and run none")
+@option("--only", metavar="CELL", group="single cells",
+        help="run this cell alone, as --list names it; many such runs may share DIR")  # fmt: skip
+@option("--collect", is_flag=True, group="single cells",
+        help="run nothing: make the pages of what single cells left in DIR")  # fmt: skip
 @debug_option
 def benchmark(**options: Any) -> int:
     """Parse the options and run."""
@@ -41,83 +63,154 @@ def benchmark(**options: Any) -> int:
 
 def run_benchmark(options: dict[str, Any]) -> int:
     """A line a cell on stdout; 0 when every cell succeeded, 1 otherwise. Raises UserError before the first cell."""
-    from lillama_benchmarks.cells import SuiteRunner
+    from lillama_benchmarks.cells import cells_of
     from lillama_benchmarks.methods import find_methods
-    from lillama_benchmarks.pages import write_pages
-    from lillama_benchmarks.results import DENSE, read
+    from lillama_benchmarks.results import collect, read
     from lillama_benchmarks.suites import SUITES, choose_models
-    from lillama_core.errors import UserError, nearest
+    from lillama_core.errors import UserError
     from lillama_core.system.cache import default_cache_dir
 
-    if options["suite"] not in SUITES:
-        known = list(SUITES)
-        raise UserError(
-            f"no suite named {options['suite']!r} (there are: {', '.join(known)}){nearest(options['suite'], known)}"
-        )
-    suite = SUITES[options["suite"]]
+    suite = SUITES[_known(options["suite"], list(SUITES), "suite")]
+    _check_options_are_read(options)
     methods = find_methods(_names(options["methods"], "--methods") or suite.methods)
     reductions = _reductions(options["reductions"]) or suite.reductions
     models = choose_models(suite, _names(options["models"], "--models"), default_cache_dir() / "benchmark")
-    jobs = suite.jobs if options["jobs"] is None else options["jobs"]
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
     folder = Path(options["output"] or f"benchmark-{suite.name}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, not a directory")
-    if folder.is_dir() and any(folder.iterdir()) and not options["resume"]:
+    if options["collect"]:
+        if not read(folder):
+            raise UserError(f"{str(folder)!r} holds no results to collect")
+    elif folder.is_dir() and any(folder.iterdir()) and not options["resume"]:
         raise UserError(f"{str(folder)!r} exists already; go on there with --resume, or choose another --output")
-    read(folder)
+    known = read(folder)
+    cells = cells_of(models, methods, reductions)
+    missing = [] if options["collect"] else [cell for cell in cells if _is_missing(cell, known)]
+    if options["list"]:
+        print("".join(f"{cell.name}\n" for cell in missing), end="")
+        return 0
+    if options["only"]:
+        cell = {c.name: c for c in cells}[_known(options["only"], [c.name for c in cells], "cell")]
+        return _run_alone(cell, missing, folder, options)
+    engine = None if options["collect"] else _engine(suite, folder, options)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
-    runner = SuiteRunner(folder, options["device"], options["keep_models"], threads)
-    writing = Lock()
-
-    def run(model: SuiteModel) -> None:
-        _run_model(runner, model, methods, reductions, writing)
-        with writing:
-            write_pages(folder, suite.name, list(read(folder).values()))
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            # Asked for, so that what a thread raises is raised here.
-            list(pool.map(run, models))
-        except BaseException:
-            runner.stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    asked = {(m.name, method.name, reduction) for m in models for method in methods for reduction in reductions}
-    asked |= {(m.name, DENSE, 0.0) for m in models}
+    collect(folder, [cell.key for cell in cells])
+    if engine is not None and missing:
+        _run(engine, missing, folder, suite.name)
+    else:
+        _write_pages(folder, suite.name)
+    asked = {cell.key for cell in cells}
     results = [r for r in read(folder).values() if r.key in asked]
     failed = sum(r.error is not None for r in results)
     print(f"{len(results) - failed} of {len(results)} cells succeeded: {folder / 'results.html'}")
     return 1 if failed else 0
 
 
-def _run_model(
-    runner: SuiteRunner, model: SuiteModel, methods: list[Method], reductions: tuple[float, ...], writing: Lock
-) -> None:
-    """Run the cells of one model that are missing, and append each to the results as it ends, holding ``writing``."""
-    from lillama_benchmarks.cells import planned_options, run_cell, run_dense
-    from lillama_benchmarks.results import DENSE, Result, append, read
+def _is_missing(cell: Cell, known: dict[tuple[str, str, float], Result]) -> bool:
+    """Whether there is no result of the cell as it is asked for now."""
+    found = known.get(cell.key)
+    return found is None or found.error is not None or found.options != cell.options()
 
-    def missing(key: tuple[str, str, float], method: Method | None) -> bool:
-        with writing:
-            found = read(runner.folder).get(key)
-        return found is None or found.error is not None or found.options != planned_options(model, method, key[2])
+
+def _run(engine: Engine, cells: list[Cell], folder: Path, suite: str) -> None:
+    """Append each result as it ends, and write the pages whenever a model is done."""
+    from lillama_benchmarks.results import append
+
+    left = Counter(cell.model.name for cell in cells)
 
     def keep(result: Result) -> None:
-        with writing:
-            append(runner.folder, result)
-        name = f"{model.name}  {result.method}" + (f"  {100 * result.reduction:g} %" if result.reduction else "")
-        first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
-        print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)
+        append(folder, result)
+        _show(result)
+        left[result.model] -= 1
+        if not left[result.model]:
+            _write_pages(folder, suite)
 
-    if missing((model.name, DENSE, 0.0), None):
-        keep(run_dense(runner, model))
-    for reduction in reductions:
-        for method in methods:
-            if missing((model.name, method.name, reduction), method):
-                keep(run_cell(runner, model, method, reduction))
+    engine.run(cells, keep)
+
+
+def _run_alone(cell: Cell, missing: list[Cell], folder: Path, options: dict[str, Any]) -> int:
+    """Run one cell if it is missing, and leave its result in its own folder: others may be at work beside it."""
+    from lillama_benchmarks.cells import Cell, SuiteRunner
+    from lillama_benchmarks.results import read, write_alone
+    from lillama_core.errors import UserError
+
+    if cell.key not in {c.key for c in missing}:
+        print(f"{cell.name}  is there already")
+        return 0
+    if cell.method is not None:
+        dense = Cell(cell.model)
+        known = read(folder).get(dense.key)
+        if known is None or known.options != dense.options():
+            raise UserError(f"cell {cell.name!r} is compared with {dense.name!r}: run that first, with --only")
+    result = cell.run(SuiteRunner(folder, options["device"], options["keep_models"]))
+    write_alone(folder / "cells" / cell.name, result)
+    _show(result)
+    return 0 if result.error is None else 1
+
+
+def _show(result: Result) -> None:
+    name = f"{result.model}  {result.method}" + (f"  {100 * result.reduction:g} %" if result.reduction else "")
+    first = "" if not result.metrics else f"{result.metrics[0]['name']} {result.metrics[0]['value']:.4g}"
+    print(f"{name}  {first if result.error is None else 'FAILED: ' + result.error}", flush=True)
+
+
+def _write_pages(folder: Path, suite: str) -> None:
+    from lillama_benchmarks.pages import write_pages
+    from lillama_benchmarks.results import read
+
+    write_pages(folder, suite, list(read(folder).values()))
+
+
+def _engine(suite: Suite, folder: Path, options: dict[str, Any]) -> Engine:
+    """The engine that the options ask for. Raises UserError for values that it does not take."""
+    import os
+
+    from lillama_benchmarks.cells import SuiteRunner
+    from lillama_benchmarks.engines.in_turns import InTurns
+    from lillama_benchmarks.engines.on_ray import OnRay
+    from lillama_core.errors import UserError
+
+    device, keep_models = options["device"], options["keep_models"]
+    if options["engine"] == "ray":
+        names = {"address": "ray_address", "cpus": "cpus_per_cell", "gpus": "gpus_per_cell", "retries": "retries"}
+        given = {name: options[field] for name, field in names.items() if options[field] is not None}
+        engine = OnRay(suite.name, folder, device, keep_models, **given)
+        engine.check()
+        return engine
+    jobs = suite.jobs if options["jobs"] is None else options["jobs"]
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    return InTurns(SuiteRunner(folder, device, keep_models, threads), jobs)
+
+
+def _check_options_are_read(options: dict[str, Any]) -> None:
+    """Raise UserError for an engine that there is not, and for options that nothing would read."""
+    from lillama_benchmarks.engines import OPTIONS
+    from lillama_core.errors import UserError
+
+    def given(fields: tuple[str, ...]) -> list[str]:
+        # Not by ==, for which 0 retries are False.
+        return ["--" + field.replace("_", "-") for field in fields
+                if not any(options[field] is untouched for untouched in (None, False))
+                and (field, options[field]) != ("device", "auto")]  # fmt: skip
+
+    for mode in (mode for mode in NOT_READ if options[mode]):
+        for name in given((*(other for other in NOT_READ if other != mode), *NOT_READ[mode])):
+            raise UserError(f"{name} does nothing with --{mode}; leave one of them out")
+    engine = _known(options["engine"] or "in-turns", list(OPTIONS), "engine")
+    for other in (other for other in OPTIONS if other != engine):
+        for name in given(OPTIONS[other]):
+            raise UserError(f"{name} does nothing with the engine {engine}: it is for --engine {other}")
+
+
+def _known(name: str, there: list[str], what: str) -> str:
+    """``name``, if it is one of ``there``; raises UserError otherwise."""
+    from lillama_core.errors import UserError, nearest
+
+    if name not in there:
+        raise UserError(f"no {what} named {name!r} (there are: {', '.join(there)}){nearest(name, there)}")
+    return name
 
 
 def _names(text: str, option: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from lillama_core.errors import UserError
 
 FILE = "results.jsonl"
+CELL_FILE = "result.json"
+"""In the folder of a cell that was run alone: its result, until `collect` takes it into FILE."""
 DENSE = "dense"
 """The method of a model as it is."""
 
@@ -65,26 +67,70 @@ def append(folder: Path, result: Result) -> None:
         os.fsync(stream.fileno())
 
 
+def write_alone(cell: Path, result: Result) -> None:
+    """Write the result of a cell into its folder ``cell``.
+
+    Many processes, on many machines, may do so at once, which no file system promises of lines that are appended.
+    """
+    unfinished = cell / f"{CELL_FILE}.tmp"
+    unfinished.write_text(json.dumps(asdict(result), allow_nan=True), encoding="utf-8")
+    unfinished.replace(cell / CELL_FILE)
+
+
+def collect(folder: Path, order: Sequence[tuple[str, str, float]]) -> None:
+    """Take the results of cells that were run alone into FILE, those of ``order`` first; nobody else may be at work.
+
+    Raises UserError as `read` does.
+    """
+    place = {key: number for number, key in enumerate(order)}
+    found = sorted(_alone(folder), key=lambda pair: (place.get(pair[1].key, len(place)), pair[0]))
+    for path, result in found:
+        append(folder, result)
+        path.unlink()
+
+
 def read(folder: Path) -> dict[tuple[str, str, float], Result]:
     """The last result of every cell, in the order in which they first appeared; lines cut off by a kill are left out.
 
-    Raises UserError for a line that is no result.
+    Raises UserError for a line or file that is no result.
     """
     path = folder / FILE
     found: dict[tuple[str, str, float], Result] = {}
-    if not path.is_file():
-        return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            result = _result(values, f"{str(path)!r}, line {number},")
+            found[result.key] = result
+    # What is in the folder of a cell is newer: a cell that is worked on again starts with an empty one.
+    found |= {result.key: result for _, result in _alone(folder)}
+    return found
+
+
+def _alone(folder: Path) -> list[tuple[Path, Result]]:
+    """The results of cells that were run alone, with their files."""
+    found = []
+    for path in sorted(folder.glob(f"cells/*/*/{CELL_FILE}")):
         try:
-            values = json.loads(line)
-        except ValueError:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            # Its cell has just been started again.
             continue
         try:
-            result = Result(**values)
-        except TypeError as error:
-            raise UserError(f"{str(path)!r}, line {number}, is not a result of this suite: {error}") from None
-        found[result.key] = result
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{str(path)!r} is not a result of this suite: {error}") from None
+        found.append((path, _result(values, repr(str(path)))))
     return found
+
+
+def _result(values: Any, where: str) -> Result:
+    try:
+        return Result(**values)
+    except TypeError as error:
+        raise UserError(f"{where} is not a result of this suite: {error}") from None
 
 
 def by_model(results: Iterable[Result]) -> dict[str, list[Result]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,10 @@ DATA = Path(__file__).parent / "data"
 CALIBRATION_TEXT = DATA / "wikitext2-valid.txt"
 EVALUATION_TEXT = DATA / "wikitext2-test.txt"
 SYNTHETIC_SPEECH = DATA / "speech" / "synthetic"
+
+made_here = contextlib.ExitStack()
+"""What was made for this process alone; closed at its end, or before, where a process has no say in its end."""
+atexit.register(made_here.close)
 
 Options = Mapping[str, Any]
 """Options of a command by the names of their fields; the command line's have dashes."""
@@ -39,6 +43,8 @@ class SuiteModel:
     """Options of every compression of this model, over those of the method."""
     on_request: bool = False
     """Whether it takes part only when it is named."""
+    directory: Path | None = None
+    """Of a model of the user's, which no suite knows by its name."""
     identity: Callable[[], str] = str
     """What tells the model from others that had its name: results of another one are not reused."""
 
@@ -79,7 +85,10 @@ def _held_out(folder: Path) -> Path:
     # Where the data is not there, the check of the models says so.
     if EVALUATION_TEXT.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(held_out_text(), encoding="utf-8")
+        # Put there whole: another process may be reading it.
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as unfinished:
+            unfinished.write(held_out_text())
+        Path(unfinished.name).replace(path)
     return path
 
 
@@ -138,8 +147,8 @@ def smoke(_: Path) -> list[SuiteModel]:
         def fetch() -> Path:
             # Anew in each process: what makes it may have changed.
             if not made_at:
-                path = Path(tempfile.mkdtemp())
-                atexit.register(shutil.rmtree, path, ignore_errors=True)
+                folder = tempfile.TemporaryDirectory(prefix="lillama-tiny-", ignore_cleanup_errors=True)
+                path = Path(made_here.enter_context(folder))
                 make_tiny_model(architecture, model_type, path)
                 made_at.append(path)
             return made_at[0]
@@ -205,6 +214,7 @@ def _named(suite: Suite, names: tuple[str, ...], known: dict[str, SuiteModel]) -
                 functools.partial(Path, path),
                 (),
                 ({"windows": 40, "limit": 120},),
+                directory=path,
                 identity=functools.partial(_fingerprint, path),
             )
         else:
