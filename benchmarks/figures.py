@@ -1,13 +1,12 @@
 """Measures the figures of SmolLM2 in docs/results.md here and writes them to benchmarks/results/figures.json.
 
-    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed initialization] [--recipes fast]
+    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed] [--recipes fast]
 
 - quality: each recipe by the command line at 20 %, calibrated on WikiText-2's validation split and the model's own
   text; wall-clock time and peak memory of that process; perplexity in fp32 on the first 40 windows of 512 tokens of
   WikiText-2's test split and the first 24 of fiction that no recipe saw.
 - speed: the blocks alone on a prompt of 512 tokens, compressed against dense in one process, beside what the
   multiply-adds promise.
-- initialization: Gram matrices, decompositions, pivoting and replacement, against one forward pass of the same tokens.
 """
 
 from __future__ import annotations
@@ -26,26 +25,15 @@ from typing import Any
 import psutil
 import torch
 
-from lillama_core import Recipe
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
-from lillama_core.data.modality import Samples
 from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.evaluation.metrics.perplexity import perplexity
 from lillama_core.models.loading import load_config, load_model, load_tokenizer
 from lillama_core.models.source import locate
-from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
-from lillama_core.runtime.recording import Recorder
-from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.dense_pass import decompose_blocks
-from lillama_core.statistics.sensitivity import measure_sensitivity
-from lillama_core.statistics.store import DecompositionStore
-from lillama_core.strategies import make
-from lillama_core.system.devices import choose_autocast
-from lillama_core.system.progress import Progress
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -93,22 +81,12 @@ def quality(model: str, recipe: str, folder: Path, extra: list[str]) -> dict[str
         "recipe": recipe,
         "options": extra,
         "seconds": round(seconds, 1),
-        "seconds_of_sampling": record["seconds"]["calibration data"],
-        "seconds_of_ranks": record["seconds"]["ranks"],
+        "seconds_by_phase": record["seconds"],
         "peak_resident_mb": round(peak / 1e6),
         "parameters": [record["parameters"]["parameters_before"], record["parameters"]["parameters_after"]],
         "bytes": record["bytes"],
         "perplexity": text_perplexities(str(output)),
     }
-
-
-def median_seconds(call: Any, runs: int) -> float:
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def speed(model_spec: str, compressed: dict[str, str]) -> dict[str, Any]:
@@ -156,70 +134,10 @@ def find_dense_blocks(architecture: Any, model: Any) -> Any:
     return find_blocks(architecture, model)["decoder"]
 
 
-def initialization(model_spec: str, tokens: int) -> dict[str, Any]:
-    """What the statistics and closed forms cost beyond the forward passes that they need."""
-    autocast = choose_autocast("auto", CPU)
-    model, tokenizer, architecture = load(model_spec)
-    blocks = find_blocks(architecture, model)["decoder"]
-    source = ResidentSource(model, CPU)
-    rows = load_text_windows(Source.parse(str(DATA / "wikitext2-valid.txt")), tokenizer, 512, tokens // 512)
-    harness = StackHarness(model, architecture, blocks)
-    recorder = Recorder(architecture, CPU, autocast)
-    activations = ActivationStore(recorder, [Samples({"input_ids": r}) for r in rows.split(4)]).record(harness)
-
-    def forward() -> None:
-        current = activations.fork()
-        for block in blocks:
-            current.advance(source.block(block), block)
-
-    with tempfile.TemporaryDirectory() as folder:
-        forward_seconds = median_seconds(forward, 1)
-        started = time.perf_counter()
-        small = [Samples({"input_ids": r}) for r in rows[: Recipe().sensitivity_tokens // 512].split(2)]
-        store = DecompositionStore(Path(folder))
-        few = ActivationStore(recorder, small).record(harness)
-        for block, found in measure_sensitivity(harness, source, few, 0, Progress("quiet")):
-            store.save_gradients(block, found)
-        backward_seconds = time.perf_counter() - started
-
-        started = time.perf_counter()
-        initializer = make("initializers", "fisher")
-        decompose_blocks(blocks, source, activations.fork(), initializer, store, Progress("quiet"))
-        statistics_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        for block in blocks:
-            module = source.block(block)
-            decompositions, _ = store.load(block)
-            for target in block.targets:
-                map_ = target.maps[0]
-                W = target.weight(module, map_)
-                rank = make("formats", "pivoted").largest_rank(
-                    map_.out_features, map_.in_features, int(0.75 * map_.parameters)
-                )
-                B, A = decompositions[map_.name].factors(W, rank)
-                target.replace(
-                    module, {map_.name: make("formats", "pivoted").from_factors(B, A, target.bias(module, map_))}
-                )
-        replacement_seconds = time.perf_counter() - started
-        second_forward = median_seconds(forward, 1)
-    forward_seconds = (forward_seconds + second_forward) / 2
-    beyond = statistics_seconds - forward_seconds + replacement_seconds
-    return {
-        "tokens": rows.numel(),
-        "arithmetic": str(autocast),
-        "forward_seconds": round(forward_seconds, 1),
-        "gram_and_decomposition_seconds": round(statistics_seconds - forward_seconds, 1),
-        "pivoting_and_replacement_seconds": round(replacement_seconds, 1),
-        "ratio_to_one_forward_pass": round(beyond / forward_seconds, 2),
-        "sensitivity_tokens": sum(b.inputs["input_ids"].numel() for b in small),
-        "sensitivity_seconds": round(backward_seconds, 1),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--only", nargs="+", default=["quality", "speed", "initialization"])
+    parser.add_argument("--only", nargs="+", default=["quality", "speed"])
     parser.add_argument("--recipes", nargs="+", default=["fast", "default", "lillama"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lillama-figures")
     options = parser.parse_args()
@@ -250,8 +168,6 @@ def main() -> None:
             )  # fmt: skip
             compressed[format_] = str(out)
         keep("speed", speed(options.model, compressed))
-    if "initialization" in options.only:
-        keep("initialization", initialization(options.model, 32768))
 
 
 if __name__ == "__main__":
