@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core import Architecture, Recipe, load_recipe
@@ -106,6 +107,7 @@ def make_preparation(source: ModelSource, **fields: Any) -> CompressionSpec:
         source=source,
         config=SimpleNamespace(model_type="tiny"),
         architecture=Architecture(name="transformer", model_types=("tiny",), stacks={"decoder": "model.layers"}),
+        meta=nn.Module(),
         blocks={},
         maps=[],
         total_parameters=1,
