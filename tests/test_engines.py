@@ -201,11 +201,11 @@ def test_single_cells_make_the_rows_of_a_run(
     assert listed == ["tiny-llama/dense", "tiny-llama/svd-0.2", "broken/dense", "broken/svd-0.2"]
     assert not out.exists()
     # One that succeeds and one that fails; each takes processes of its own.
-    for cell in listed[1:3]:
+    for cell in listed[::2]:
         assert run_cli(*request_, out, "--resume", "--only", cell).status == cell.startswith("broken")
     assert not (out / FILE).exists()
-    assert run_cli(*request_, out, "--list", "--resume").stdout.split() == [listed[0], *listed[2:]]
-    assert "is there already" in run_cli(*request_, out, "--resume", "--only", listed[1]).stdout
+    assert run_cli(*request_, out, "--list", "--resume").stdout.split() == listed[1:]
+    assert "is there already" in run_cli(*request_, out, "--resume", "--only", listed[0]).stdout
     done = run_cli(*request_, out, "--collect")
     assert done.status == 1, done
     assert (out / "results.html").is_file()
