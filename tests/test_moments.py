@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lillama_core.initialization import balance
-from lillama_core.statistics.moments import SecondMoment, add_upper_gram, fast_sums_of_bfloat16
+from lillama_core.statistics.moments import SecondMoment, add_upper_gram, computes_in_bfloat16
 from lillama_core.system.devices import fast_gram_products
 
 
@@ -98,12 +98,28 @@ def test_a_pass_on_cuda_waits_for_nothing(half: bool) -> None:
 
 
 def test_off_cuda_products_are_as_they_were() -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.mkldnn.matmul.fp32_precision
     for name in ("cpu", "mps"):
         with fast_gram_products(torch.device(name)):
-            assert torch.backends.cuda.matmul.allow_tf32 == before
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not fast_sums_of_bfloat16(torch.device(name))
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.mkldnn.matmul.fp32_precision) == before
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_rows_lose_nothing_by_products_in_bfloat16(autocast: bool) -> None:
+    """On a CPU without such products the fp32 ones are taken, and the bound is the same."""
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(2000, 400, generator=generator) @ torch.randn(400, 400, generator=generator)).bfloat16()
+    exact = rows.double().T @ rows.double() / len(rows)
+    moment = SecondMoment()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        moment.add(rows.float() if autocast else rows)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert (moment.mean() - exact).abs().max() < 4e-6 * exact.abs().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    # Small eigenvalues are what a rounded sum would lose: bfloat16 sums are off by 4e-3 of the largest entry.
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(moment.mean().double()), torch.linalg.eigvalsh(exact), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_on_cuda_tf32_is_allowed_inside_only() -> None:
@@ -114,15 +130,16 @@ def test_on_cuda_tf32_is_allowed_inside_only() -> None:
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
-def test_bfloat16_rows_only_where_the_pass_computes_in_it() -> None:
-    cuda = torch.device("cuda")
-    assert not fast_sums_of_bfloat16(cuda)
-    torch.set_autocast_enabled("cuda", True)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_bfloat16_rows_only_where_the_pass_computes_in_it(kind: str) -> None:
+    device, before = torch.device(kind), torch.get_autocast_dtype(kind)
+    assert not computes_in_bfloat16(device)
+    torch.set_autocast_enabled(kind, True)
     try:
-        torch.set_autocast_dtype("cuda", torch.float16)
-        assert not fast_sums_of_bfloat16(cuda)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        assert fast_sums_of_bfloat16(cuda) == hasattr(torch.ops.aten.addmm, "dtype")
+        torch.set_autocast_dtype(kind, torch.float16)
+        assert not computes_in_bfloat16(device)
+        torch.set_autocast_dtype(kind, torch.bfloat16)
+        assert computes_in_bfloat16(device)
     finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", torch.float16)
+        torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_dtype(kind, before)

@@ -21,7 +21,7 @@ from lillama_core.runtime.states import StateStore
 from lillama_core.runtime.weight_source import ResidentSource
 from lillama_core.statistics.moments import SecondMoment
 from lillama_core.statistics.observers import InputObserver
-from lillama_core.statistics.sensitivity import Piece, SensitivityPass, output_gradient
+from lillama_core.statistics.sensitivity import Piece, SensitivityPass, draw_labels, output_gradient
 from lillama_core.system import seeds
 
 
@@ -147,10 +147,7 @@ def block_wise_gradients(
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
     """The labels [rows * length, 1] that the pass draws from logits [rows, length, classes]."""
-    parts = [
-        torch.multinomial(row.detach().softmax(-1), 1, generator=seeds.stream(7, "labels", i))
-        for i, row in enumerate(logits)
-    ]
+    parts = [draw_labels(row.detach().softmax(-1), seeds.stream(7, "labels", i)) for i, row in enumerate(logits)]
     return torch.cat(parts)
 
 
@@ -204,9 +201,18 @@ def test_output_gradient_is_that_of_the_log_likelihood() -> None:
     found = output_gradient(parent, {"input_ids": tokens}, hidden, torch.Generator().manual_seed(3))
     x = hidden.clone().requires_grad_(True)
     logits = model.lm_head(model.model.norm(x)).reshape(-1, 50)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3))
+    labels = draw_labels(logits.detach().softmax(-1), torch.Generator().manual_seed(3))
     logits.log_softmax(-1).gather(1, labels).sum().neg().backward()
     torch.testing.assert_close(found, x.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_come_as_often_as_their_probabilities_say() -> None:
+    probabilities = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
+    labels = draw_labels(probabilities.expand(20_000, -1), torch.Generator().manual_seed(0))
+    often = torch.bincount(labels.flatten(), minlength=6) / 20_000
+    assert often[[0, 2, 5]].sum() == 0
+    # Four standard deviations of a binomial distribution.
+    assert (often - probabilities).abs().max() < 4 * (0.6 * 0.4 / 20_000) ** 0.5
 
 
 def test_core_names_no_architecture() -> None:

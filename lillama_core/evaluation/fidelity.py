@@ -132,16 +132,18 @@ def measure_costs(
 
                 p, predicts = output(dense[index])
                 size += p.float().square().sum()
+                if predicts:
+                    # As wide as the vocabulary, and the same for all variants.
+                    p = p.float().log_softmax(-1)
                 for i, hidden in enumerate(variants):
                     q, _ = output(hidden[index])
                     # Some tokens at a time: these tables are as wide as the vocabulary.
-                    for p_part, q_part in zip(p.split(64), q.split(64), strict=True):
-                        a, b = p_part.float(), q_part.float()
+                    for a, q_part in zip(p.split(64), q.split(64), strict=True):
+                        b = q_part.float()
                         if predicts:
-                            a = a.log_softmax(-1)
                             divergence[i] += (a.exp() * (a - b.log_softmax(-1))).sum()
                         else:
-                            wrong[i] += (b - a).square().sum()
+                            wrong[i] += (b - a.float()).square().sum()
     rows = sum(len(samples) for samples in batches)
     sums = [found.item() for found in (divergence if predicts else wrong)]
     *sums, size_of_all, rows_of_all = world.sums([*sums, size.item(), rows])

@@ -13,6 +13,7 @@ from torch import nn
 
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.models.complete import check_complete
+from lillama_core.models.gguf_header import forget_header
 from lillama_core.models.source import QUANT_METHOD, ModelSource
 from lillama_core.models.transformers_adapter import detach_quantizer, from_config
 from lillama_core.models.unclaimed import no_plugin
@@ -125,6 +126,7 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     check_complete(source, architecture, model, notes["missing_keys"], notes["unexpected_keys"])
     if source.gguf_file is not None:
         detach_quantizer(model)
+        forget_header()
     model.eval().requires_grad_(False)
     architecture.adapt(model)
     return model

@@ -12,6 +12,7 @@ from lillama_core.errors import UserError
 from lillama_core.estimates.estimate import show_estimate
 from lillama_core.estimates.machine import named_machine
 from lillama_core.estimates.measure import this_machine
+from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.residency import Estimates, Residency, choose_residency, lacks
@@ -40,7 +41,8 @@ def dry_run(
     An allocator that needs spectra cannot be run without weights: ``uniform`` ranks at the same budget stand in,
     and the totals are the same.
     """
-    prepared = prepare(model, recipe, architecture, trust_remote_code)
+    with parsed_once(model):
+        prepared = prepare(model, recipe, architecture, trust_remote_code)
     measured = make("allocators", recipe.allocation).needs_spectra
     plan = make_plan(prepared, "uniform" if measured else recipe.allocation, None)
     dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)

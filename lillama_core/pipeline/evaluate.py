@@ -15,6 +15,7 @@ from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, one_line
 from lillama_core.evaluation.base import EvaluationOptions, Subject
 from lillama_core.evaluation.comparison import Evaluated, by_model
+from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import load_config, load_model
 from lillama_core.models.source import locate
 from lillama_core.system.devices import choose_device
@@ -82,6 +83,11 @@ def _recalled(folder: Path, architecture: Architecture, device: torch.device) ->
 
 def compare(request: EvaluationRequest) -> list[Evaluated]:
     """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
+    with parsed_once(*request.models):
+        return _compare(request)
+
+
+def _compare(request: EvaluationRequest) -> list[Evaluated]:
     _check(request)
     device = choose_device(request.device)
     options = request.options

@@ -11,6 +11,7 @@ from lillama_core import strategies
 from lillama_core.data.modality import modality_of
 from lillama_core.data.objects import given_data
 from lillama_core.errors import LillamaError, UserError, in_one_line
+from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.source import model_fingerprint
 from lillama_core.output.record import RunRecord
 from lillama_core.output.run_directory import RunDirectory, differences
@@ -98,7 +99,7 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
 
     Of several processes that ``torchrun`` has started the main one writes the result, and its record is the whole one.
     """
-    with joined() as world:
+    with joined() as world, parsed_once(request.model):
         return _compress(request, verbosity, world)
 
 

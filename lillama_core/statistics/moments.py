@@ -8,7 +8,7 @@ import torch
 from scipy.linalg.blas import ssyrk
 
 from lillama_core.runtime.masks import StackMasks
-from lillama_core.system.devices import exact_device, fast_gram_products
+from lillama_core.system.devices import exact_device, fast_gram_products, has_fast_bfloat16_cpu
 
 TILE = 384
 """Columns of a tile of the upper triangle: the fastest that was tried before, on two threads."""
@@ -35,7 +35,7 @@ class SecondMoment:
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add rows [tokens, d], each as often as ``weights`` [tokens] says; once without."""
-        half = fast_sums_of_bfloat16(rows.device)
+        half = rows.dtype == torch.bfloat16 or computes_in_bfloat16(rows.device)
         rows = rows.detach().float()
         size = rows.shape[-1]
         if self.total is None or self.sum is None:
@@ -60,8 +60,9 @@ class SecondMoment:
             if weights is not None:
                 rows = rows * weights.sqrt().unsqueeze(1)
             if rows.device.type == "cpu":
-                add_upper_gram(self.total, rows)
-            elif half:
+                add_upper_gram(self.total, rows, half)
+            elif half and rows.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype"):
+                # Products of bfloat16 that are summed up in fp32: CUDA alone has them, since PyTorch 2.8.
                 rows = rows.bfloat16()
                 self.total = torch.addmm(self.total, rows.T, rows, out_dtype=torch.float32)
             else:
@@ -95,34 +96,34 @@ class SecondMoment:
         return (upper + upper.triu(1).T) / self.count
 
 
-def add_upper_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add the upper triangle of rows^T rows to ``total`` [d, d], in place; both in fp32 on the CPU, rows [n, d]."""
+def add_upper_gram(total: torch.Tensor, rows: torch.Tensor, half: bool = False) -> None:
+    """Add the upper triangle of rows^T rows to ``total`` [d, d], in place; both in fp32 on the CPU, rows [n, d].
+
+    ``half``: the rows are bfloat16 numbers, or may be rounded to such.
+    """
     if not len(rows):
         return
-    if torch.get_num_threads() > 1:
+    half = half and has_fast_bfloat16_cpu()
+    if half or torch.get_num_threads() > 1:
         # Threads of scipy's BLAS and torch's own wait for each other: between products of torch on two threads ssyrk
         # took 2.8 times (1536 features) and 3.4 times (576) as long as these tiles.
         size = len(total)
-        for start in range(0, size, TILE):
-            stop = min(start + TILE, size)
-            total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        with fast_gram_products(rows.device, half):
+            for start in range(0, size, TILE):
+                stop = min(start + TILE, size)
+                total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         return
     # BLAS counts by columns: what it sees is rows^T and total^T, whose lower triangle is the upper one of total.
     ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
 
 
-def fast_sums_of_bfloat16(device: torch.device) -> bool:
-    """Whether to take rows as bfloat16 and sum their products in fp32, where the pass computes in bfloat16 anyway.
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the pass computes in bfloat16, so that maps read rows rounded to it, and their moments may as well.
 
-    Rounding the rows changes truncation errors by less than 1e-5 of themselves on SmolLM2's activations, and is up to
-    16 times as fast as fp32 products. Only CUDA has such products, since PyTorch 2.8.
+    Rounding the rows changes truncation errors by less than 1e-5 of themselves on SmolLM2's activations.
     """
-    return (
-        device.type == "cuda"
-        and torch.is_autocast_enabled("cuda")
-        and torch.get_autocast_dtype("cuda") == torch.bfloat16
-        and hasattr(torch.ops.aten.addmm, "dtype")
-    )
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def flat_rows(

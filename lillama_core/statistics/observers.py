@@ -187,15 +187,15 @@ class GradientObserver:
     def _observe(
         self, name: str, gradient: torch.Tensor, weight: torch.Tensor, masks: StackMasks, reads_upstream: bool
     ) -> None:
-        rows, weights = flat_rows(gradient.detach().float(), masks, reads_upstream)
-        squares = rows.square().sum(1)
+        rows, weights = flat_rows(gradient.detach(), masks, reads_upstream)
+        squares = rows.float().square().sum(1)
         squares = squares.sum() if weights is None else (squares * weights).sum()
         if exact_device(squares) == squares.device:
             squares = squares.double()
         self.squares[name] = self.squares[name] + squares
         # See MapStatistics: on a map with more outputs than inputs W^T F W is smaller, and enough.
         if weight.shape[0] > weight.shape[1]:
-            rows = rows @ weight.float()
+            rows = rows.float() @ weight.float()
         self.moments[name].add(rows, weights)
 
     def reduced(self, world: World, owner: int, device: torch.device) -> GradientObserver:

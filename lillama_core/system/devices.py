@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,20 +64,36 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-@contextmanager
-def fast_gram_products(device: torch.device) -> Iterator[None]:
-    """Let CUDA make fp32 products in TF32 inside; elsewhere, and outside, nothing changes.
+@functools.cache
+def has_fast_bfloat16_cpu() -> bool:
+    """`has_fast_bfloat16` of the CPU, looked up once."""
+    return has_fast_bfloat16(torch.device("cpu"))
 
-    For sums of x x^T over many rows, of which the inputs alone are rounded: to 11 bits, where bfloat16 keeps 8 and
-    that changes truncation errors by less than 1e-5 of themselves; on an A100 it is 8 times as fast. Not for products
-    of moments, from which small energies are left by cancellation.
+
+@contextmanager
+def fast_gram_products(device: torch.device, bfloat16: bool = False) -> Iterator[None]:
+    """Let fp32 products round their inputs inside: CUDA to 11 bits (TF32), a CPU to 8 if ``bfloat16`` and it can.
+
+    For sums of x x^T over many rows, which stay in fp32. TF32 changes truncation errors by less than 1e-5 of
+    themselves, and is 8 times as fast on an A100. Rows that hold bfloat16 values lose nothing at all by 8 bits: on a
+    CPU with AMX such products are 2.7 to 3.7 times as fast, and their error no larger. Not for products of moments,
+    from which small energies are left by cancellation. Elsewhere, and outside, nothing changes.
     """
-    if device.type != "cuda":
+    if device.type == "cuda":
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        return
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if device.type != "cpu" or not bfloat16 or not hasattr(matmul, "fp32_precision") or not has_fast_bfloat16_cpu():
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
