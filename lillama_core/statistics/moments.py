@@ -41,17 +41,19 @@ class SecondMoment:
         if self.total is None or self.sum is None:
             self.total = torch.zeros(size, size, device=rows.device)
             self.sum = torch.zeros(size, device=rows.device)
+        if weights is not None and rows.device.type == "cpu":
+            # Rows that count for nothing may hold anything, and 0 times infinity is no number. A CPU leaves them out;
+            # on other devices their number is not known without waiting.
+            kept = weights > 0
+            if not kept.all():
+                rows, weights = rows[kept], weights[kept]
+            weights = None if (weights == 1).all() else weights.float()
+        elif weights is not None:
+            weights = weights.float()
+            rows = torch.where(weights.unsqueeze(1) > 0, rows, 0.0)
         if weights is None:
             self._count = self._count + rows.shape[0]
         else:
-            # Rows that count for nothing may hold anything, and 0 times infinity is no number. A CPU leaves them out;
-            # on other devices their number is not known without waiting.
-            if rows.device.type == "cpu":
-                kept = weights > 0
-                rows, weights = rows[kept], weights[kept].float()
-            else:
-                weights = weights.float()
-                rows = torch.where(weights.unsqueeze(1) > 0, rows, 0.0)
             exact = torch.float64 if exact_device(weights) == weights.device else torch.float32
             self._count = self._count + weights.sum(dtype=exact)
         # Autocast would round the products to half precision, which leaves the small eigenvalues to chance.
