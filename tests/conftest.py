@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import warm
 from tokenizers import processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -70,6 +71,13 @@ class Ended:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Sampled text of one session must not serve the next."""
     os.environ["LILLAMA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forking() -> Iterator[None]:
+    """A fresh process for each result that is loaded again would be most of the time of all tests."""
+    with warm.forking():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +160,7 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compressed(_tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a quick run makes of the tiny model, from a process of its own; ``stdout`` and ``stderr`` lie beside it."""
     output = tmp_path_factory.mktemp("compressed") / "small"
-    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK)
+    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK, fresh=True)
     assert done.status == 0, done
     (output.parent / "stdout").write_text(done.stdout)
     (output.parent / "stderr").write_text(done.stderr)
@@ -185,12 +193,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", **changes}
 
 
-def run_process(*arguments: str | Path, **options: Any) -> Ended:
-    """The command line in a process of its own."""
+def run_process(*arguments: str | Path, fresh: bool = False, **options: Any) -> Ended:
+    """The command line in a process of its own; ``fresh``: one that loads its libraries itself, as a user's does."""
     env = options.pop("env", environment())
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=env, timeout=300, check=False, **options
-    )
+    run: Callable[..., Any] = subprocess.run if fresh else warm.run
+    done = run(command(*arguments), capture_output=True, text=True, env=env, timeout=300, check=False, **options)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

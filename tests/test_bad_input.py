@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -582,7 +581,7 @@ def test_libraries_keep_quiet(tiny_model: Path, calibration_text: Path, tmp_path
     arguments = ("compress", tiny_model, "-o", tmp_path / "w" / "o", "--calibration", calibration_text, *QUICK)
     assert "--use-all-tokens" in run_process(*arguments, "--tokens", "1000000").error
     assert tree(tmp_path / "w") == {}
-    done = run_process(*arguments, "--quiet", "--self-share", "0.5")
+    done = run_process(*arguments, "--quiet", "--self-share", "0.5", fresh=True)
     assert (done.status, done.stderr) == (0, "")
     assert "parameters" in done.stdout
 
@@ -621,7 +620,7 @@ def test_full_disk(run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_p
     arguments = ("compress", tiny_model, "-o", tmp_path / "o", "--calibration", calibration_text, *QUICK)
 
     def limited(size: int) -> Ended:
-        return run_process(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+        return run_process(*arguments, file_bytes=size)
 
     said = failed(limited(20_000))
     assert "--resume" in said

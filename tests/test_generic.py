@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+import warm
 from conftest import QUICK, Ended, environment, run_process
 from safetensors.torch import load_file
 from torch import nn
@@ -179,7 +179,7 @@ def test_compress_load_save_evaluate(
         "print(sum(p.numel() for p in model.parameters()))\n"
     )
     name = CLASSES[config.model_type][0]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", code, name, str(out), str(tmp_path / "again")],
         capture_output=True, text=True, env=environment(), timeout=120, check=False,
     )  # fmt: skip

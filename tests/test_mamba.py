@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import core_names
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -152,7 +153,7 @@ def test_saved_again_and_in_a_fresh_process(model: Any, tmp_path: Path) -> None:
         "print(m(t).logits.double().abs().sum().item())\n"
         "print(m.generate(t, max_new_tokens=4, min_new_tokens=4, do_sample=False).tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     total, generated = done.stdout.strip().splitlines()
     assert float(total) == pytest.approx(logits(model).double().abs().sum().item(), rel=1e-4)

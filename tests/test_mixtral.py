@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import QUICK, WEIGHTS_ONLY, Ended, environment
 from safetensors import safe_open
 from torch import nn
@@ -175,7 +176,7 @@ def compressed(
     out = spoilt.parent / "out"
     command = [sys.executable, "-m", "lillama_core", "compress", str(spoilt), "-o", str(out), *QUICK]
     command += ["--calibration", str(calibration_text), "--reduction", "0.2", "--format", "factored"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
+    done = warm.run(command, capture_output=True, text=True, env=environment(), timeout=300, check=False)
     assert done.returncode == 0, done
     return out, (done.stdout + done.stderr).splitlines()
 

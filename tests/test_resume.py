@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import QUICK, Ended, command, environment, run_process, tree
 
 from lillama_core.cli.main import main
@@ -55,16 +56,14 @@ def setting(
         Path(shutil.copy(calibration_text, folder / "text.txt")),
         folder / "finished",
     )
-    done = run_process(*found.arguments(found.finished))
+    done = run_process(*found.arguments(found.finished), fresh=True)
     assert done.status == 0, done
     return found
 
 
-def start_until(arguments: list[str], appears: Path) -> subprocess.Popen[str]:
+def start_until(arguments: list[str], appears: Path) -> warm.Process:
     """Start a run and stop it, still alive, when ``appears`` does."""
-    process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = warm.start(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     deadline = time.monotonic() + 120
     while not appears.exists():
         assert process.poll() is None, process.communicate()
@@ -74,7 +73,7 @@ def start_until(arguments: list[str], appears: Path) -> subprocess.Popen[str]:
     return process
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals) -> Ended:
+def end(process: warm.Process, number: signal.Signals) -> Ended:
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     stdout, stderr = process.communicate(timeout=60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -302,7 +301,7 @@ def test_a_cell_that_fails_on_the_way_leaves_no_half_model(tmp_path: Path, make_
     model, out, size = tmp_path / "model", tmp_path / "out", 200_000
     make_model(model, max_position_embeddings=512, hidden_size=128, intermediate_size=256)
     words = ("benchmark", "--suite", "smoke", "--models", model, "--output", out)
-    done = run_process(*words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    done = run_process(*words, file_bytes=size)
     assert done.status == 1, done
     assert "1 of 2 cells succeeded" in done.stdout
     error = read(out)["model", "fast", 0.2].error or ""

@@ -1,0 +1,351 @@
+"""Processes that start at once: each is forked from one process that has loaded the libraries and done nothing else.
+
+A fresh process loads torch and transformers for three to five seconds, more than most tests need for all else, and
+every compression starts one to load its result again. Those of `ENTRIES` are forked instead: they have their own
+memory, environment, arguments and end, and know nothing of the process that asked for them. What a process loads, and
+from where, is tested by those that are started as a user starts them: ``run_process(..., fresh=True)``.
+
+    python -m warm SOCKET
+
+serves until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+ENTRIES = {
+    "lillama_core": "lillama_core.cli.main",
+    "lillama_core.output.verify": "lillama_core.output.verify",
+}
+"""What ``-m`` names -> the module whose ``main`` it calls."""
+ADDRESS = "LILLAMA_TEST_WARM"
+"""The variable that tells a forked process where to ask for others."""
+STARTERS = ("lillama_core.output.directory", "lillama_benchmarks.cells")
+"""Modules of lillama that start processes of `ENTRIES`."""
+POLL_SECONDS = 0.01
+PYTHON = sys.executable
+"""Taken now: a test may name another program for lillama to start."""
+
+
+READ_EARLY = ("HF_", "TRANSFORMERS_")
+"""Variables that libraries read when they are loaded begin with these: a process that has others is a fresh one."""
+
+
+def read_early(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(READ_EARLY)}
+
+
+LOADED_WITH = read_early({**os.environ, "HF_HUB_OFFLINE": "1"})
+"""Those that the server's libraries have read."""
+
+
+def served(command: Any, environment: Mapping[str, str] | None = None) -> tuple[str, list[str]] | None:
+    """The module and the arguments of a command that can be forked; None: start it as it is."""
+    if not isinstance(command, list) or not command or command[0] != PYTHON:
+        return None
+    if read_early(os.environ if environment is None else environment) != LOADED_WITH:
+        return None
+    words = [str(word) for word in command[1:] if word != "-P"]
+    if words[:1] == ["-c"]:
+        return words[0], words[1:]
+    return (words[1], words[2:]) if len(words) > 1 and words[0] == "-m" and words[1] in ENTRIES else None
+
+
+class Process:
+    """A forked process, as far as lillama and its tests use `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        args: list[str],
+        stdin: int | None = None,
+        stdout: IO[Any] | int | None = None,
+        stderr: IO[Any] | int | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | Path | None = None,
+        text: bool = True,
+        file_bytes: int | None = None,
+    ) -> None:
+        """``file_bytes``: how large a file it may write; by itself it may as much as this process."""
+        found = served(args, env)
+        assert found is not None, args
+        assert stdin in (None, subprocess.DEVNULL)
+        assert text
+        self.args = args
+        self.returncode: int | None = None
+        # Files, and no pipes: they are never full.
+        self._said = [
+            tempfile.TemporaryFile() if out == subprocess.PIPE else None  # noqa: SIM115  read after the end
+            for out in (stdout, stderr)
+        ]
+        order = {
+            "module": found[0],
+            "arguments": found[1],
+            "environment": dict(os.environ if env is None else env),
+            "folder": str(Path.cwd() if cwd is None else cwd),
+            "file_bytes": resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes,
+        }
+        self._line = socket.socket(socket.AF_UNIX)
+        self._line.connect(_address())
+        with open(os.devnull) as nothing:
+            files = [own or out for own, out in zip(self._said, (stdout, stderr), strict=True)]
+            fds = [nothing.fileno(), *(n if out is None else out.fileno() for n, out in enumerate(files, 1))]  # type: ignore[union-attr]
+            text_ = json.dumps(order).encode()
+            socket.send_fds(self._line, [len(text_).to_bytes(4, "big")], fds)
+            self._line.sendall(text_)
+        self.pid = self._answer()
+        self._line.setblocking(False)
+
+    def _answer(self) -> int:
+        """The number in the server's next line, and nothing of what comes after it."""
+        text = b""
+        while not text.endswith(b"\n"):
+            if not (more := self._line.recv(1)):
+                raise RuntimeError(f"nobody knows how {self.args} ended")
+            text += more
+        return int(text)
+
+    def poll(self) -> int | None:
+        """The exit status, once there is one."""
+        if self.returncode is None:
+            with contextlib.suppress(BlockingIOError):
+                # A line is written at once.
+                self.returncode = self._answer()
+                self._line.close()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(POLL_SECONDS)
+        return status
+
+    def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
+        """Wait; what it wrote, where that was piped."""
+        self.wait(timeout)
+        found = []
+        for file in self._said:
+            if file is not None:
+                file.seek(0)
+            found.append(None if file is None else file.read().decode())
+        return found[0], found[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` for what can be forked, and itself for what cannot."""
+    if served(command, options.get("env")) is None:
+        return subprocess.run(command, **options)
+    if options.pop("capture_output", False):
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    timeout, check = options.pop("timeout", None), options.pop("check", False)
+    process = Process(command, **options)
+    try:
+        stdout, stderr = process.communicate(timeout)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    done = subprocess.CompletedProcess(command, process.wait(), stdout, stderr)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def start(command: list[str], **options: Any) -> Any:
+    """`subprocess.Popen`, likewise."""
+    return (
+        subprocess.Popen(command, **options)
+        if served(command, options.get("env")) is None
+        else Process(command, **options)
+    )
+
+
+class Forking(ModuleType):
+    """Stands for the module ``subprocess`` where lillama starts processes."""
+
+    def __init__(self) -> None:
+        super().__init__("subprocess")
+        self.run, self.Popen = run, start
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(subprocess, name)
+
+
+@contextlib.contextmanager
+def forking(wanted: bool = True) -> Iterator[None]:
+    """Have lillama fork what it starts in this process; not ``wanted``: have it start fresh processes meanwhile."""
+    modules: list[Any] = [importlib.import_module(name) for name in STARTERS]
+    before = [module.subprocess for module in modules]
+    for module in modules:
+        module.subprocess = Forking() if wanted else subprocess
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.subprocess = was
+
+
+@functools.cache
+def _address() -> str:
+    """Where the server listens; it is started when nobody has yet."""
+    if ADDRESS in os.environ:
+        return os.environ[ADDRESS]
+    folder = tempfile.mkdtemp(prefix="lillama-warm-", dir="/tmp")
+    address = f"{folder}/socket"
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    # Whatever the first test that needs it has changed.
+    env = {name: value for name, value in os.environ.items() if name not in read_early(os.environ)} | LOADED_WITH
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "PYTHONPATH": path}
+    command = [PYTHON, "-P", "-m", "warm", address]
+    pipe = subprocess.PIPE
+    # A session of its own: whoever interrupts the tests waits for what they started.
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
+
+    @atexit.register
+    def end() -> None:
+        assert server.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            server.stdin.close()
+        server.wait(timeout=60)
+        Path(address).unlink(missing_ok=True)
+        Path(folder).rmdir()
+
+    assert server.stdout is not None
+    if not server.stdout.readline():
+        raise RuntimeError(f"the server of warm processes ended with status {server.wait()}")
+    return address
+
+
+# The server
+
+
+def serve(address: str) -> tuple[str, list[str]]:
+    """Fork a process for each order that comes. Returns only in these, with the module and the arguments to run."""
+    import select
+
+    known = list(sys.path)
+    import_all()
+    # Nothing of it is collected, looked at, or copied for that in a child.
+    gc.collect()
+    gc.freeze()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen(16)
+        os.write(1, b"ready\n")
+        while True:
+            ready, _, _ = select.select([listening, 0], [], [])
+            # Those that have waited for an order's process; so that what all took counts as time of the tests.
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                    pass
+            if 0 in ready:
+                os._exit(0)
+            line, _ = listening.accept()
+            if os.fork() == 0:
+                listening.close()
+                return keep(line, address, known)
+            line.close()
+
+
+def keep(line: socket.socket, address: str, known: list[str]) -> tuple[str, list[str]]:
+    """Fork the process of one order, wait for it, and say how it ended; returns in that process."""
+    length, fds, _, _ = socket.recv_fds(line, 4, 3)
+    wanted, text = int.from_bytes(length, "big"), b""
+    while len(text) < wanted:
+        text += line.recv(wanted - len(text))
+    order = json.loads(text)
+    child = os.fork()
+    if child == 0:
+        line.close()
+        become(order, fds, address, known)
+        return order["module"], order["arguments"]
+    with contextlib.suppress(OSError):
+        line.sendall(f"{child}\n".encode())
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        line.sendall(f"{status}\n".encode())
+    os._exit(0)
+
+
+def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: list[str]) -> None:
+    """Make this process look like a fresh one that was started for ``order``."""
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)
+    os.chdir(order["folder"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
+    os.environ.clear()
+    os.environ.update(order["environment"] | {ADDRESS: address})
+    sys.argv = [order["module"], *order["arguments"][order["module"] == "-c" :]]
+    here = str(Path(__file__).parent)
+    added = [path for path in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [*added, *(path for path in known if path not in ("", here, *added))]
+    importlib.invalidate_caches()
+    import torch
+
+    torch.set_num_threads(int(order["environment"].get("OMP_NUM_THREADS", torch.get_num_threads())))
+    forking().__enter__()
+
+
+def import_all() -> None:
+    """Import what commands and compressions need, so that no child has to."""
+    names = (
+        *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.ticker"),
+        *("lillama_core.api", "lillama_core.pipeline", "lillama_core.cli.compress", "lillama_core.cli.evaluate"),
+        *("lillama_benchmarks.command", "lillama_benchmarks.engines.in_turns", "lillama_testing"),
+        *("lillama_core.evaluation.metrics.perplexity", "lillama_core.output.report", *ENTRIES.values(), *STARTERS),
+    )
+    for name in names:
+        importlib.import_module(name)
+    if importlib.util.find_spec("lm_eval") is not None:
+        for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"):
+            importlib.import_module(name)
+    import transformers
+
+    classes = ("AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast", "GenerationMixin")
+    for name in classes:
+        getattr(transformers, name)
+
+
+def main() -> int:
+    module, arguments = serve(sys.argv[1]) if len(sys.argv) == 2 else ("", [])
+    if module == "-c":
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(arguments[0], vars(sys.modules["__main__"]))
+        return 0
+    entry = importlib.import_module(ENTRIES[module]).main
+    status: int | None = entry() if module == "lillama_core" else entry(*arguments)
+    return status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
