@@ -10,21 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from conftest import QUICK, Ended, environment
+import warm
+from conftest import QUICK, Ended, command, environment
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from lillama_core.cli.main import main
 from lillama_core.data.modality import Samples
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import UserError
-from lillama_core.output import directory
 from lillama_core.system.processes import ALONE, World, world_of_environment
 from lillama_registry import registry
 from lillama_testing import make_tiny_model
@@ -33,16 +34,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun and si
 
 OPTIONS = (*QUICK, "--correction-tokens", "512", "--sensitivity-tokens", "512", "-q")
 MEASURED = ("--rescaling-tokens", "512")
-JOB = """
-import json, os, sys
-from lillama_core.cli.main import main
-from lillama_core.output import directory
-directory.check_reload = lambda *_: None
-for arguments in json.loads(sys.argv[1]):
-    if status := main([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments]):
-        sys.exit(status)
-"""
-"""A job of several runs, one after the other: processes start once. Results are not loaded again: that is slow."""
 
 
 def torchrun(processes: int, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -66,10 +57,31 @@ def lines(found: Ended) -> list[str]:
     return [line for line in found.stderr.splitlines() if line.startswith("lillama: error: ")]
 
 
-def job(processes: int, folder: Path, *runs: list[str]) -> Ended:
-    script = folder / "job.py"
-    script.write_text(JOB)
-    return ended(torchrun(processes, script, json.dumps(runs)))
+def job(arguments: Sequence[list[str]]) -> Ended:
+    """A process for each of ``arguments``, told what torchrun tells its own, but forked: they load nothing."""
+    # As torchrun's own it outlives the processes.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    size = str(len(arguments))
+    told = {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size},
+        **{"TORCHELASTIC_RUN_ID": "forked", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"},
+    }
+    processes = [
+        warm.start(
+            command(*words),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(PYTHONWARNINGS="ignore", RANK=str(rank), LOCAL_RANK=str(rank), **told),
+        )
+        for rank, words in enumerate(arguments)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    stdout, stderr = ("".join(texts) for texts in zip(*said, strict=True))
+    return Ended(max(abs(process.wait()) for process in processes), stdout, stderr)
 
 
 def arguments_of(model: Path, output: Path, *more: str | Path) -> list[str]:
@@ -79,13 +91,6 @@ def arguments_of(model: Path, output: Path, *more: str | Path) -> list[str]:
 def record_of(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "lillama.json").read_text())
     return found
-
-
-def run_alone(monkeypatch: pytest.MonkeyPatch, *runs: list[str]) -> None:
-    """Such runs in this process."""
-    monkeypatch.setattr(directory, "check_reload", lambda *_: None)
-    for arguments in runs:
-        assert main(arguments) == 0
 
 
 def assert_close(several: Path, one: Path, processes: int, weights_too: bool = True) -> None:
@@ -134,15 +139,15 @@ def two(llama: tuple[Path, list[str | Path]], tmp_path_factory: pytest.TempPathF
 
 
 def test_two_processes_come_to_what_one_comes_to(
-    llama: tuple[Path, list[str | Path]], two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: tuple[Path, list[str | Path]], two: Path, tmp_path: Path
 ) -> None:
     model, options = llama
-    run_alone(monkeypatch, arguments_of(model, tmp_path / "one", *options))
+    assert main(arguments_of(model, tmp_path / "one", *options)) == 0
     assert_close(two, tmp_path / "one", 2)
 
 
 def test_three_processes_share_experts_speech_and_batches_of_two(
-    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
 ) -> None:
     """Of a batch of two rows one of three processes has none, and some experts see rows in some of them only."""
     mixtral = make_model(tmp_path / "mixtral", "mixtral", change=grow, intermediate_size=48, num_local_experts=4)
@@ -160,9 +165,10 @@ def test_three_processes_share_experts_speech_and_batches_of_two(
         ]
 
     one, three = tmp_path / "one", tmp_path / "three"
-    done = job(3, tmp_path, *runs(three))
-    assert done.status == 0, lines(done) or done
-    run_alone(monkeypatch, *runs(one))
+    for alone, shared in zip(runs(one), runs(three), strict=True):
+        assert main(alone) == 0
+        done = job([shared] * 3)
+        assert done.status == 0, lines(done) or done
     assert_close(three / "mixtral", one / "mixtral", 3)
     # In a map of which half the energies are those of rounding, any row may become the pivot.
     assert_close(three / "whisper", one / "whisper", 3, weights_too=False)
@@ -199,7 +205,7 @@ def test_a_process_that_dies_ends_the_job_and_it_resumes_to_the_same_bytes(
     found = main_in(arguments, "--resume")
     assert found.status == 2
     assert "it differs in processes (2 -> 1)" in found.stderr
-    done = ended(torchrun(2, "-m", "lillama_core", *arguments, "--resume"))
+    done = job([[*arguments, "--resume"]] * 2)
     assert done.status == 0, lines(done) or done
     assert record_of(tmp_path / "small")["plan"] == record_of(two)["plan"]
     names = [p.name for p in two.glob("*.safetensors")]
@@ -225,10 +231,10 @@ def test_processes_that_see_different_models_are_refused(
     shutil.copytree(model, tmp_path / "model-0")
     make_model(tmp_path / "model-1", num_hidden_layers=3)
     before = sorted(p.name for p in tmp_path.iterdir())
-    done = job(2, tmp_path, arguments_of(tmp_path / "model-{rank}", tmp_path / "small", *options))
+    done = job([arguments_of(tmp_path / f"model-{rank}", tmp_path / "small", *options) for rank in range(2)])
     assert done.status != 0
     assert lines(done) == ["lillama: error: process 1 differs from process 0 in the model; start all of them alike"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, "job.py"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
