@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _forking() -> Iterator[None]:
+def _forking() -> None:
     """A fresh process for each result that is loaded again would be most of the time of all tests."""
-    with warm.forking():
-        yield
+    warm.fork_from_now_on()
 
 
 @pytest.fixture(scope="session")

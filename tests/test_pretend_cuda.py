@@ -240,7 +240,8 @@ found += [LEDGER.live, LEDGER.peak, LEDGER.peak_by_phase]
     assert peak == 400 + 3 * 400 - 400 + 8
 
 
-DEPTHS = (4, 8, 16)
+DEPTHS = (4, 12)
+"""Fewer and more than there are variants of the loss calibration, which are ten at most."""
 Deep = Callable[[str, int], DeviceReport]
 
 

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -201,18 +201,11 @@ class Forking(ModuleType):
         return getattr(subprocess, name)
 
 
-@contextlib.contextmanager
-def forking(wanted: bool = True) -> Iterator[None]:
-    """Have lillama fork what it starts in this process; not ``wanted``: have it start fresh processes meanwhile."""
-    modules: list[Any] = [importlib.import_module(name) for name in STARTERS]
-    before = [module.subprocess for module in modules]
-    for module in modules:
-        module.subprocess = Forking() if wanted else subprocess
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.subprocess = was
+def fork_from_now_on() -> None:
+    """Have lillama fork what it starts in this process."""
+    for name in STARTERS:
+        module: Any = importlib.import_module(name)
+        module.subprocess = Forking()
 
 
 @functools.cache
@@ -313,7 +306,7 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
     import torch
 
     torch.set_num_threads(int(order["environment"].get("OMP_NUM_THREADS", torch.get_num_threads())))
-    forking().__enter__()
+    fork_from_now_on()
 
 
 def import_all() -> None:
