@@ -26,11 +26,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ENTRIES = {
     "lillama_core": "lillama_core.cli.main",
@@ -329,16 +330,26 @@ def import_all() -> None:
         getattr(transformers, name)
 
 
-def main() -> int:
-    module, arguments = serve(sys.argv[1]) if len(sys.argv) == 2 else ("", [])
+def main() -> None:
+    module, arguments = serve(sys.argv[1])
     if module == "-c":
         sys.modules["__main__"] = ModuleType("__main__")
         exec(arguments[0], vars(sys.modules["__main__"]))
-        return 0
+        end(0)
     entry = importlib.import_module(ENTRIES[module]).main
-    status: int | None = entry() if module == "lillama_core" else entry(*arguments)
-    return status or 0
+    end(entry() if module == "lillama_core" else entry(*arguments))
+
+
+def end(status: int) -> NoReturn:
+    """End this process as the interpreter does, but for taking apart all that was loaded, which takes half a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # Of a pipe that nobody reads any more the command has said what there is to say.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
