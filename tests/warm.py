@@ -47,12 +47,12 @@ PYTHON = sys.executable
 """Taken now: a test may name another program for lillama to start."""
 
 
-READ_EARLY = ("HF_", "TRANSFORMERS_")
-"""Variables that libraries read when they are loaded begin with these: a process that has others is a fresh one."""
+READ_EARLY = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_MODULES_CACHE")
+"""Variables that libraries read when they are loaded: a process that has other values is a fresh one."""
 
 
 def read_early(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_EARLY)}
+    return {name: environment[name] for name in READ_EARLY if name in environment}
 
 
 LOADED_WITH = read_early({**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -61,7 +61,7 @@ LOADED_WITH = read_early({**os.environ, "HF_HUB_OFFLINE": "1"})
 
 def served(command: Any, environment: Mapping[str, str] | None = None) -> tuple[str, list[str]] | None:
     """The module and the arguments of a command that can be forked; None: start it as it is."""
-    if not isinstance(command, list) or not command or command[0] != PYTHON:
+    if sys.platform != "linux" or not isinstance(command, list) or command[:1] != [PYTHON]:
         return None
     if read_early(os.environ if environment is None else environment) != LOADED_WITH:
         return None
@@ -165,6 +165,8 @@ class Process:
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """`subprocess.run` for what can be forked, and itself for what cannot."""
     if served(command, options.get("env")) is None:
+        if (size := options.pop("file_bytes", None)) is not None:
+            options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return subprocess.run(command, **options)
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
