@@ -1,4 +1,4 @@
-"""What enters the blocks of a second stack: the same, whether the first is run again or hands on what it gave."""
+"""What enters blocks: the same each time, and of a second stack also where the first hands on what it gave."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, T5Config, T5ForConditionalGeneration
 
-from lillama_core import load_recipe
+from lillama_core import UserError, load_recipe
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.data.modality import Samples
@@ -218,3 +218,83 @@ def test_streams_of_a_stack_end_with_it(
     compress_t5(tiny_t5(), tmp_path, tiny_tokenizer, calibration_text, steps=1)
     assert len(left) >= 8
     assert alive == [0, 0]
+
+
+def test_blocks_run_again_find_nothing_of_their_first_run() -> None:
+    """The forward pass of this model takes no ``use_cache``, and its config asks for one."""
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, pad_token_id=1, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    model: Any = GraniteMoeForCausalLM(config).eval().requires_grad_(False)
+    architecture = Architecture(name="t", stacks={"decoder": "model.layers"})
+    (block,) = find_blocks(architecture, model)["decoder"]
+    harness, recorder = StackHarness(model, architecture, [block]), Recorder(architecture, CPU, None)
+    calls, (hidden,) = recorder.record(harness, [{"input_ids": torch.arange(32).view(2, 16)}])
+    module, runner = ResidentSource(model, CPU).block(block), recorder.runner(calls)
+    first = runner(module, block, 0, hidden)
+    assert torch.equal(runner(module, block, 0, hidden), first)
+    for name in ("v_proj", "k_proj"):
+        module.get_submodule(f"self_attn.{name}").weight.mul_(-3)
+        second = runner(module, block, 0, hidden)
+        assert not torch.allclose(second, first, rtol=1e-3, atol=0)
+        first = second
+    assert model.config.use_cache
+
+
+class Remembering(nn.Module):
+    """A block that finds what its first run gave in one of its arguments, or adds some of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.used, self.remembered = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.how = how
+
+    def forward(self, hidden: torch.Tensor, memory: list[torch.Tensor]) -> torch.Tensor:
+        found = self.remembered(hidden)
+        if self.how == "adds":
+            found = sum(memory, found)
+        elif self.how == "finds" and memory:
+            found = memory[0]
+        if self.how != "forgets":
+            memory.append(found.detach())
+        return hidden + self.used(hidden) + found * (0 if self.how == "drops" else 1)
+
+
+class WithMemory(nn.Module):
+    def __init__(self, *how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace()
+        self.blocks = nn.ModuleList(map(Remembering, how))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        memories: list[list[torch.Tensor]] = [[] for _ in self.blocks]
+        for block, memory in zip(self.blocks, memories, strict=True):
+            x = block(x, memory)
+        return SimpleNamespace(logits=x)
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        (("finds", "finds"), r"blocks\.0\.remembered has no effect on what its block gives.* --exclude 'remembered'"),
+        (("forgets", "adds"), r"block blocks\.1 gives something else when it is run again with the same arguments"),
+        (("forgets", "drops"), None),
+    ],
+)
+def test_maps_must_have_an_effect(how: tuple[str, ...], complaint: str | None) -> None:
+    """In some block at least: others may have been set to zero by whoever made the model."""
+    model = WithMemory(*how).eval().requires_grad_(False)
+    architecture = Architecture(name="t", stacks={"blocks": "blocks"})
+    harness = StackHarness(model, architecture, find_blocks(architecture, model)["blocks"])
+    recorder, source = Recorder(architecture, CPU, None), ResidentSource(model, CPU)
+    inputs = {"x": torch.randn(2, 4, 8)}
+    if complaint is not None:
+        with pytest.raises(UserError, match=complaint):
+            recorder.check(harness, inputs, source)
+        return
+    recorder.check(harness, inputs, source)
+    assert harness.idle_maps == ("blocks.1.remembered",)

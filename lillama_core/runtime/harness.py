@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +58,9 @@ class StackHarness:
         """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
         self._extra_outputs: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
         """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
-        self._extra = {"use_cache": False} if _takes_use_cache(model) else {}
+        self.idle_maps: tuple[str, ...] | None = None
+        """Paths from the model of the maps that multiply rows in vain, of those chosen; None: not looked yet."""
+        self._caching = _caching_configs(model)
 
     @property
     def stack(self) -> str:
@@ -164,7 +165,16 @@ class StackHarness:
         return bypass
 
     def _forward(self, inputs: Inputs) -> Any:
-        return self.model(**inputs, **self._extra)
+        # What a block finds in a cache it does not compute: run a second time with the same arguments, it would look
+        # back at the keys and values of the first. Parts of a model have configs of their own, and not every model
+        # takes an argument that says it.
+        try:
+            for config in self._caching:
+                config.use_cache = False
+            return self.model(**inputs)
+        finally:
+            for config in self._caching:
+                config.use_cache = True
 
     @contextlib.contextmanager
     def _bypassed(self, bypass: RunBlock) -> Iterator[None]:
@@ -201,9 +211,7 @@ class StackHarness:
                     module.forward = forward
 
 
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Whether the model keeps a cache, which would only be carried along."""
-    return (
-        getattr(model.config, "use_cache", None) is not None
-        and "use_cache" in inspect.signature(model.forward).parameters
-    )
+def _caching_configs(model: nn.Module) -> list[Any]:
+    """The configs of ``model`` and its parts that ask for a cache."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return [config for config in configs.values() if getattr(config, "use_cache", None)]

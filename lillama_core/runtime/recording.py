@@ -13,6 +13,7 @@ import torch
 from lillama_core.data.modality import Inputs
 from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner, share_equal
+from lillama_core.runtime.effects import Effects
 from lillama_core.runtime.harness import StackHarness
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ class Recorder:
     ) -> torch.Tensor:
         """Blocks run one after the other must give what the model gives, or nothing that follows means anything.
 
-        Raises UserError where they do not. Also finds out whether earlier stacks hand on what their last blocks give,
-        and nothing else. Returns what leaves the stack for the first two rows of ``inputs``; ``upstream`` is that of
-        earlier stacks, where it is known. Reads every block once.
+        Raises UserError where they do not, and where maps have no effect, see `Effects`; that is looked at the first
+        time. Also finds out whether earlier stacks hand on what their last blocks give, and nothing else. Returns what
+        leaves the stack for the first two rows of ``inputs``; ``upstream`` is that of earlier stacks, where it is
+        known. Reads every block once.
         """
         # Two rows: what a block is given besides the hidden states may depend on their number.
         short = {k: v[:2] for k, v in self.on_device(inputs).items()}
@@ -86,13 +88,22 @@ class Recorder:
         runner = self.runner(calls)
         chained = stream[0].to(self.device)
         unsuitable = f"architecture {self.architecture.name!r} does not describe this model"
+        effects = Effects() if harness.idle_maps is None else None
 
         def both(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             nonlocal chained
             block = harness.blocks[index]
             module = source.block(block, self.autocast_dtype)
             try:
+                entering = chained.clone()
                 chained = runner(module, block, 0, chained)
+                if effects is not None:
+                    again = effects.look(block, module, runner, entering)
+                    if not _relative(again, chained) < TOLERANCE:
+                        raise UserError(
+                            f"block {block.path} gives something else when it is run again with the same arguments:"
+                            " it keeps something of the first run, or draws random numbers"
+                        )
             except LillamaError:
                 raise
             except Exception as error:
@@ -111,6 +122,8 @@ class Recorder:
                 f"the blocks of {harness.stack!r} run one by one differ from the whole model by"
                 f" {difference:.2%}: {unsuitable}"
             )
+        if effects is not None:
+            harness.idle_maps = effects.idle()
         harness.depends_only_on_upstream_output = bool(harness.earlier) and self._hand_on(
             harness, short, source, (stream[0], calls[0]), upstream
         )

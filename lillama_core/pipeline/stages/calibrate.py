@@ -53,7 +53,14 @@ class CalibrateStage(Stage):
         context.world.barrier()
         context.progress.release()
         # All processes look at the same rows: they have to come to the same chains.
-        context.put(CalibrationRows(data, find_chains(context, dense, split.batches[0])))
+        chains = find_chains(context, dense, split.batches[0])
+        idle = [name for harness in dense.chosen.values() for name in harness.idle_maps or ()]
+        if idle:
+            context.progress.line(
+                f"{len(idle)} maps have no effect on what their blocks give, and are made as small as can be; the first"
+                f" is {idle[0]}"
+            )
+        context.put(CalibrationRows(data, chains))
         context.put(own)
 
 
