@@ -209,6 +209,21 @@ def test_remote_code(refused: Callable[..., str], tiny_model: Path) -> None:
     assert "--trust-remote-code" in refused()
 
 
+def test_blocks_that_share_weights(refused: Callable[..., str], make_model: Any, tmp_path: Path) -> None:
+    """Zamba2's attention is one, in every other block: known before anything is loaded."""
+    make_model(
+        tmp_path / "zamba", family="zamba2", num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], num_mem_blocks=1, num_key_value_heads=4,
+        attention_head_dim=16, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=4, mamba_ngroups=1,
+    )  # fmt: skip
+    said = refused("--architecture", "transformer", model="zamba")
+    shared = "shared_transformer.self_attn.q_proj.weight"
+    assert said == (
+        f"model.layers.1.{shared} and model.layers.3.{shared} are one weight: models whose blocks share weights cannot"
+        " be compressed"
+    )
+
+
 def test_compressed_model(run_cli: Cli, refused: Callable[..., str], compressed: Path) -> None:
     assert "is already compressed by lillama; start from its base model" in refused(model=compressed)
     assert "is already compressed" in run_cli("plan", compressed).error

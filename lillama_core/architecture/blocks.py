@@ -55,3 +55,19 @@ def dense_blocks(architecture: Architecture, model: nn.Module, stack: str) -> li
     """The blocks of a stack of which no map is chosen."""
     path = architecture.stacks[stack]
     return [Block(stack, i, f"{path}.{i}", ()) for i, _ in enumerate(model.get_submodule(path).children())]
+
+
+def check_apart(architecture: Architecture, model: nn.Module) -> None:
+    """Raise UserError where a weight of ``model`` is in several blocks, or in a block and elsewhere.
+
+    Blocks are compressed one at a time, each with factors of its own, and read and written apart.
+    """
+    stacks = architecture.stacks.values()
+    blocks = tuple(f"{path}.{n}." for path in stacks for n, _ in model.get_submodule(path).named_children())
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and any(one.startswith(blocks) for one in (name, other)):
+            raise UserError(
+                f"{other} and {name} are one weight: models whose blocks share weights cannot be compressed"
+            )

@@ -13,7 +13,7 @@ from torch import nn
 from lillama_core.allocation import AllocationRequest
 from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters, make_budget
 from lillama_core.architecture.base import Architecture
-from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.blocks import Block, check_apart
 from lillama_core.architecture.find import blocks_of, find_architecture
 from lillama_core.architecture.targets.embedding import embedding_block
 from lillama_core.architecture.targets.experts import SharedExpertsTarget, fused_experts
@@ -69,6 +69,7 @@ def prepare(
     choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)
     blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
     check_choice(found, meta, choice)
+    check_apart(found, meta)
     embedding = None
     if recipe.compress_embeddings:
         if recipe.stacks:
