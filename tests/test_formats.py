@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from conftest import core_names
+from conftest import Ended, core_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama_core.formats import Format
+from lillama_core import UserError
+from lillama_core.formats import Factored, Format
 from lillama_core.formats.pivoted import LARGEST_ENTRY, interpolate
+from lillama_core.formats.trial import check_format
 from lillama_core.strategies import make
 
 FORMATS = [make("formats", name) for name in core_names("formats")]
@@ -132,3 +138,76 @@ def test_converting_factors_that_are_trained_leaves_no_trace_of_their_gradients(
     B, A = (t.requires_grad_() for t in factors(12, 9, 4))
     layer = make("formats", "pivoted").from_factors(B, A, None)
     assert all(p.is_leaf and p.grad is None for p in layer.parameters())
+
+
+class Doubling(Factored):
+    name = "doubling"
+
+    def from_factors(self, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        return super().from_factors(2 * B, A, bias)
+
+
+class Miscounting(Factored):
+    name = "miscounting"
+
+    def parameters(self, out_features: int, in_features: int, rank: int) -> int:
+        return super().parameters(out_features, in_features, rank) - rank * rank
+
+
+class Forgetful(Factored):
+    name = "forgetful"
+
+    def from_factors(self, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None) -> Any:
+        return super().from_factors(B, A, None)
+
+
+class Turned(Factored):
+    name = "turned"
+
+    def to_factors(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        B, A = super().to_factors(module)
+        return B, A.flip(1)
+
+
+class Failing(Factored):
+    name = "failing"
+
+    def module(self, *arguments: Any) -> Any:
+        raise KeyError("rank")
+
+
+@pytest.mark.parametrize(
+    ("format_", "complaint"),
+    [
+        (Doubling(), "computes something else than B A x + bias"),
+        (Miscounting(), "promises 36 parameters at rank 2, and holds 40"),
+        (Forgetful(), "promises 40 parameters at rank 2, and holds 28"),
+        (Turned(), "gives other factors back than those that it was made of"),
+        (Failing(), "fails (KeyError: 'rank')"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_format_that_breaks_a_promise_is_found(format_: Format, complaint: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_format(format_, [(12, 8)])
+    assert str(raised.value) == f"format {format_.name!r} cannot be used: for a map [12, 8] it {complaint}"
+
+
+def test_a_format_is_tried_before_the_model_is_read(
+    run_cli: Callable[..., Ended], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lillama_core import hookimpl
+    from lillama_registry import Registry
+
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def lillama_formats() -> dict[str, type[Format]]:
+            return {"doubling": Doubling}
+
+    added = Registry()
+    added.load_entry_points()
+    added.add(Plugin, "mine")
+    monkeypatch.setattr("lillama_registry.registry", lambda: added)
+    said = run_cli("plan", tiny_model, "--format", "doubling").error
+    assert said == "format 'doubling' cannot be used: for a map [16, 32] it computes something else than B A x + bias"

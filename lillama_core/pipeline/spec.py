@@ -21,6 +21,7 @@ from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, path_matches
 from lillama_core.errors import LillamaError, UserError, nearest
 from lillama_core.formats import Format
+from lillama_core.formats.trial import check_format
 from lillama_core.models.loading import count_parameters, load_config, meta_model
 from lillama_core.models.source import ModelSource, locate
 from lillama_core.recipe.model import Recipe
@@ -82,6 +83,7 @@ def prepare(
     if recipe.share_experts and not any(target.kind == SharedExpertsTarget.kind for target in targets):
         raise UserError(f"--share-experts: model {model!r} has no experts")
     maps = planned_maps(whole)
+    check_format(format_, {(m.map.out_features, m.map.in_features) for m in maps})
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
     return CompressionSpec(
         source,
