@@ -29,11 +29,14 @@ class UserError(LillamaError):
 OUT_OF_MEMORY = "out of memory; lower --batch-size, --sequence-length or --tokens, or free some memory"
 
 
-def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """A suggestion such as ``; did you mean 'fast'?`` for a misspelt ``word``, or an empty string."""
+def nearest(word: str, known: list[str] | tuple[str, ...], cutoff: float = 0.5) -> str:
+    """A suggestion such as ``; did you mean 'fast'?`` for a misspelt ``word``, or an empty string.
+
+    ``cutoff`` is how alike they must be, 1 being equal.
+    """
     import difflib
 
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -172,12 +172,31 @@ class Plugin:
             setattr(self, name, hookimpl(give))
 
 
+def declared(**attributes: Any) -> Any:
+    """An object of a subclass of Architecture with these attributes, and one that is its own affair."""
+    own = {"name": "mine", "stacks": {"decoder": "model.layers"}, "helper": len}
+    return type("Mine", (Architecture,), {**own, **attributes})()
+
+
+def test_attributes_of_its_own_are_a_plugins_affair() -> None:
+    found = Registry()
+    found.add(Plugin(lillama_architectures=lambda: [declared()]), "fine")
+    assert [a.name for a in found.architectures] == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("hooks", "reason"),
     [
         ({"lillama_architectures": lambda: None}, "gives a NoneType, not a list"),
         ({"lillama_architectures": lambda: ["llama"]}, "'llama', which is not an Architecture"),
-        ({"lillama_architectures": lambda: [Architecture(model_types="llama")]}, "is a string"),  # type: ignore[arg-type]
+        ({"lillama_architectures": lambda: [Architecture]}, "the class Architecture, not an object of it: write Arch"),
+        ({"lillama_architectures": lambda: [declared(model_types="llama")]}, "must be a tuple of strings, not 'llama'"),
+        ({"lillama_architectures": lambda: [declared(exclude="mlp.*")]}, "exclude of architecture 'mine' must be a"),
+        ({"lillama_architectures": lambda: [declared(excludes=("mlp.*",))]}, "'excludes'; did you mean 'exclude'?"),
+        ({"lillama_architectures": lambda: [declared(pined=("mlp.*",))]}, "'pined'; did you mean 'pinned'?"),
+        ({"lillama_architectures": lambda: [declared(call_blok=len)]}, "'call_blok'; did you mean 'call_block'?"),
+        ({"lillama_architectures": lambda: [declared(stacks=["model.layers"])]}, "must be a dict of name to path"),
+        ({"lillama_architectures": lambda: [declared(stacks={})]}, "architecture 'mine' has no stacks"),
         ({"lillama_architectures": lambda: 1 / 0}, "ZeroDivisionError"),
         ({"lillama_allocators": lambda: ["uniform"]}, "must give a dict"),
         ({"lillama_recipes": lambda: {1: {}}}, "must give a dict"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lillama_core.errors import nearest
 from lillama_core.evaluation.base import Evaluation
 
 if TYPE_CHECKING:
@@ -60,6 +61,28 @@ class Architecture:
             self.model_types = model_types
         if stacks is not None:
             self.stacks = stacks
+
+    def check_declaration(self) -> None:
+        """Raise TypeError for an attribute that is misspelt or of a wrong type: it would be passed over in silence."""
+        known = [name for name in dir(Architecture) if not name.startswith("_")]
+        for name in dir(self):
+            # What is like no attribute of an architecture is the plugin's own.
+            if not name.startswith("_") and name not in known and (advice := nearest(name, known, cutoff=0.8)):
+                raise TypeError(f"architecture {self.name!r} has no attribute {name!r}{advice}")
+        for name in ("model_types", "maps", "exclude", "optional", "pinned", "remarks"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{name} of architecture {self.name!r} must be a tuple of strings, not {value!r}")
+        stacks = self.stacks
+        if not isinstance(stacks, Mapping) or not all(
+            isinstance(part, str) for item in stacks.items() for part in item
+        ):
+            raise TypeError(
+                f"stacks of architecture {self.name!r} must be a dict of name to path"
+                f" ({{'decoder': 'model.layers'}}), not {stacks!r}"
+            )
+        if not stacks:
+            raise TypeError(f"architecture {self.name!r} has no stacks: say where its lists of blocks are")
 
     def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
         """The modules of ``block`` that are swapped, in module order."""

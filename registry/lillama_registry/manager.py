@@ -219,10 +219,14 @@ def _architectures(module: Any) -> tuple[Architecture, ...]:
     if not isinstance(found, list | tuple):
         raise TypeError(f"lillama_architectures gives a {type(found).__name__}, not a list")
     for architecture in found:
+        if isinstance(architecture, type):
+            name = architecture.__name__
+            raise TypeError(f"lillama_architectures gives the class {name}, not an object of it: write {name}()")
         if not all(hasattr(architecture, name) for name in ("name", "model_types", "stacks")):
             raise TypeError(f"lillama_architectures gives {architecture!r}, which is not an Architecture")
-        if isinstance(architecture.model_types, str):
-            raise TypeError(f"model_types of architecture {architecture.name!r} is a string, not a tuple of them")
+        check = getattr(architecture, "check_declaration", None)
+        if check is not None:
+            check()
     return tuple(found)
 
 
