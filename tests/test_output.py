@@ -477,6 +477,8 @@ def test_card_and_report_of_a_run(tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     LlamaForCausalLM(config).save_pretrained(dense)
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>").save_pretrained(dense)
+    # As a model has that reads images, too, which calibrating on text has no use for.
+    (dense / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
     recipe = Recipe(
         reduction=0.1,
         calibration=(str(corpus),),
@@ -490,6 +492,8 @@ def test_card_and_report_of_a_run(tmp_path: Path) -> None:
     output = tmp_path / "output"
     record = compress(Request(str(dense), output, recipe), "quiet")
 
+    name = "preprocessor_config.json"
+    assert (output / name).read_text() == (dense / name).read_text()
     readme = (output / "README.md").read_text(encoding="utf-8")
     report = (output / "report.html").read_text(encoding="utf-8")
     for text in (readme, report, (output / "lillama_recipe.yaml").read_text(encoding="utf-8")):

@@ -199,18 +199,18 @@ def weight_files(source: ModelSource) -> dict[str, Path]:
     Of several sets of weights the same as transformers': one whole file before shards. Raises UserError when there
     are none, or damaged ones.
     """
-    whole, index = (_local_file(source, name) for name in (WEIGHTS, INDEX))
+    whole, index = (local_file(source, name) for name in (WEIGHTS, INDEX))
     if whole is not None:
         return dict.fromkeys(check_safetensors(whole), whole)
     if index is None:
         raise UserError(f"model {source.spec!r} has neither {WEIGHTS} nor {INDEX}")
     if not source.is_local:
         for name in sorted(set(_read_index(index).values())):
-            _local_file(source, name)
+            local_file(source, name)
     return check_index(index)
 
 
-def _local_file(source: ModelSource, name: str) -> Path | None:
+def local_file(source: ModelSource, name: str) -> Path | None:
     """The file ``name`` of a model, fetched if it is on the hub; None where it has none."""
     if source.is_local:
         file = Path(source.location) / name

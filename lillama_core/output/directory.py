@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,8 +15,9 @@ import torch
 from torch import nn
 
 from lillama_core.data.modality import Inputs, as_dtype, modality_of
-from lillama_core.errors import LillamaError
+from lillama_core.errors import LillamaError, UserError
 from lillama_core.models.outputs import main_output
+from lillama_core.models.source import ModelSource, local_file
 from lillama_core.output.card import public_name, public_recipe, write_card
 from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.output.record import RunRecord
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 MERGE_BELOW = 5_000_000_000
 """Bytes of weights from which they stay in several files: what the hub's tools once split at, and still read well."""
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files that say how images, video and sound are made into input: small, and there is nothing in them to run."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def write_result(
     assemble(result, [shell, *model.blocks.values()], MERGE_BELOW)
     modality = modality_of(prepared.architecture)
     modality.save_processor(processor, result)
+    copy_processors(prepared.source, result)
     record.bytes = {
         "dense": prepared.total_parameters * next(model.shell.parameters()).dtype.itemsize,
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
@@ -103,6 +109,16 @@ def write_result(
     # safetensors makes its files readable for their owner alone.
     apply_umask(result)
     directory.publish()
+
+
+def copy_processors(source: ModelSource, result: Path) -> None:
+    """Copy what a model has to read images, video and sound, where calibrating on text took a tokenizer alone."""
+    for name in PROCESSORS if source.gguf_file is None else ():
+        # A hub that cannot be reached is no reason to lose a finished run.
+        with contextlib.suppress(UserError):
+            found = None if (result / name).exists() else local_file(source, name)
+            if found is not None:
+                shutil.copyfile(found, result / name)
 
 
 def published(record: RunRecord) -> dict[str, Any]:
