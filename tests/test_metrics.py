@@ -20,7 +20,7 @@ from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject, language_model_evaluation
-from lillama_core.evaluation.comparison import Evaluated, by_model
+from lillama_core.evaluation.comparison import Evaluated, by_model, comparison_rows
 from lillama_core.evaluation.metrics import (
     DecodeSpeed,
     Footprint,
@@ -251,3 +251,17 @@ def test_a_model_beside_itself_is_in_the_file_twice() -> None:
     measured = [[Measurement("perplexity", value, "", "lower", "What it is.")] for value in (20.0, 20.5, 30.0)]
     found = by_model([Evaluated(name, m) for name, m in zip(("m", "m", "n"), measured, strict=True)])
     assert {name: m[0]["value"] for name, m in found.items()} == {"m": 20.0, "m (2)": 20.5, "n": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("models", "columns"),
+    [
+        (("a/dense", "a/small"), ["dense", "small"]),
+        (("runs/1/small", "runs/2/small"), ["1/small", "2/small"]),
+        (("small", "runs/small"), ["small", "runs/small"]),
+        (("small", "small"), ["small (1)", "small (2)"]),
+    ],
+)
+def test_columns_of_a_comparison_differ(models: tuple[str, ...], columns: list[str]) -> None:
+    rows, _ = comparison_rows([Evaluated(model, []) for model in models])
+    assert rows[0] == ["metric", *columns, "change", "unit", "better"]

@@ -344,6 +344,25 @@ def test_a_plugins_strategy_brings_its_own_options(tmp_path: Path, tiny_model: P
     listed = run_with(target, "strategies", "capped")
     assert "capped  Even ranks up to a largest one." in listed.stdout
     assert "--allocation.largest  largest rank (default: 99)" in listed.stdout
+    shown = " ".join(run_with(target, "compress", "--help").stdout.split())
+    assert "bottom- first or top-first (default: spectrum); of plugins: capped, plain, variance-threshold; its" in shown
+
+
+def test_what_a_plugins_strategy_raises_is_told_with_its_name(
+    added: Registry, run_cli: Callable[..., Ended], tiny_model: Path
+) -> None:
+    class Hasty(Uniform):
+        name = "hasty"
+
+        def allocate(self, request: Any) -> Any:
+            return self.fail(request)
+
+        def fail(self, request: Any) -> Any:
+            raise KeyError("rank")
+
+    added.add(Plugin(lillama_allocators=lambda: {"hasty": Hasty}), "hasty", "hasty", "1")
+    done = run_cli("plan", tiny_model, "--allocation", "hasty")
+    assert done == Ended(1, "", f"lillama: error: KeyError: 'rank' (in 'hasty' of {__name__}; --debug shows where)\n")
 
 
 def test_an_object_that_is_no_strategy_takes_no_options(

@@ -83,7 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
             return _complain(f"{error.strerror or error}{where}", 1)
-        return _complain(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        # Here, so that help and errors of the user's need no pydantic.
+        from lillama_core.strategies import blamed
+
+        where = f"in {found}; " if (found := blamed(error)) else ""
+        return _complain(f"{type(error).__name__}: {error} ({where}--debug shows where)", 1)
 
 
 def _run(arguments: list[str], known: set[str]) -> int:

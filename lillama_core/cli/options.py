@@ -12,6 +12,7 @@ import click
 
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, STAGES, Recipe, dashed
+from lillama_core.strategies import names
 from lillama_core.strategies.validation import choices_of, kind_of
 
 MODEL = "MODEL is a hub id, a local directory, or a .gguf file."
@@ -190,6 +191,9 @@ def _field_option(name: str, field: Any) -> Callable[[F], F]:
         settings |= {"multiple": True, "metavar": "SRC" if name == "calibration" else "NAME"}
     elif name in SLOTS:
         settings["metavar"] = "NAME"
+        # The field's own words say what lillama brings.
+        others = [other for other in names(SLOTS[name]) if other not in field.description.replace(",", " ").split()]
+        settings["help"] += f"; of plugins: {', '.join(others)}" if others else ""
         settings["help"] += f"; its own options as --{name}.OPTION VALUE, see 'lillama strategies'"
     else:
         settings["metavar"] = "|".join(choices_of(Recipe, name)) or {int: "N", float: "X"}[kind]

@@ -31,8 +31,7 @@ def comparison_rows(found: list[Evaluated]) -> tuple[list[list[str]], list[str]]
 
     The first row is the header.
     """
-    names = [Path(e.model).name for e in found]
-    header = ["metric", *names, *(["change"] if len(found) == 2 else []), "unit", "better"]
+    header = ["metric", *_columns([e.model for e in found]), *(["change"] if len(found) == 2 else []), "unit", "better"]
     rows, meanings = [header], []
     # Some compare with the first model, which has none of them itself.
     for first in {m.name: m for e in reversed(found) for m in e.measurements}.values():
@@ -45,6 +44,16 @@ def comparison_rows(found: list[Evaluated]) -> tuple[list[list[str]], list[str]]
         rows.append([first.name, *cells, first.unit, first.better])
         meanings.append(f"{first.name}: {first.meaning}")
     return rows, meanings
+
+
+def _columns(models: list[str]) -> list[str]:
+    """The ends of the models' paths, as long as it takes to tell them apart; one that is there twice gets a number."""
+    paths = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = [str(Path(*parts[-length:])) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{Path(model).name} ({number})" for number, model in enumerate(models, start=1)]
 
 
 def show_comparison(found: list[Evaluated]) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Strategy",
     "StrategyChoice",
     "StrategyOptions",
+    "blamed",
     "get",
     "having_option",
     "make",
@@ -107,4 +108,17 @@ def having_option(kind: str, option: str) -> list[str]:
                 found.append(name)
         except UserError:
             continue
+    return found
+
+
+def blamed(error: BaseException) -> str | None:
+    """The strategy of a plugin in whose methods ``error`` was raised, in words; None: in no such strategy."""
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        # Not by the file: what a strategy inherits from one of the core's is in the core.
+        strategy = traceback.tb_frame.f_locals.get("self")
+        module = type(strategy).__module__
+        if isinstance(strategy, Strategy) and not module.startswith("lillama_core."):
+            found = f"{getattr(strategy, 'name', type(strategy).__name__)!r} of {module}"
+        traceback = traceback.tb_next
     return found
