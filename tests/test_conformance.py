@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from conftest import Ended, environment, run_process
 from torch import nn
 
-from lillama_core import Architecture
+from lillama_core import Architecture, UserError
 from lillama_core.architecture.targets.base import OnRows, TargetModule
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear
+from lillama_core.pipeline.spec import prepare
 from lillama_registry import registry
 from lillama_testing import CHECKS, Case, CheckFailed, cases, check_architecture, make_tiny_model, run_check
+from lillama_testing.checks import possible_reduction
 
 STRANGER = """
 import lillama_core
@@ -67,8 +70,9 @@ def test_a_strangers_plugin(tmp_path: Path) -> None:
 
 def test_a_wrong_plugin_of_a_stranger(tmp_path: Path) -> None:
     install(tmp_path, "garden", STRANGER.replace("model.layers", "layers"))
-    done = run_process("plugin", "check", "olmo", env=environment(PYTHONPATH=str(tmp_path)))
+    done = run_process("plugin", "check", "olmo", "--debug", env=environment(PYTHONPATH=str(tmp_path)))
     assert done.status == 1
+    assert "Traceback (most recent call last)" in done.stderr
     assert "FAILED  olmo2  maps: architecture 'olmo' expects the decoder blocks at 'layers'" in done.stdout
     assert done.stdout.endswith(f"0 of {len(CHECKS)} checks passed\n")
 
@@ -218,6 +222,66 @@ def test_a_type_that_no_tiny_model_can_be_made_of() -> None:
     complaint = "no_such_type, tiny model: no tiny 'no_such_type' can be made .* tiny_config of architecture 'none'"
     with pytest.raises(CheckFailed, match=complaint):
         check_architecture(architecture)
+
+
+def test_tiny_models_of_nested_configs_are_tiny(tmp_path: Path) -> None:
+    """Gemma3 with vision has its sizes in two configs of its own: it was made with thousands of millions of weights."""
+    architecture = Architecture(
+        name="vision", model_types=("gemma3",), stacks={"decoder": "model.language_model.layers"}
+    )
+    architecture.auto_class = "AutoModelForImageTextToText"
+    tiny = make_tiny_model(architecture, "gemma3", tmp_path / "tiny")
+    assert run_check("maps", tiny).passed
+    model = tiny.load()
+    assert sum(p.numel() for p in model.parameters()) < 200_000
+    assert model.config.vision_config.hidden_size == model.config.text_config.hidden_size == 32
+    architecture.tiny_config = {"text_config": {"intermediate_size": 10**6}}
+    complaint = (
+        r"no tiny 'gemma3' can be made \(it would have 192,\d+,\d+ parameters\); say the sizes that it needs in tiny"
+    )
+    with pytest.raises(UserError, match=complaint):
+        make_tiny_model(architecture, "gemma3", tmp_path / "large")
+
+
+def test_a_dense_model_that_cannot_be_run_is_no_fault_of_the_architecture(tmp_path: Path) -> None:
+    architecture = Architecture(**LLAMA)
+    architecture.tiny_config = {"num_key_value_heads": 3}
+    with pytest.raises(UserError, match=r"no tiny 'llama' can be made \(the dense 'llama' model cannot be run on"):
+        make_tiny_model(architecture, "llama", tmp_path / "tiny")
+
+
+def test_nothing_is_left_out_at_random(tmp_path: Path) -> None:
+    """Neither layers nor parts of a spectrogram, which a model looks up in its config each time."""
+    (whisper,) = registry().architectures_for("whisper")
+    architecture = copy.copy(whisper)
+    architecture.tiny_config = {
+        **whisper.tiny_config, "encoder_layerdrop": 0.9, "apply_spec_augment": True, "mask_time_prob": 0.9,
+        "mask_time_min_masks": 5,
+    }  # fmt: skip
+    assert run_check("training", make_tiny_model(architecture, "whisper", tmp_path / "tiny")).error is None
+
+
+def test_what_the_maps_cannot_give_is_not_asked_for(tmp_path: Path) -> None:
+    architecture = Architecture(**LLAMA)
+    tiny = make_tiny_model(architecture, "llama", tmp_path / "tiny")
+    assert possible_reduction(tiny, architecture) == 0.2
+    architecture.maps = ("self_attn.o_proj",)
+    asked = possible_reduction(tiny, architecture)
+    assert 0.01 < asked < 0.1
+    assert prepare(str(tiny.folder), tiny.recipe(reduction=asked), architecture).budget.maps_kept > 0
+
+
+class Keeping(Architecture):
+    """Its models keep what they gave last, with its graph."""
+
+    def adapt(self, model: nn.Module) -> None:
+        model.get_submodule("model.layers.0.mlp").register_forward_hook(
+            lambda module, _, output: setattr(module, "kept", output)
+        )
+
+
+def test_blocks_that_keep_what_they_gave(tmp_path: Path) -> None:
+    assert run_check("observing", make_tiny_model(Keeping(**LLAMA), "llama", tmp_path / "tiny")).error is None
 
 
 def test_an_architecture_under_test_is_the_one_that_is_tried() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from lillama_core.errors import LillamaError, one_line
 from lillama_core.models.loading import auto_class, count_parameters
 from lillama_core.models.outputs import main_output
 from lillama_core.pipeline import Request, compress
+from lillama_core.pipeline.spec import prepare
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource
@@ -265,7 +267,8 @@ def check_observing(tiny: TinyModel) -> None:
             generator = torch.Generator().manual_seed(0)
             (out * torch.randn(out.shape, generator=generator)).sum().backward()
 
-            gradients = copy.deepcopy(block)
+            # Not a copy of ``block``: it may hold what is on the graph.
+            gradients = ResidentSource(model, CPU).block(description)
             for there, here in zip(gradients.parameters(), block.parameters(), strict=True):
                 there.data = torch.zeros_like(here) if here.grad is None else here.grad
             for target in description.targets:
@@ -412,7 +415,8 @@ def check_compression(tiny: TinyModel) -> None:
         result = Path(scratch) / "result"
         # In its end the run loads the result in a process of its own and compares the outputs.
         tried = AUTO if tiny.architecture.name == AUTO else tiny.architecture
-        record = compress(Request(str(tiny.folder), result, tiny.recipe(), architecture=tried), "quiet")
+        recipe = tiny.recipe(reduction=possible_reduction(tiny, tried))
+        record = compress(Request(str(tiny.folder), result, recipe, architecture=tried), "quiet")
         ranks = record.plan["ranks"]
         require(ranks, "nothing was made low rank")
         loader = auto_class(tiny.architecture)
@@ -437,6 +441,13 @@ def check_compression(tiny: TinyModel) -> None:
             )
 
 
+def possible_reduction(tiny: TinyModel, tried: str | Architecture) -> float:
+    """A fifth, or half of what the maps can give where that is less: embeddings may be most of a tiny model."""
+    spec = prepare(str(tiny.folder), tiny.recipe(reduction=1e-3), tried)
+    smallest = sum(spec.format.parameters(m.map.out_features, m.map.in_features, 1) for m in spec.maps)
+    return min(0.2, (spec.budget.maps_dense - smallest) / spec.budget.reference / 2)
+
+
 CHECKS: dict[str, Check] = {
     "maps": check_maps,
     "observing": check_observing,
@@ -448,16 +459,17 @@ CHECKS: dict[str, Check] = {
 """All checks by name, the quick ones first."""
 
 
-def run_check(name: str, tiny: TinyModel) -> Outcome:
-    """One check of one specimen; whatever it raises is its outcome."""
+def run_check(name: str, tiny: TinyModel, tracebacks: bool = False) -> Outcome:
+    """One check of one specimen; whatever it raises is its outcome. ``tracebacks`` are for stderr."""
     error: str | None = None
     try:
         CHECKS[name](tiny)
-    except (CheckFailed, LillamaError) as failed:
-        error = one_line(failed)
     # A plugin's own code may raise anything.
     except Exception as failed:
-        error = f"{type(failed).__name__}: {one_line(failed)}"
+        if tracebacks:
+            traceback.print_exception(failed)
+        told = isinstance(failed, CheckFailed | LillamaError)
+        error = one_line(failed) if told else f"{type(failed).__name__}: {one_line(failed)}"
     return Outcome(tiny.architecture.name, tiny.model_type, name, error)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import lillama_registry
-from lillama_core.cli.options import LillamaCommand, debug_option, option
+from lillama_core.cli.options import LillamaCommand, option
 from lillama_core.cli.silence import silence_transformers
 
 
@@ -27,7 +27,7 @@ def plugin() -> None:
 @click.argument("name", metavar="NAME")
 @option("--model", metavar="DIR", help="check on this model instead of tiny ones")
 @option("--calibration", metavar="SRC", multiple=True, help="its calibration data (default: what the kit has)")
-@debug_option
+@option("--debug", is_flag=True, help="show tracebacks")
 def check(**options: Any) -> int:
     """Parse the options and run."""
     with silence_transformers():
@@ -62,7 +62,7 @@ def run_plugin_check(options: dict[str, Any]) -> int:
     if options["model"] is not None:
         tiny = specimen_at(Path(options["model"]), options["name"], options["calibration"])
         for name in CHECKS:
-            tell(run_check(name, tiny))
+            tell(run_check(name, tiny, options["debug"]))
     else:
         types = [(a, t) for a in chosen for t in a.model_types]
         if not types:
@@ -75,7 +75,7 @@ def run_plugin_check(options: dict[str, Any]) -> int:
                     tell(Outcome(architecture.name, model_type, "tiny model", one_line(error)))
                     continue
                 for name in CHECKS:
-                    tell(run_check(name, made))
+                    tell(run_check(name, made, options["debug"]))
     wrong = sum(not o.passed for o in outcomes)
     print(f"{len(outcomes) - wrong} of {len(outcomes)} checks passed")
     return 1 if wrong else 0

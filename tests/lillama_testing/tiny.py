@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import modality_of
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.errors import UserError, one_line
-from lillama_core.models.loading import auto_class, load_config, load_model
+from lillama_core.models.loading import auto_class, count_parameters, load_config, load_model, meta_model
+from lillama_core.models.outputs import main_output
 from lillama_core.models.source import locate
 from lillama_core.recipe.model import Recipe
 
@@ -48,6 +49,9 @@ SIZES: dict[str, int] = {
     "pad_token_id": END,
 }
 """What the configs of transformers call their dimensions, and how small they are to be."""
+
+MOST_PARAMETERS = 20_000_000
+"""Of a model that is still tiny: it is compressed within seconds."""
 
 QUICK: dict[str, Any] = {
     "tokens": 1024, "sequence_length": 32, "samples": 8, "batch_size": 4, "sensitivity_tokens": 128, "steps": 2,
@@ -83,7 +87,13 @@ def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, 
     """A model of the user's as a specimen; raises UserError when it is none, or no architecture claims it."""
     config = load_config(locate(str(folder)))
     found = find_architecture(config, architecture)
-    return TinyModel(found, str(config.model_type), folder, calibration or _materials(found).calibration)
+    tiny = TinyModel(found, str(config.model_type), folder, calibration or _materials(found).calibration)
+    try:
+        model = tiny.load()
+    except Exception:  # what the architecture makes of a loaded model may raise anything: each check says it
+        return tiny
+    check_runs(model, found)
+    return tiny
 
 
 def make_tiny_model(architecture: Architecture, model_type: str, folder: Path) -> TinyModel:
@@ -97,6 +107,7 @@ def make_tiny_model(architecture: Architecture, model_type: str, folder: Path) -
     changes = materials.write(folder)
     try:
         model = _tiny_model(architecture, model_type, changes)
+        check_runs(model, architecture)
     except Exception as error:
         raise UserError(
             f"no tiny {model_type!r} can be made ({one_line(error)}); say the sizes that it needs"
@@ -106,18 +117,56 @@ def make_tiny_model(architecture: Architecture, model_type: str, folder: Path) -
     return TinyModel(architecture, model_type, folder, materials.calibration)
 
 
+def check_runs(model: Any, architecture: Architecture) -> None:
+    """Raise UserError when a dense model cannot be run: no check could say anything of its architecture then."""
+    modality = modality_of(architecture)
+    try:
+        with torch.no_grad():
+            output = main_output(model.eval()(**modality.dummy_inputs(model.config)))
+        wrong = None if output.isfinite().all() else "its outputs are infinite or not a number"
+    except Exception as error:  # whatever the model's own code raises
+        wrong = one_line(error)
+    if wrong is not None:
+        raise UserError(
+            f"the dense {model.config.model_type!r} model cannot be run on made-up input of the modality"
+            f" {modality.name!r} ({wrong})"
+        )
+
+
+def tiny_sizes(default: Any) -> dict[str, Any]:
+    """The dimensions of SIZES that the config ``default`` knows, and those of the configs in it."""
+    # An alias and the name that it stands for are one setting.
+    found: dict[str, Any] = {n: SIZES[n] for n in SIZES if hasattr(default, n) and n not in default.attribute_map}
+    for name in default.sub_configs:
+        inner = getattr(default, name, None)
+        if inner is not None:
+            found[name] = {"model_type": inner.model_type, **tiny_sizes(inner)}
+    return found
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` under ``changes``, those within a config of its own one by one."""
+    nested = {
+        name: merged(settings[name], change)
+        for name, change in changes.items()
+        if isinstance(change, Mapping) and isinstance(settings.get(name), Mapping)
+    }
+    return {**settings, **changes, **nested}
+
+
 def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
-    # An alias and the name that it stands for are one setting.
     generation = changes.pop("generation", {})
-    names = [n for n in SIZES if hasattr(default, n) and n not in config_class.attribute_map]
     if default.is_encoder_decoder:
         # Not a setting that every such config knows by itself.
         changes = {"decoder_start_token_id": START, **changes}
-    config = config_class(**({n: SIZES[n] for n in names} | changes | dict(architecture.tiny_config)))
+    config = config_class(**merged(tiny_sizes(default) | changes, architecture.tiny_config))
+    size = count_parameters(meta_model(config, architecture))
+    if size > MOST_PARAMETERS:
+        raise UserError(f"it would have {size:,} parameters")
     generator_state = torch.get_rng_state()
     torch.manual_seed(0)
     try:
@@ -136,14 +185,23 @@ def _tiny_model(architecture: Architecture, model_type: str, changes: dict[str, 
     return model
 
 
+CHANCES = ("drop", "mask_time_prob", "mask_feature_prob")
+"""Parts of the names of settings that say how much is left out at random: of values, of layers, of a spectrogram."""
+
+
 def without_dropout(model: nn.Module) -> None:
-    """Set every probability of dropout in ``model`` to 0, so that training mode is a function of its input."""
+    """Set every probability of dropout in ``model`` to 0, so that training mode is a function of its input.
+
+    Some are read from the config each time: those of leaving out whole layers, or parts of a spectrogram.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        for owner in (module, config) if config is not None else (module,):
+            for name, value in list(vars(owner).items()):
+                if any(part in name for part in CHANCES) and isinstance(value, float):
+                    setattr(owner, name, 0.0)
 
 
 @dataclass(frozen=True)
