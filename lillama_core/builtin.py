@@ -78,7 +78,7 @@ def lillama_losses() -> dict[str, str]:
 
 @hookimpl
 def lillama_stages() -> dict[str, str]:
-    stages = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "write")
+    stages = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "heal", "write")
     return {stage: f"{CORE}.pipeline.stages.{stage}:{stage.capitalize()}Stage" for stage in stages}
 
 
@@ -92,6 +92,7 @@ def lillama_commands() -> dict[str, LazyCommand]:
     return {
         "compress": LazyCommand(f"{CORE}.cli.compress:compress", "make a model smaller"),
         "plan": LazyCommand(f"{CORE}.cli.plan:plan", "ranks, parameters and memory before anything is computed"),
+        "finetune": LazyCommand(f"{CORE}.cli.finetune:finetune", "train a compressed model as a whole"),
         "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
         "plugins": LazyCommand(f"{CORE}.cli.plugins:plugins", "list plugins, what each provides and where it is from"),
         "strategies": LazyCommand(f"{CORE}.cli.strategies:strategies", "list what can be chosen, with its options"),

@@ -13,6 +13,7 @@ import click
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, STAGES, Recipe, dashed
 from lillama_core.strategies import names
+from lillama_core.strategies.options import StrategyOptions
 from lillama_core.strategies.validation import choices_of, kind_of
 
 MODEL = "MODEL is a hub id, a local directory, or a .gguf file."
@@ -162,7 +163,7 @@ def recipe_options(function: F) -> F:
     ]
     for name, field in Recipe.model_fields.items():
         if name not in ("name", STAGES):
-            decorators.append(_field_option(name, field))
+            decorators.append(_field_option(name, field, field.default))
     for name, (slot, own) in MOVED.items():
         decorators.append(
             option(
@@ -178,9 +179,33 @@ def recipe_options(function: F) -> F:
     return function
 
 
-def _field_option(name: str, field: Any) -> Callable[[F], F]:
+def data_options(names: Sequence[str], defaults: Mapping[str, Any]) -> Callable[[F], F]:
+    """The options of some fields of the recipe, for a command that has no recipe, with ``defaults`` of its own."""
+
+    def decorate(function: F) -> F:
+        for name in reversed(names):
+            field = Recipe.model_fields[name]
+            function = _field_option(name, field, defaults.get(name, field.default))(function)
+        return function
+
+    return decorate
+
+
+def choice_options(model: type[StrategyOptions], group: str) -> Callable[[F], F]:
+    """An option for every field of ``model``; its value stays text, or is None where the user said nothing."""
+
+    def decorate(function: F) -> F:
+        for name, field in reversed(model.model_fields.items()):
+            metavar = "|".join(choices_of(model, name)) or {int: "N", float: "X"}[kind_of(model, name)]
+            text = f"{field.description} (default: {field.default})"
+            function = option(dashed(name), name, metavar=metavar, group=group, default=None, help=text)(function)
+        return function
+
+    return decorate
+
+
+def _field_option(name: str, field: Any, default: Any) -> Callable[[F], F]:
     """The option of one field; its value stays text, which the recipe reads."""
-    default = Recipe.model_fields[name].default
     shown = "" if default in (None, ()) else f" (default: {default})"
     group = field.json_schema_extra["group"]
     settings: dict[str, Any] = {"help": f"{field.description}{shown}", "default": None, "group": group}
@@ -206,9 +231,14 @@ def recipe_of(options: Mapping[str, Any]) -> Recipe:
     for key, value in options.items():
         if key.startswith(RECIPE) and value not in (None, ()):
             name = key.removeprefix(RECIPE)
-            given[name] = [part for item in value for part in _parts(item)] if isinstance(value, tuple) else value
+            given[name] = sources_of(value) if isinstance(value, tuple) else value
     named = {name.replace("_", "-"): value for name, value in given.items()}
     return load_recipe(options["recipe"]).with_options({**named, **options.get(OF_STRATEGIES, {})}, COMMAND_LINE)
+
+
+def sources_of(values: Sequence[str]) -> list[str]:
+    """What an option names that may be given several times, and each time several things."""
+    return [part for item in values for part in _parts(item)]
 
 
 def _parts(item: str) -> Sequence[str]:

@@ -70,6 +70,10 @@ class FinishedBlocks:
                     bias = None if layer.bias is None else layer.bias.data
                     converted[map_.name] = self.format.from_factors(layer.up.weight.data, layer.down.weight.data, bias)
             target.replace(module, converted)
+        self.keep(block, module, note)
+
+    def keep(self, block: Block, module: nn.Module, note: Mapping[str, Any]) -> None:
+        """Write a block whose maps are in their format already; raises LillamaError where numbers overflow."""
         state = rounded(module, self.dtype, block.path)
         write_json(self.path(block).with_suffix(".json"), dict(note))
         # Last: the weights say that the block is done.

@@ -44,6 +44,7 @@ class Memory:
             phases += [self.forward(block), self.compressing(block)]
             phases += [self.backward(block), self.gradients_of_outputs()] if self.job.sensitivity else []
             phases += [self.measuring(block)] if self.job.rescaling else []
+        phases += [self.healing()] if self.job.healing else []
         return self.always() + most(*phases)
 
     def checking(self) -> float:
@@ -161,6 +162,17 @@ class Memory:
             # Weights, gradients, two moments, and the best so far.
             training = self.here(5 * factors + graph + self.run(block, job.batch))
         return held + metric + most(factoring, training, finished)
+
+    def healing(self) -> Held:
+        """The teacher, the student in fp32 in place of the dense blocks, what training keeps, and one row's graph."""
+        model = self.model
+        teacher = (2.0 if self.job.half else 4.0) * model.parameters
+        # The student's blocks take the place of those of the dense model.
+        student = max(0.0, 4.0 * (model.kept - model.shell) - float(model.resident) + 4.0 * model.shell)
+        factors = 4.0 * sum(b.count * b.factors for b in model.blocks)
+        graph = sum(b.count * b.cost.graph for b in model.blocks)
+        # Gradients, two moments, the best so far; the same once more while they are written.
+        return self.here(teacher + student + 8 * factors + graph + 4.0 * 3 * model.outputs)
 
     def disk(self) -> float:
         """The most that lies in the run's directory: states, then decompositions, then the result twice."""

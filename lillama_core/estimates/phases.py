@@ -40,6 +40,7 @@ class Phases:
             "ranks": self.measure() if self.job.rescaling else Work(),
             "blocks": self.each(self.compress),
             "report": self.fidelity(self.job.report),
+            "healing": self.heal() if self.job.healing else Work(),
             "output": self.output(),
         }
         return found
@@ -281,6 +282,24 @@ class Phases:
         found += self.moment(last.inputs, positions) + Work(full=2.0 * positions * last.parameters)
         exact = last.inputs**3 / 3 + 2.0 * last.out * last.inputs**2 * 2
         return found + Work(exact=exact) + self.decomposition(last) + self.factoring(last)
+
+    def heal(self) -> Work:
+        """Training the whole model row by row: the dense one forward, the compressed one there and back, AdamW."""
+        job = self.job
+        rows = job.fit * job.healing
+        looked = job.choose * (job.evaluations + 1) + 2 * job.report
+        dense = self.each(lambda b: b.cost.forward) + self.model.around
+        kept = self.model.kept / self.model.parameters
+        forward = replace(dense, products=dense.products * kept)
+        back = Work(
+            products=2 * forward.products, full=forward.full, moved=2 * forward.moved, operations=2 * forward.operations
+        )
+        table = Work(moved=FIDELITY_PASSES * 4.0 * self.model.outputs)
+        found = (dense + forward + table).on(rows + looked, rows + looked) + back.on(rows, rows)
+        trained = 4.0 * sum(b.count * b.factors for b in self.model.blocks)
+        found += Work(moved=12 * trained) * (rows / job.batch)
+        size = self.model.stored * self.model.parameters
+        return found + Work(read=size, moved=2 * size, written=float(self.model.written * self.model.kept))
 
     def output(self) -> Work:
         """Putting the shards together, and the process that loads the result again."""

@@ -140,6 +140,10 @@ class Job:
     parts: int = 10
     """Runs of blocks whose loss is measured apart."""
     correction: int = 0
+    healing: float = 0.0
+    """Times that the whole model goes through the rows that are fitted to at the end."""
+    evaluations: int = 8
+    """Times that rows which choose are looked at meanwhile."""
     looks: bool = True
     """Whether second moments of inputs are summed up."""
     weighs: bool = True

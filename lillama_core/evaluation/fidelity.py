@@ -33,6 +33,59 @@ class Fidelity:
     """Squared error of the model's outputs (logits, or hidden states), relative to their squares."""
 
 
+class Comparison:
+    """What the rows compared so far say of a compressed model, beside the dense one."""
+
+    def __init__(self) -> None:
+        self._tokens, self._predictions, self._divergence, self._agreement = 0.0, 0.0, 0.0, 0.0
+        self._nll = [0.0, 0.0]
+        self._wrong, self._size = 0.0, 0.0
+
+    def add(self, model: nn.Module, dense: Any, compressed: Any, samples: Samples, row: int) -> None:
+        """Add the outputs of both models for one row of ``samples``; ``model`` says what they mean."""
+        mains = [main_output(found)[0] for found in (dense, compressed)]
+        mains = [m.reshape(-1, m.shape[-1]) for m in mains]
+        device = mains[0].device
+        predicts = class_logits(model, dense) is not None
+        kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
+        labels = None if samples.targets is None else samples.targets[row].to(device)
+        # Some tokens at a time: these tables are as wide as the vocabulary.
+        for start in range(0, mains[0].shape[0], 64):
+            part = slice(start, start + 64)
+            inside = slice(None) if kept is None else kept[part]
+            p, q = (m[part][inside].float() for m in mains)
+            self._wrong += (q - p).square().sum().item()
+            self._size += p.square().sum().item()
+            if not predicts:
+                continue
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            self._tokens += p.shape[0]
+            self._divergence += (p.exp() * (p - q)).sum().item()
+            self._agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
+            if labels is not None:
+                wanted = labels[part][inside]
+                self._predictions += int((wanted != IGNORE_INDEX).sum().item())
+                for i, log in enumerate((p, q)):
+                    self._nll[i] += nll_loss(log, wanted, ignore_index=IGNORE_INDEX, reduction="sum").item()
+
+    def fidelity(self, world: World = ALONE) -> dict[str, Any]:
+        """What comes of the rows of all processes together."""
+        tokens, predictions, divergence, agreement, wrong, size, *nll = world.sums(
+            [self._tokens, self._predictions, self._divergence, self._agreement, self._wrong, self._size, *self._nll]
+        )
+        perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
+        return asdict(
+            Fidelity(
+                tokens=int(tokens),
+                perplexity_before=perplexities[0],
+                perplexity_after=perplexities[1],
+                divergence=divergence / tokens if tokens else None,
+                agreement=agreement / tokens if tokens else None,
+                relative_error=wrong / max(size, 1e-30),
+            )
+        )
+
+
 def measure_fidelity(
     harness: StackHarness,
     held: list[tuple[Samples, torch.Tensor, torch.Tensor]],
@@ -48,53 +101,34 @@ def measure_fidelity(
     and all learn what comes of them together.
     """
     device = next(harness.model.parameters()).device
-    tokens, predictions, divergence, agreement = 0.0, 0.0, 0.0, 0.0
-    nll = [0.0, 0.0]
-    wrong, size = 0.0, 0.0
+    found = Comparison()
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for samples, dense, compressed in held:
             for row in range(dense.shape[0]):
                 one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
                 with swapped_modules(harness.model, dense_embeddings):
-                    outputs = [harness.outputs(one, dense[row : row + 1].to(device))]
-                outputs.append(harness.outputs(one, compressed[row : row + 1].to(device)))
-                mains = [main_output(found)[0] for found in outputs]
-                mains = [m.reshape(-1, m.shape[-1]) for m in mains]
-                predicts = class_logits(harness.model, outputs[0]) is not None
-                kept = None if samples.output_mask is None else samples.output_mask[row].to(device) > 0
-                labels = None if samples.targets is None else samples.targets[row].to(device)
-                # Some tokens at a time: these tables are as wide as the vocabulary.
-                for start in range(0, mains[0].shape[0], 64):
-                    part = slice(start, start + 64)
-                    inside = slice(None) if kept is None else kept[part]
-                    p, q = (m[part][inside].float() for m in mains)
-                    wrong += (q - p).square().sum().item()
-                    size += p.square().sum().item()
-                    if not predicts:
-                        continue
-                    p, q = p.log_softmax(-1), q.log_softmax(-1)
-                    tokens += p.shape[0]
-                    divergence += (p.exp() * (p - q)).sum().item()
-                    agreement += (p.argmax(-1) == q.argmax(-1)).sum().item()
-                    if labels is not None:
-                        wanted = labels[part][inside]
-                        predictions += int((wanted != IGNORE_INDEX).sum().item())
-                        for i, log in enumerate((p, q)):
-                            nll[i] += nll_loss(log, wanted, ignore_index=IGNORE_INDEX, reduction="sum").item()
-    tokens, predictions, divergence, agreement, wrong, size, *nll = world.sums(
-        [tokens, predictions, divergence, agreement, wrong, size, *nll]
-    )
-    perplexities = [math.exp(min(n / predictions, 700)) for n in nll] if predictions else [None, None]
-    return asdict(
-        Fidelity(
-            tokens=int(tokens),
-            perplexity_before=perplexities[0],
-            perplexity_after=perplexities[1],
-            divergence=divergence / tokens if tokens else None,
-            agreement=agreement / tokens if tokens else None,
-            relative_error=wrong / max(size, 1e-30),
-        )
-    )
+                    before = harness.outputs(one, dense[row : row + 1].to(device))
+                after = harness.outputs(one, compressed[row : row + 1].to(device))
+                found.add(harness.model, before, after, samples, row)
+    return found.fidelity(world)
+
+
+def compare_models(
+    dense: nn.Module,
+    compressed: nn.Module,
+    held: Sequence[Samples],
+    autocast: torch.dtype | None,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """The same as `measure_fidelity`, by running both models."""
+    device = next(compressed.parameters()).device
+    found = Comparison()
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        for samples in held:
+            for row in range(len(samples)):
+                one = {k: v[row : row + 1].to(device) for k, v in samples.inputs.items()}
+                found.add(dense, dense(**one), compressed(**one), samples, row)
+    return found.fidelity(world)
 
 
 def measure_costs(

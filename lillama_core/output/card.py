@@ -11,7 +11,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jinja2
 import yaml
@@ -24,7 +24,8 @@ from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import StrategyChoice
 
 if TYPE_CHECKING:
-    from lillama_core.pipeline.spec import CompressionSpec
+    from lillama_core.architecture.base import Architecture
+    from lillama_core.models.source import ModelSource
 
 RECIPE_FILE = "lillama_recipe.yaml"
 
@@ -38,25 +39,39 @@ STAGE_LABELS = {
     "profile": "rest of the profile",
     "blocks": "compressing blocks",
     "report": "measuring fidelity",
+    "healing": "training the whole model",
     "output": "writing the result",
 }
 
 
-def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> None:
+class Origin(Protocol):
+    """The model that a result was made of."""
+
+    @property
+    def source(self) -> ModelSource: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def architecture(self) -> Architecture: ...
+
+
+def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     """Write README.md, whose front matter the Hugging Face Hub reads, and the recipe as YAML, to ``result``."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    source = prepared.source
-    causal = prepared.architecture.auto_class == "AutoModelForCausalLM"
+    source = origin.source
+    causal = origin.architecture.auto_class == "AutoModelForCausalLM"
     data = ModelCardData(
         base_model=None if source.is_local else record.model,
         datasets=hub_datasets(record) or None,
         library_name="transformers",
         pipeline_tag="text-generation" if causal else None,
         tags=["lillama", "low-rank"],
-        **find_license(prepared),
+        **find_license(origin),
     )
-    processor_class = modality_of(prepared.architecture).processor_class
+    processor_class = modality_of(origin.architecture).processor_class
     trained = bool(record.recipe.get("steps"))
     name = source.short_name if source.is_local else record.model
     text = (
@@ -71,11 +86,12 @@ def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> No
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
+            healing=healing_rows(record),
             whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
             format=code(record.plan["format"]),
-            auto_class=prepared.architecture.auto_class,
+            auto_class=origin.architecture.auto_class,
             processor_class=processor_class,
             processor_name="tokenizer" if processor_class == "AutoTokenizer" else "processor",
             causal=causal,
@@ -87,7 +103,7 @@ def write_card(result: Path, record: RunRecord, prepared: CompressionSpec) -> No
             ],
             cost=cost_rows(record),
             versions=[(code(k), code(v)) for k, v in record.versions.items()],
-            command=reproduce_command(record, prepared),
+            command=reproduce_command(record, origin),
             recipe_file=RECIPE_FILE,
         )
     )
@@ -109,11 +125,11 @@ def environment(autoescape: bool) -> jinja2.Environment:
     )
 
 
-def find_license(prepared: CompressionSpec) -> dict[str, Any]:
+def find_license(origin: Origin) -> dict[str, Any]:
     """``license`` and its companions from the front matter of the base model's README; empty when unknown."""
     from huggingface_hub import ModelCard, hf_hub_download
 
-    source = prepared.source
+    source = origin.source
     try:
         readme = (
             Path(source.location) / "README.md" if source.is_local else hf_hub_download(source.location, "README.md")
@@ -122,17 +138,17 @@ def find_license(prepared: CompressionSpec) -> dict[str, Any]:
     # A README that is missing, unreadable or out of reach must not cost a finished run.
     except Exception:
         found = {}
-    found = {"license": getattr(prepared.config, "license", None), **found}
+    found = {"license": getattr(origin.config, "license", None), **found}
     keys = ("license", "license_name", "license_link")
     return {k: found[k] for k in keys if isinstance(found.get(k), str) and 0 < len(found[k]) <= 200}
 
 
-def reproduce_command(record: RunRecord, prepared: CompressionSpec) -> str:
+def reproduce_command(record: RunRecord, origin: Origin) -> str:
     """The command line that repeats the run, given the recipe file."""
-    source = prepared.source
+    source = origin.source
     model = (source.gguf_file or source.short_name) if source.is_local else record.model
     parts = ["lillama", "compress", one_line(model, None), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
-    if getattr(prepared.config, "model_type", None) not in prepared.architecture.model_types:
+    if getattr(origin.config, "model_type", None) not in origin.architecture.model_types:
         parts += ["--architecture", record.architecture]
     if record.tokenizer is not None:
         parts += ["--tokenizer", one_line(public_name(record.tokenizer), None)]
@@ -379,6 +395,27 @@ def stages(record: RunRecord) -> list[tuple[str, float]]:
         if whole in seconds:
             seconds[whole] -= sum(seconds.get(part, 0.0) for part in parts)
     return [(STAGE_LABELS.get(k, k), max(0.0, v)) for k, v in seconds.items()]
+
+
+def healing_rows(record: RunRecord) -> list[tuple[str, str, str, str, str, str]]:
+    """Each training of the whole model: teacher, objective, what was trained, tokens seen, losses, perplexities."""
+    rows = []
+    fidelity = [*(told["fidelity_before"] for told in record.healing), record.fidelity][1:]
+    for told, after in zip(record.healing, fidelity, strict=True):
+        curve, before = told["curve"], told["fidelity_before"] or {}
+        kept = next(point for point in curve if point["step"] == told["kept_step"])
+        known = (before.get("perplexity_after"), (after or {}).get("perplexity_after"))
+        rows.append(
+            (
+                code(told.get("teacher") or "") or "none",
+                told["objective"],
+                told["train"],
+                f"{kept['tokens']:,}",
+                f"{number(curve[0]['loss'])} → {number(kept['loss'])}",
+                " → ".join(number(value) for value in known if value is not None),
+            )
+        )
+    return rows
 
 
 def cost_rows(record: RunRecord) -> list[tuple[str, str]]:

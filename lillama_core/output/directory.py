@@ -18,7 +18,7 @@ from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import ModelSource, local_file
-from lillama_core.output.card import public_name, public_recipe, write_card
+from lillama_core.output.card import Origin, public_name, public_recipe, write_card
 from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
@@ -31,7 +31,6 @@ from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
 
 if TYPE_CHECKING:
-    from lillama_core.architecture.base import Architecture
     from lillama_core.pipeline.spec import CompressionSpec
 
 
@@ -95,16 +94,24 @@ def write_result(
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
+    architecture, inputs = prepared.architecture, modality.dummy_inputs(prepared.config)
+    # What was made in fp32 meets weights of the model's dtype.
     check_reload(
-        model,
+        model.output(inputs),
+        inputs,
         result,
-        prepared.architecture,
-        modality.dummy_inputs(prepared.config),
+        (BY_BLOCK, architecture.name) if model.streams else (WHOLE, architecture.auto_class),
         prepared.source.trust_remote_code,
     )
     record.stop()
+    publish(record, prepared, directory)
+
+
+def publish(record: RunRecord, origin: Origin, directory: RunDirectory) -> None:
+    """Write the record, the card and the report beside the weights, and let the output directory appear."""
+    result = directory.result
     write_json(result / "lillama.json", published(record))
-    write_card(result, record, prepared)
+    write_card(result, record, origin)
     write_report(result, record)
     # safetensors makes its files readable for their owner alone.
     apply_umask(result)
@@ -133,24 +140,26 @@ def published(record: RunRecord) -> dict[str, Any]:
         "model": public_name(record.model),
         "tokenizer": None if record.tokenizer is None else public_name(record.tokenizer),
         "recipe": public_recipe(record),
+        "healing": [
+            {**told, "teacher": None if told.get("teacher") is None else public_name(told["teacher"])}
+            for told in record.healing
+        ],
         "data": data,
     }
 
 
 def check_reload(
-    model: FinishedModel, result: Path, architecture: Architecture, inputs: Inputs, trust_remote_code: bool = False
+    expected: torch.Tensor, inputs: Inputs, result: Path, how: tuple[str, str], trust_remote_code: bool = False
 ) -> None:
-    """Load ``result`` in a new process and compare its outputs for ``inputs`` with the model's.
+    """Load ``result`` in a new process and compare its outputs for ``inputs`` with those ``expected``.
 
-    Raises LillamaError if they differ.
+    ``how`` is WHOLE and the name of a class of transformers, or BY_BLOCK and that of an architecture. Raises
+    LillamaError if they differ.
     """
-    # What was made in fp32 meets weights of the model's dtype.
-    expected = model.output(inputs)
     probe = result.with_name("probe.safetensors")
     write_tensors(probe, {"expected": expected, **{f"inputs.{k}": v.contiguous() for k, v in inputs.items()}})
     # -P: files of the working directory, which may be an untrusted model, are not to be taken for modules.
-    command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe)]
-    command += [BY_BLOCK, architecture.name] if model.streams else [WHOLE, architecture.auto_class]
+    command = [sys.executable, "-P", "-m", "lillama_core.output.verify", str(result), str(probe), *how]
     if trust_remote_code:
         command.append(TRUST)
     # Nobody could answer what it might ask.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from lillama_core.errors import UserError, one_line
 
 
 def peak_memory_bytes() -> int:
@@ -80,6 +83,8 @@ class RunRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
+    healing: list[dict[str, Any]] = field(default_factory=list)
+    """How the whole model was trained at the end, each time that it was."""
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
@@ -97,9 +102,13 @@ class RunRecord:
     """How many processes shared the work."""
     started: float = field(default_factory=time.monotonic, repr=False)
 
+    def elapsed(self) -> float:
+        """Seconds since the record was begun."""
+        return round(time.monotonic() - self.started, 3)
+
     def stop(self) -> None:
         """Note the time that the run has taken and the memory that it has needed so far."""
-        self.seconds["total"] = round(time.monotonic() - self.started, 3)
+        self.seconds["total"] = self.elapsed()
         self.peak_memory_bytes = peak_memory_bytes()
         if torch.device(self.device).type == "cuda":
             self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -117,3 +126,23 @@ class RunRecord:
         found = asdict(self)
         del found["started"]  # means nothing outside this process
         return found
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a finished directory, as it was published; raises UserError where it is missing or broken."""
+    path = folder / "lillama.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = {f.name: f for f in fields(RunRecord) if f.name != "started"}
+        given = {name: value for name, value in found.items() if name in known}
+        record = RunRecord(**given)
+        wrong = [
+            name
+            for name, kind in (("model", str), ("recipe", dict), ("data", dict), ("plan", dict), ("parameters", dict))
+            if not isinstance(getattr(record, name), kind)
+        ]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is not what it should be")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
+    return record

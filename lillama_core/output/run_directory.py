@@ -26,6 +26,7 @@ OWN_ENTRIES = frozenset(
         "profile",
         "states",
         "gradients",
+        "healing",
         "result",
         "replaced",
         "probe.safetensors",
@@ -46,6 +47,7 @@ class RunDirectory:
         self.store = self.path / "profile"
         self.states = self.path / "states"
         self.gradients = self.path / "gradients"
+        self.healing = self.path / "healing"
         self.result = self.path / "result"
         self.replaced = self.path / "replaced"
         self.opened = False
@@ -172,14 +174,14 @@ class RunDirectory:
         """
         # Without the note of its start nobody knows what the rest belongs to. So it goes last.
         if self.path.exists() and (overwrite or not (self.path / "run.json").is_file()):
-            for part in (self.blocks, self.store, self.states, self.gradients, self.result):
+            for part in (self.blocks, self.store, self.states, self.gradients, self.healing, self.result):
                 shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(self.path)
         self.check_fingerprint(fingerprint)
         overwrite = overwrite or self._started().get("overwrite") is True
         shutil.rmtree(self.result, ignore_errors=True)
         self.blocks.mkdir(parents=True, exist_ok=True)
-        for folder in (self.store, self.states, self.gradients):
+        for folder in (self.store, self.states, self.gradients, self.healing):
             folder.mkdir(exist_ok=True)
         write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
         self.opened = True

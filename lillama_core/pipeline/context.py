@@ -147,6 +147,11 @@ class Context:
         return self.recipe.correction_tokens > 0 and self.initializer.corrects
 
     @property
+    def chooses(self) -> bool:
+        """Whether something is chosen by rows that serve nothing else."""
+        return self.recipe.steps > 0 or self.corrects or self.recipe.healing_epochs > 0
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """In which hidden states are kept: that of matrix products, which read little else."""
         return self.autocast or torch.float32

@@ -29,7 +29,7 @@ from lillama_core.system.processes import World, joined
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_registry import registry
 
-ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "write")
+ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "heal", "write")
 """The stages of lillama by the names under which they are registered, in their order."""
 
 
@@ -135,6 +135,12 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
             progress.line(remark)
         autocast = choose_autocast(recipe.compute, device)
         residency = choose_streaming(spec, request, device, autocast is not None)
+        if residency.streamed and recipe.healing_epochs > 0:
+            raise UserError(
+                f"--healing-epochs: the blocks are read from disk one at a time ({residency.reason}), and healing needs"
+                " all of them in memory, of the dense model as well; pass --no-stream, or run 'lillama finetune' on"
+                " the result where there is room"
+            )
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(

@@ -224,7 +224,8 @@ def job_of(spec: CompressionSpec, recipe: Recipe, half: bool, length: int, rows:
     loss = strategies.make("losses", recipe.loss)
     allocator = strategies.make("allocators", recipe.allocation)
     corrects = recipe.correction_tokens > 0 and initializer.corrects
-    fit, choose, report = split_rows(given, recipe.batch_size, recipe.held_out, recipe.steps > 0 or corrects)
+    chooses = recipe.steps > 0 or corrects or recipe.healing_epochs > 0
+    fit, choose, report = split_rows(given, recipe.batch_size, recipe.held_out, chooses)
     goes_back = (
         initializer.needs_gradients
         or (loss.needs_sensitivity and recipe.steps > 0)
@@ -248,6 +249,8 @@ def job_of(spec: CompressionSpec, recipe: Recipe, half: bool, length: int, rows:
         rescaling=min(fit, part(recipe.rescaling_tokens)) if measures else 0,
         parts=int(getattr(options, "parts", 10)),
         correction=min(fit, part(recipe.correction_tokens)) if corrects else 0,
+        healing=recipe.healing_epochs,
+        evaluations=int(getattr(make_stage(recipe, "heal").options, "evaluations", 8)),
         looks=initializer.needs_inputs,
         weighs=loss.needs_sensitivity,
         pivots=any(spec.format.index_bytes(m.map.out_features, m.map.in_features) for m in spec.maps),

@@ -133,6 +133,15 @@ class Recipe(Validated):
         0.0, "distillation", "largest norm of a block's gradient; 0: no limit", ge=0.0, allow_inf_nan=False
     )
 
+    healing_epochs: float = option(
+        0.0,
+        "healing",
+        "how often the whole compressed model is trained on the calibration rows at the end, by the dense model's"
+        " predictions; 0: not at all",
+        ge=0.0,
+        le=1000.0,
+    )
+
     format: StrategyChoice = chosen("pivoted", "result", "how a low-rank map is stored: pivoted or factored")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "result", "dtype of the saved weights; default: the input's, float16 for GGUF"

@@ -39,7 +39,7 @@ class CalibrateStage(Stage):
             functools.partial(open_whole, context) if context.streams else None,
         )
         data = shared_samples(context.world, lambda: load(asked))
-        split = CalibrationSplit.of(data, recipe.batch_size, recipe.held_out, recipe.steps > 0 or context.corrects)
+        split = CalibrationSplit.of(data, recipe.batch_size, recipe.held_out, context.chooses)
         context.record.data = {
             "sha256": data.sha256,
             "rows": len(data),

@@ -1,0 +1,54 @@
+"""What a healing run may be told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lillama_core.strategies import StrategyOptions
+
+TOKENS = 131072
+"""Of data by default: four times what the recipe `default` calibrates on."""
+EPOCHS = 2.0
+"""By default, how often the training goes through the data."""
+DATA_FIELDS = (
+    "self_share",
+    "tokens",
+    "sequence_length",
+    "samples",
+    "use_all_tokens",
+    "held_out",
+    "batch_size",
+    "compute",
+    "seed",
+)
+"""Fields of a recipe that say on which data a model is trained, and in what arithmetic, besides its sources."""
+
+
+class HealingOptions(StrategyOptions):
+    """How a compressed model is trained as a whole."""
+
+    objective: Literal["kd", "lm", "kd+lm"] = Field(
+        default="kd",
+        description="what is minimised: kd, the divergence of the predictions from the dense model's; lm, the loss of"
+        " the data's own tokens; kd+lm, the mean of both",
+    )
+    train: Literal["factors", "norms", "all"] = Field(
+        default="factors",
+        description="what is trained: the low-rank maps; the vectors outside of them, norms and biases; or all"
+        " parameters, the embedding included",
+    )
+    learning_rate: float = Field(default=1e-4, description="peak learning rate", gt=0.0, le=1.0)
+    warmup: float = Field(default=0.1, description="part of the steps in which the learning rate rises", ge=0.0, le=1.0)
+    gradient_clip: float = Field(default=1.0, description="largest norm of the gradient; 0: no limit", ge=0.0)
+    weight_decay: float = Field(default=0.0, description="AdamW's weight decay", ge=0.0, le=1.0)
+    evaluations: int = Field(
+        default=8,
+        description="how often, evenly spread, rows that are not trained on say how well it goes",
+        ge=1,
+        le=1000,
+    )
+    patience: int = Field(
+        default=3, description="after so many evaluations in a row that found nothing better the training stops", ge=1
+    )
