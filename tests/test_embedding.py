@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICK, WEIGHTS_ONLY, Ended, environment
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_generic import inputs_of, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama_core import Recipe
+from lillama_core.architecture.targets.bands import LEAST_ROWS, band_bounds, band_sizes
 from lillama_core.architecture.targets.embedding import embedding_block, embedding_target
-from lillama_core.architecture.targets.embedding_modules import LowRankEmbedding
+from lillama_core.architecture.targets.embedding_modules import BandedEmbedding
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Fisher, MapStatistics
 from lillama_core.models.loading import count_parameters
@@ -50,21 +53,40 @@ def test_a_table_of_full_rank_changes_nothing(model_type: str, paths: set[str], 
     inputs = inputs_of(model.config)
     expected = main_output(model(**inputs))
     target = embedding_target(embedding_block(model))
-    (map_,) = target.maps
     dense = target.modules(model)
     assert set(dense) == paths
-    W = target.weight(model, map_).detach()
-    U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
-    layer = make("formats", format_name).from_factors((U * S).float(), Vt.float(), None)
+    table = model.get_input_embeddings().weight.detach().clone()
+    target.order = torch.randperm(len(table), generator=torch.Generator().manual_seed(1))
+    format_, layers, saved = make("formats", format_name), {}, 0
+    # Every other band of full rank, the others dense.
+    for map_ in target.maps[::2]:
+        W = target.weight(model, map_).detach()
+        U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
+        layers[map_.name] = format_.from_factors((U * S).float(), Vt.float(), None)
+        saved += W.numel() - format_.parameters(*W.shape, W.shape[1])
     before = count_parameters(model)
-    target.replace(model, {target.name: layer})
-    assert before - count_parameters(model) == W.numel() - make("formats", format_name).parameters(*W.shape, W.shape[1])
+    target.replace(model, layers)
+    assert before - count_parameters(model) == saved
     torch.testing.assert_close(main_output(model(**inputs)), expected, rtol=1e-3, atol=1e-4)
+    rows = model.get_input_embeddings()(torch.arange(len(table)))
+    torch.testing.assert_close(rows, table * target.scale, rtol=1e-3, atol=1e-5)
     for path in paths:
         assert model.get_submodule(path).weight is model.get_input_embeddings().weight
     with swapped_modules(model, dense):
         assert torch.equal(main_output(model(**inputs)), expected)
-    assert isinstance(model.get_input_embeddings(), LowRankEmbedding)
+    assert isinstance(model.get_input_embeddings(), BandedEmbedding)
+
+
+@given(vocabulary=st.integers(1, 300_000), width=st.integers(1, 9000))
+def test_bands_cover_the_vocabulary(vocabulary: int, width: int) -> None:
+    sizes = band_sizes(vocabulary, width)
+    assert sum(sizes) == vocabulary
+    assert all(size > 0 for size in sizes)
+    assert len(sizes) == 1 or min(sizes) >= LEAST_ROWS * width
+    bounds = band_bounds(vocabulary, width)
+    assert [stop - start for start, stop in bounds] == list(sizes)
+    # Each is as large as all before it, but for rounding.
+    assert all(abs(size - start) <= 1 for (start, _), size in zip(bounds[1:], sizes[1:], strict=True))
 
 
 @pytest.mark.parametrize("format_name", ["factored", "pivoted"])
@@ -76,13 +98,17 @@ def test_compress_a_tied_model(
     ended = run_cli("compress", tiny_model, "-o", out, *options, "--calibration", calibration_text, *QUICK)
     assert ended.status == 0, ended
     written = json.loads((out / "lillama.json").read_text())
-    rank = written["plan"]["ranks"]["model.embed_tokens"]
-    vocabulary, _ = written["shapes"]["model.embed_tokens"]
+    ranks = {name.rpartition(".")[2]: r for name, r in written["plan"]["ranks"].items() if "embed_tokens" in name}
+    shapes = [shape for name, shape in written["shapes"].items() if "embed_tokens" in name]
+    vocabulary = sum(rows for rows, _ in shapes)
+    assert len(shapes) == len(ranks) == 3
     tensors = load_file(out / "model.safetensors")
-    assert tensors["model.embed_tokens.weight"].shape == (vocabulary, rank)
+    assert tensors["model.embed_tokens.weight"].shape == (shapes[0][0], ranks["0"])
+    order = torch.argsort(tensors["model.embed_tokens.positions"].long())
+    assert order.sort().values.equal(torch.arange(vocabulary))
     assert not any(name.startswith("lm_head") for name in tensors)
     target = json.loads((out / "config.json").read_text())["quantization_config"]["sites"]["model.embed_tokens"]
-    assert target == {"kind": "embedding", "format": format_name, "rank": rank}
+    assert target == {"kind": "banded-embedding", "format": format_name, "ranks": ranks}
 
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
     dense = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -125,7 +151,6 @@ def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "tiny")).requires_grad_(False)
     target = embedding_target(embedding_block(model))
-    (map_,) = target.maps
     observer = EmbeddingObserver(target)
     ids = torch.randint(0, 40, (6, 12))
     x = torch.randn(72, 32) @ torch.randn(32, 32)
@@ -136,26 +161,29 @@ def test_factors_minimise_the_errors_of_both_uses(make_model: Callable[..., Path
         logits.backward(gradient)
     entry = torch.randn(50, 32) @ torch.randn(32, 32)
     observer.entry.add(entry)
-    W = target.weight(model, map_)
-    statistics = observer.statistics(W, Samples({"input_ids": ids}))
-
+    needed, tokens = observer.needed(Samples({"input_ids": ids}))
     frequency = torch.bincount(ids.flatten(), minlength=384) / ids.numel()
-    weights = (gradient.T @ gradient / 72 + frequency.diag()) / 2
+    expected = 0.9 * (logits.softmax(-1).mean(0) + frequency) / 2 + 0.1 / 384
+    torch.testing.assert_close(needed.float(), expected.detach(), rtol=1e-4, atol=1e-7)
+    assert tokens == 72
+    target.order = needed.argsort(descending=True)
     inputs = x.T @ x / 72 + entry.T @ entry / 50
-    torch.testing.assert_close(statistics.inputs, inputs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(statistics.gradients, W.T @ weights @ W, rtol=1e-3, atol=1e-7)
-    assert statistics.gradient_scale == pytest.approx(weights.diagonal().mean().item(), rel=1e-4)
-    assert statistics.rows == 12
-
-    def error(approximation: torch.Tensor) -> float:
-        d = W - approximation
-        return torch.trace(weights @ d @ inputs @ d.T).item()
-
-    found = Fisher().decompose(W, statistics)
-    for rank in (4, 16):
-        B, A = found.factors(W, rank)
+    for map_, (start, stop) in zip(target.maps, target.bounds, strict=True):
+        W, often = target.weight(model, map_), needed[target.order[start:stop]]
+        statistics = observer.statistics(W, often, 12)
+        torch.testing.assert_close(statistics.inputs, inputs, rtol=1e-4, atol=1e-4)
+        weights = often.float().diag()
+        torch.testing.assert_close(statistics.gradients, W.T @ weights @ W, rtol=1e-3, atol=1e-9)
+        assert statistics.gradient_scale == pytest.approx(often.mean().item(), rel=1e-4)
+        found = Fisher().decompose(W, statistics)
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        assert error(B @ A) < 0.9 * error(U[:, :rank] * S[:rank] @ Vt[:rank])
+        for rank in (4, 16):
+            B, A = found.factors(W, rank)
+            errors = [
+                torch.trace(weights @ (W - other) @ inputs @ (W - other).T).item()
+                for other in (B @ A, U[:, :rank] * S[:rank] @ Vt[:rank])
+            ]
+            assert errors[0] < 0.9 * errors[1]
 
 
 def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
@@ -176,7 +204,9 @@ def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
         target = embedding_target(embedding_block(model))
         observer = EmbeddingObserver(target)
         observer.entry.add(entry)
-        statistics = observer.statistics(table.weight, Samples({"input_ids": ids}))
+        assert len(target.maps) == 1
+        needed, tokens = observer.needed(Samples({"input_ids": ids}))
+        statistics = observer.statistics(table.weight, needed, tokens / 4)
         decomposed = Fisher().decompose(table.weight.detach(), statistics)
         B, A = decomposed.factors(table.weight.detach(), 6)
         found.append((scale * B @ A, decomposed.spectrum.squared_singular_values))
@@ -204,13 +234,13 @@ def test_frequencies_of_tokens_are_those_of_training_rows(
 ) -> None:
     """The report is about rows that nothing was fitted to."""
     seen: list[Samples] = []
-    take = EmbeddingObserver.statistics
+    take = EmbeddingObserver.needed
 
-    def noting(observer: EmbeddingObserver, weight: torch.Tensor, data: Samples) -> MapStatistics:
+    def noting(observer: EmbeddingObserver, data: Samples) -> tuple[torch.Tensor, float]:
         seen.append(data)
-        return take(observer, weight, data)
+        return take(observer, data)
 
-    monkeypatch.setattr(EmbeddingObserver, "statistics", noting)
+    monkeypatch.setattr(EmbeddingObserver, "needed", noting)
     recipe = Recipe(
         calibration=(str(calibration_text),), self_share=0.0, tokens=512, sequence_length=32, batch_size=2,
         held_out=0.25, steps=0, compress_embeddings=True, sensitivity_tokens=64, rescaling_tokens=0,
@@ -230,20 +260,19 @@ def test_padding_counts_for_nothing(make_model: Callable[..., Path], tmp_path: P
     x, gradient = torch.randn(3, 5, 32), torch.randn(3, 5, 384)
     ids = torch.randint(2, 40, (3, 5))
 
-    def statistics(padding: int) -> MapStatistics:
+    def statistics(padding: int) -> tuple[MapStatistics, torch.Tensor]:
         observer = EmbeddingObserver(target)
         mask = nn.functional.pad(torch.ones(3, 5), (0, padding))
         rows = torch.cat((x, torch.randn(3, padding, 32)), 1).requires_grad_(True)
         with observer.observe(model):
             model.lm_head(rows).backward(nn.functional.pad(gradient, (0, 0, 0, padding)))
         filled = nn.functional.pad(ids, (0, padding), value=1)
-        samples = Samples({"decoder_input_ids": filled}, masks={"decoder": mask})
-        return observer.statistics(model.get_input_embeddings().weight, samples)
+        needed, tokens = observer.needed(Samples({"decoder_input_ids": filled}, masks={"decoder": mask}))
+        return observer.statistics(model.get_input_embeddings().weight, needed, tokens / 3), needed
 
-    alone, padded = statistics(0), statistics(4)
+    (alone, needed), (padded, needed_padded) = statistics(0), statistics(4)
     torch.testing.assert_close(padded.inputs, alone.inputs)
-    torch.testing.assert_close(padded.gradients, alone.gradients)
-    assert padded.gradient_scale == pytest.approx(alone.gradient_scale)
+    torch.testing.assert_close(needed_padded, needed)
     assert padded.rows == alone.rows == 5
 
 

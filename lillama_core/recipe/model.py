@@ -70,7 +70,9 @@ class Recipe(Validated):
         False, "what to remove", "one input projection for all experts of a layer, one output projection"
     )
     compress_embeddings: bool = option(
-        False, "what to remove", "compress the token embedding, and the output head tied to it, as well"
+        False,
+        "what to remove",
+        "compress the token embedding, and the output head tied to it, as well, in bands of tokens by their frequency",
     )
 
     calibration: tuple[str, ...] = option(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.blocks import Block
-from lillama_core.architecture.targets.embedding import EmbeddingTarget, embedding_target, is_embedding
+from lillama_core.architecture.targets.embedding import BandedEmbeddingTarget, embedding_target, is_embedding
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Initializer, MapStatistics
@@ -22,19 +22,21 @@ from lillama_core.system.devices import exact_device
 from lillama_core.system.files import read_tensors, write_tensors
 from lillama_core.system.processes import World
 
+SPREAD = 0.1
+"""Part of what tokens are needed for that is shared out evenly: text of another kind has other tokens."""
+
 
 class EmbeddingObserver:
     """Accumulates what the factors of the embedding are chosen by, during the sensitivity pass."""
 
-    def __init__(self, target: EmbeddingTarget) -> None:
+    def __init__(self, target: BandedEmbeddingTarget) -> None:
         self.target = target
         self.inputs = SecondMoment()
         """G, of the rows that the heads read."""
-        self.gradients = SecondMoment()
-        """W^T F W, of the gradients at those rows."""
         self.entry = SecondMoment()
         """S, of the gradients at the entry of the first block."""
-        self._squares = 0.0
+        self.predicted = torch.zeros(target.vocabulary, dtype=torch.float64)
+        """Sum of the probabilities that the heads give each token, over the rows in `inputs`."""
 
     @classmethod
     def of(cls, block: Block) -> EmbeddingObserver:
@@ -45,14 +47,16 @@ class EmbeddingObserver:
     def observe(self, model: nn.Module) -> Iterator[None]:
         """While open, forward and backward passes through the heads are observed."""
 
+        seen: list[torch.Tensor] = []
+
         def observe_input(_: TargetLinear, x: torch.Tensor) -> None:
-            if x.requires_grad:
-                rows = x.detach()
-                x.register_hook(lambda g: self._add(rows, g))
+            seen[:] = [x]
 
         def observe_output(_: TargetLinear, y: torch.Tensor) -> None:
-            if y.requires_grad:
-                y.register_hook(self._add_squares)
+            (x,) = seen
+            if x.requires_grad:
+                rows, scores = x.detach(), y.detach()
+                x.register_hook(lambda g: self._add(rows, scores, g))
 
         with self.target.observe(model, observe_input, observe_output):
             yield
@@ -71,7 +75,7 @@ class EmbeddingObserver:
 
     def write(self, path: Path) -> None:
         """Keep what was seen so far in a file."""
-        tensors = {"squares": torch.tensor(self._squares, dtype=torch.float64)}
+        tensors = {"predicted": self.predicted}
         for name, moment in self._moments().items():
             tensors |= {f"{name}.{key}": value for key, value in moment.tensors().items()}
         write_tensors(path, tensors, durable=False)
@@ -79,7 +83,7 @@ class EmbeddingObserver:
     def read(self, path: Path) -> None:
         """Go on from what `write` has kept."""
         tensors = read_tensors(path)
-        self._squares = float(tensors["squares"])
+        self.predicted = tensors["predicted"]
         for name, moment in self._moments().items():
             moment.restore({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
 
@@ -87,37 +91,64 @@ class EmbeddingObserver:
         """Add what all processes saw together, in the main one, on ``device``."""
         if world.size == 1:
             return
-        (self._squares,) = world.sums([self._squares])
+        world.sum_([self.predicted])
         own = self._moments()
         found = reduce_moments(world, own, list(own), 0, device)
-        self.inputs, self.gradients, self.entry = (found.get(name, SecondMoment()) for name in own)
+        self.inputs, self.entry = (found.get(name, SecondMoment()) for name in own)
 
     def _moments(self) -> dict[str, SecondMoment]:
-        return {"inputs": self.inputs, "gradients": self.gradients, "entry": self.entry}
+        return {"inputs": self.inputs, "entry": self.entry}
 
-    def _add(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
-        rows, gradients = rows.flatten(0, -2), gradients.flatten(0, -2)
+    def _add(self, rows: torch.Tensor, scores: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows, scores, gradients = (t.flatten(0, -2) for t in (rows, scores, gradients))
         # Where nothing is predicted, behind the end of a row, there is no gradient: what is read there is no matter.
         counted = (gradients != 0).any(-1)
         self.inputs.add(rows[counted])
-        self.gradients.add(gradients[counted])
-
-    def _add_squares(self, gradient: torch.Tensor) -> None:
-        self._squares += gradient.float().square().sum().item()
+        # Some rows at a time: the table of probabilities is as wide as the vocabulary.
+        for part in scores[counted].split(64):
+            self.predicted += part.float().softmax(-1).sum(0).cpu()
 
     def decompose(
         self, block: Block, model: nn.Module, data: Samples, initializer: Initializer, store: DecompositionStore
     ) -> None:
-        """Decompose the table of ``block`` into ``store``; ``data`` are the rows whose tokens are counted."""
-        (map_,) = block.maps
-        weight = self.target.weight(model, map_)
-        statistics = self.statistics(weight, data)
-        device = exact_device(weight)
-        found = initializer.decompose(weight.to(device), statistics.to(device))
-        store.save(block, {map_.name: found})
+        """Decompose the table of ``block`` by bands into ``store``, and keep the order of its tokens.
 
-    def statistics(self, weight: torch.Tensor, data: Samples) -> MapStatistics:
-        """What an initialiser needs for W [vocabulary, width]; nothing if no gradient came by."""
+        ``data`` are the rows whose tokens are counted.
+        """
+        needed, tokens = self.needed(data)
+        order = needed.argsort(descending=True, stable=True)
+        self.target.order = order
+        found = {}
+        for map_, (start, stop) in zip(self.target.maps, self.target.bounds, strict=True):
+            weight = self.target.weight(model, map_)
+            device = exact_device(weight)
+            statistics = self.statistics(weight, needed[order[start:stop]], tokens / max(1, len(data)))
+            found[map_.name] = initializer.decompose(weight.to(device), statistics.to(device))
+        write_tensors(order_file(store), {"order": order}, durable=False)
+        # Last: it says that the block is done.
+        store.save(block, found)
+
+    def needed(self, data: Samples) -> tuple[torch.Tensor, float]:
+        """How often each token is needed [vocabulary], in fp64; all together 1. And how many tokens were counted."""
+        vocabulary = self.target.vocabulary
+        looked_up = torch.zeros(vocabulary, dtype=torch.float64)
+        for name, ids in data.inputs.items():
+            if name.endswith("input_ids"):
+                # Padding is looked up as well, and matters to nothing.
+                rows, counts = flat_rows(ids[..., None].cpu(), _masks_of(name, data))
+                counts = torch.ones(len(rows)) if counts is None else counts.float()
+                looked_up += torch.bincount(rows[:, 0], counts.double(), vocabulary)[:vocabulary]
+        tokens = float(looked_up.sum().item())
+        found = looked_up / max(1.0, tokens)
+        if self.predicted.sum() > 0:
+            found = (found + self.predicted / self.predicted.sum()) / 2
+        return (1 - SPREAD) * found + SPREAD / vocabulary, tokens
+
+    def statistics(self, weight: torch.Tensor, needed: torch.Tensor, rows: float) -> MapStatistics:
+        """What an initialiser needs for the rows W [n, width] of a band; nothing if no gradient came by.
+
+        ``needed`` [n] says how often each row is, in ``rows`` tokens of a row of data.
+        """
         # A gradient at a row that is multiplied on its way in counts as often at the table's.
         parts = ((self.entry, self.target.scale**2), (self.inputs, 1.0))
         moments = [factor * m.mean().to(weight.device) for m, factor in parts if m.count]
@@ -125,22 +156,17 @@ class EmbeddingObserver:
         inputs = sum((m for m in moments if len(m) == weight.shape[1]), torch.zeros((), device=weight.device))
         if not inputs.dim():
             return MapStatistics()
-        (map_,) = self.target.maps
-        frequency = torch.zeros(map_.out_features)
-        for name, ids in data.inputs.items():
-            if name.endswith("input_ids"):
-                # Padding is looked up as well, and matters to nothing.
-                rows, counts = flat_rows(ids[..., None].cpu(), _masks_of(name, data))
-                counts = torch.ones(len(rows)) if counts is None else counts.float()
-                frequency += torch.bincount(rows[:, 0], counts, map_.out_features)[: map_.out_features]
-        tokens = frequency.sum().item()
-        frequency = (frequency / max(1.0, tokens)).to(weight.device)
+        often = needed.to(weight.device).float()
+        # See `MapStatistics`: on the smaller side.
+        wide = weight.shape[0] <= weight.shape[1]
         W = weight.float()
-        moment, scale = W.T @ (frequency[:, None] * W), 1 / map_.out_features
-        if self.inputs.count:
-            moment = (moment + self.gradients.mean().to(weight.device)) / 2
-            scale = (scale + self._squares / self.inputs.count / map_.out_features) / 2
-        return MapStatistics(inputs, moment, scale, tokens / max(1, len(data)))
+        moment = often.diag() if wide else W.T @ (often[:, None] * W)
+        return MapStatistics(inputs, moment, float(often.mean().item()), rows)
+
+
+def order_file(store: DecompositionStore) -> Path:
+    """Where the order of the tokens is kept beside the decompositions."""
+    return store.folder / "embedding-order.safetensors"
 
 
 def _masks_of(name: str, data: Samples) -> StackMasks:

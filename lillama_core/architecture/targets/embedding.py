@@ -1,20 +1,22 @@
 """The token embedding as a map: ``--compress-embeddings``.
 
-The table W [vocabulary, width] becomes U A with U [vocabulary, r]: a token's row is U[id] A, and the logits of an
-output head tied to it are (x A^T) U^T. U keeps the name of the table and stays tied wherever the table was, so that it
-is saved once; A is held by the input embedding alone. On disk the table's name has another shape, at which a loader
+Rows W [n, width] of the table become U A with U [n, r]: a token's row is U[i] A, and the logits of an output head tied
+to it are (x A^T) U^T. The first U keeps the name of the table and stays tied wherever the table was, so that it is
+saved once; all else is held by the input embedding alone. On disk the table's name has another shape, at which a loader
 that does not know the format stops.
 
-The factors minimise, to second order, what both uses do to the model's predictions:
+Its rows are taken in bands, see `targets.bands`, each of which has a U and an A of its own, or stays as it is. The
+factors minimise, to second order, what both uses do to the model's predictions:
 
 - the head: tr(F dW G dW^T), with G = E[x x^T] of the hidden states that it reads, F the Fisher information of its
   logits;
 - the lookup: tr(D dW S dW^T), with D the frequencies of the tokens (diagonal) and S = s^2 E[g g^T] of the gradients
   at the entry of the first block; s is what rows are multiplied by on the way there.
 
-F is about diag(p) with p the predicted probabilities, whose means are about D; with (F + D) / 2 on the output side of
-both the sum is tr((F + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same unit, and solved
-in closed form on the input side. An untied table has the lookup's part alone. The factors are not trained.
+F is about diag(p) with p the predicted probabilities; p and D are about alike, and with their mean on the output side
+of both the sum is tr((diag(p) + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same unit, and
+solved in closed form on the input side. Some of the mean is spread over all tokens: text of another kind has others.
+An untied table has the lookup's part alone. The factors are not trained.
 """
 
 from __future__ import annotations
@@ -26,14 +28,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lillama_core.architecture.targets.bands import band_bounds
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
 from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.embedding_modules import (
+    Band,
+    BandedEmbedding,
+    BandedHead,
     LowRankEmbedding,
     LowRankHead,
     PivotedProjection,
     PlainProjection,
     Projection,
+    TiedEmbedding,
 )
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError, UserError
@@ -64,13 +71,14 @@ class EmbeddingTarget(TargetModule):
         return cls(name, module)
 
     def check(self, format_: Format) -> None:
-        (map_,) = self.maps
-        layer = format_.module(map_.out_features, map_.in_features, 1, False, torch.float32, "meta")
-        if not isinstance(layer, FactoredLinear | InputPivotedLinear):
-            raise UserError(
-                f"--compress-embeddings: the embedding {self.name!r} [{map_.out_features}, {map_.in_features}] cannot"
-                f" be stored in format {format_.name!r}; use --format factored"
-            )
+        for map_ in self.maps:
+            layer = format_.module(map_.out_features, map_.in_features, 1, False, torch.float32, "meta")
+            if not isinstance(layer, FactoredLinear | InputPivotedLinear):
+                raise UserError(
+                    f"--compress-embeddings: the embedding {self.name!r}, of which rows"
+                    f" [{map_.out_features}, {map_.in_features}] are low rank, cannot be stored in format"
+                    f" {format_.name!r}; use --format factored"
+                )
 
     def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
         weight = block.get_submodule(self.name).weight
@@ -88,10 +96,8 @@ class EmbeddingTarget(TargetModule):
     def observe(
         self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
     ) -> Iterator[None]:
-        # A lookup multiplies nothing: what is shown are the rows of the heads.
-        (map_,) = self.maps
-
-        hook = make_hook(map_, on_input, on_output)
+        # A lookup multiplies nothing: what is shown are the rows of the heads, once for all maps.
+        hook = make_hook(self.maps[0], on_input, on_output)
         heads = [m for m in self.modules(block).values() if isinstance(m, nn.Linear)]
         handles = [head.register_forward_hook(hook) for head in heads]
         try:
@@ -128,6 +134,72 @@ class EmbeddingTarget(TargetModule):
         return []
 
 
+class BandedEmbeddingTarget(EmbeddingTarget):
+    """The same table in bands, see `targets.bands`: a map for each of them, which may be low rank or dense."""
+
+    kind = "banded-embedding"
+    order: torch.Tensor | None
+    """Token by position [vocabulary]; None until it is known, as in a model that is about to be loaded."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, BandedEmbedding):
+            vocabulary, width = len(module.positions), module.width
+        else:
+            assert isinstance(module.weight, torch.Tensor)
+            vocabulary, width = module.weight.shape
+        self.vocabulary, self.width = vocabulary, width
+        self.bounds = band_bounds(vocabulary, width)
+        maps = tuple(TargetLinear(f"{name}.{i}", stop - start, width) for i, (start, stop) in enumerate(self.bounds))
+        TargetModule.__init__(self, name, maps)
+        self.scale = _scale(module)
+        self.order = None
+
+    @classmethod
+    def at(cls, name: str, module: nn.Module) -> BandedEmbeddingTarget:
+        if not isinstance(module, BandedEmbedding) and not is_embedding(module):
+            raise LillamaError(f"{name!r} is a {type(module).__name__}, not a token embedding")
+        return cls(name, module)
+
+    def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
+        start, stop = self.bounds[self.maps.index(map_)]
+        table = block.get_submodule(self.name).weight
+        assert isinstance(table, torch.Tensor)
+        return table[start:stop] if self.order is None else table[self.order[start:stop].to(table.device)]
+
+    def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        if not any(map_.name in layers for map_ in self.maps):
+            return
+        bands = [self._band(block, map_, layers.get(map_.name)) for map_ in self.maps]
+        device = bands[0].weight.device
+        order = torch.empty(self.vocabulary, dtype=torch.int32, device=device)
+        if self.order is not None:
+            order = torch.argsort(self.order).to(device, torch.int32)
+        modules = self.modules(block)
+        table = BandedEmbedding(bands, order, self.width, _scale(modules[self.name]))
+        for path, old in modules.items():
+            new: nn.Module = table
+            if isinstance(old, nn.Linear | BandedHead):
+                new = BandedHead(table, old.bias)
+            elif path != self.name:
+                new = TiedEmbedding(table, _scale(old))
+            replace_module(block, path, new)
+
+    def _band(self, block: nn.Module, map_: TargetLinear, layer: nn.Module | None) -> Band:
+        """A band of the table: what stands for it, or its own rows."""
+        if layer is None:
+            old = self.weight(block, map_)
+            return Band(nn.Parameter(old.detach().clone(), old.requires_grad), None)
+        if isinstance(layer, FactoredLinear):
+            return Band(_parameter(layer.up.weight), PlainProjection(layer))
+        assert isinstance(layer, InputPivotedLinear)
+        return Band(_parameter(layer.up.weight), PivotedProjection(layer))
+
+
+def _parameter(weight: torch.Tensor) -> nn.Parameter:
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def is_embedding(module: nn.Module) -> bool:
     """Whether ``module`` looks rows up in its table, and at most multiplies them by a number."""
     return type(module) is nn.Embedding or (
@@ -136,7 +208,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def _scale(module: nn.Module) -> float:
-    if isinstance(module, LowRankEmbedding):
+    if isinstance(module, LowRankEmbedding | BandedEmbedding | TiedEmbedding):
         return module.scale
     # As a number where there is one: the buffer of the same value may be on the meta device.
     return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
@@ -160,7 +232,7 @@ def embedding_block(model: nn.Module) -> Block:
     path = next((n for n, m in model.named_modules() if m is found), None)
     if found is None or path is None or not is_embedding(found):
         raise UserError(f"--compress-embeddings: {kind} has no token embedding that can be compressed")
-    target = EmbeddingTarget(path, found)
+    target = BandedEmbeddingTarget(path, found)
     for tied, module in target.modules(model).items():
         if not is_embedding(module) and type(module) is not nn.Linear:
             raise UserError(
@@ -170,8 +242,8 @@ def embedding_block(model: nn.Module) -> Block:
     return Block("embedding", 0, "", (target,))
 
 
-def embedding_target(block: Block) -> EmbeddingTarget:
+def embedding_target(block: Block) -> BandedEmbeddingTarget:
     """Return the only target of the block that `embedding_block` made."""
     (target,) = block.targets
-    assert isinstance(target, EmbeddingTarget)
+    assert isinstance(target, BandedEmbeddingTarget)
     return target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -84,6 +86,100 @@ class LowRankHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(self.projection.reduce(x), self.weight, self.bias)
+
+
+class Band(nn.Module):
+    """Rows of a table [n, width]: stored whole, or as U [n, r] of which ``projection`` makes the rows U A."""
+
+    projection: Projection | None
+
+    def __init__(self, weight: nn.Parameter, projection: Projection | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.projection = projection
+
+
+class BandedEmbedding(nn.Module):
+    """Look up rows of a table in bands, times ``scale``; ``positions`` [vocabulary] says where each token's row is.
+
+    The matrix of the first band, of the most needed tokens, is ``weight``, the name that a table has, to which output
+    heads are tied.
+    """
+
+    positions: torch.Tensor
+    projection: Projection | None
+
+    def __init__(self, bands: list[Band], positions: torch.Tensor, width: int, scale: float) -> None:
+        super().__init__()
+        self.weight = bands[0].weight
+        self.projection = bands[0].projection
+        self.rest = nn.ModuleList(bands[1:])
+        self.width = width
+        self.scale = scale
+        self.register_buffer("positions", positions)
+
+    def _bands(self) -> Iterator[tuple[torch.Tensor, Projection | None]]:
+        yield self.weight, self.projection
+        for band in self.rest:
+            assert isinstance(band, Band)
+            yield band.weight, band.projection
+
+    def rows(self, ids: torch.Tensor, scale: float) -> torch.Tensor:
+        """The rows [..., width] of ``ids`` [...], times ``scale``."""
+        places = self.positions[ids.long()].long()
+        found: torch.Tensor | None = None
+        start = 0
+        # Every band looks up something for every token: which tokens are a band's is not waited for, so that shapes do
+        # not depend on them. A low-rank row costs as much as one of a linear map in a block.
+        for weight, projection in self._bands():
+            size = len(weight)
+            rows = functional.embedding((places - start).clamp(0, size - 1), weight)
+            rows = rows if projection is None else projection.restore(rows)
+            found = rows if found is None else torch.where((places >= start)[..., None], rows, found)
+            start += size
+        assert found is not None
+        return found if scale == 1.0 else found * scale
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """The products [..., vocabulary] of x [..., width] with all rows."""
+        found = [
+            functional.linear(x if projection is None else projection.reduce(x), weight)
+            for weight, projection in self._bands()
+        ]
+        return torch.cat(found, dim=-1).index_select(-1, self.positions.int())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rows(ids, self.scale)
+
+
+class TiedEmbedding(nn.Module):
+    """Look up rows of a `BandedEmbedding`, times a ``scale`` of its own."""
+
+    def __init__(self, table: BandedEmbedding, scale: float) -> None:
+        super().__init__()
+        self.weight = table.weight
+        self.scale = scale
+        # Referred to only, so that it is saved once.
+        self.__dict__["table"] = table
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        table: BandedEmbedding = self.__dict__["table"]
+        return table.rows(ids, self.scale)
+
+
+class BandedHead(nn.Module):
+    """Compute the logits x W^T + bias [..., vocabulary] of an output head tied to a `BandedEmbedding`."""
+
+    def __init__(self, table: BandedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = table.weight
+        self.bias = bias
+        self.__dict__["table"] = table
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table: BandedEmbedding = self.__dict__["table"]
+        scores = table.scores(x)
+        return scores if self.bias is None else scores + self.bias
 
 
 def _hold(module: nn.Module, projection: Projection, owns: bool) -> None:
