@@ -43,7 +43,7 @@ def bare_context() -> Context:
 def test_the_stages_of_lillama_in_their_order() -> None:
     stages = CompressionPipeline.registered().stages
     assert [type(s).__name__ for s in stages] == [
-        f"{name}Stage" for name in ("Load", "Calibrate", "Statistics", "Allocate", "Blocks", "Report", "Write")
+        f"{name}Stage" for name in ("Load", "Calibrate", "Statistics", "Allocate", "Blocks", "Report", "Heal", "Write")
     ]
     given = {result for s in stages for result in s.gives}
     assert given == {
@@ -108,7 +108,7 @@ def test_a_stage_of_a_plugin_runs_behind_the_one_that_it_names(monkeypatch: pyte
     monkeypatch.setattr("lillama_registry.registry", lambda: with_late)
     names = [type(s).__name__ for s in CompressionPipeline.registered().stages]
     assert names[names.index("AllocateStage") + 1] == "Late"
-    assert len(names) == 8
+    assert len(names) == 9
     monkeypatch.setattr("lillama_registry.registry", lambda: with_lost)
     with pytest.raises(UserError, match="stage 'lost' of a plugin is to run after 'alocate'; stages are load, "):
         CompressionPipeline.registered()

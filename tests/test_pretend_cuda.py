@@ -122,7 +122,7 @@ BUGS = {
         "compressed[row : row + 1]",
     ),
     "labels of a metric": SeededBug(
-        "lillama_core.evaluation.fidelity:measure_fidelity", "samples.targets[row].to(device)", "samples.targets[row]"
+        "lillama_core.evaluation.fidelity:Comparison.add", "samples.targets[row].to(device)", "samples.targets[row]"
     ),
     "a matrix made without a device": SeededBug(
         "lillama_core.initialization.base:balance", "torch.ones_like(up)", "torch.ones(up.shape)"

@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "warmup": 0.5,
     "weight_decay": 0.01,
     "gradient_clip": 1.0,
+    "healing_epochs": 2.0,
     "dtype": "bfloat16",
     "compute": "float32",
     "seed": 7,

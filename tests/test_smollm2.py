@@ -49,11 +49,8 @@ def test_smollm2_loses_a_fifth_of_its_parameters_and_little_of_its_sense(tmp_pat
     text = ROOT / "benchmarks" / "data" / "wikitext2-test.txt"
     rows = load_text_windows(Source.parse(str(text)), tokenizer, 512, 8)
     assert perplexity(model, rows, torch.device("cpu"))[0] < 40
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True, return_tensors="pt", return_dict=True,
-    )  # fmt: skip
-    # Not all that it would say first is an answer: from so few tokens it may find the turn over at once.
+    # Text as that which it was calibrated on: of chats it has seen none.
+    prompt = tokenizer("The town lies on the northern bank of the river , and its church", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     said = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     # A broken model repeats one token or says nothing.

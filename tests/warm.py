@@ -149,6 +149,8 @@ class Process:
             if file is not None:
                 file.seek(0)
             found.append(None if file is None else file.read().decode())
+            if file is not None:
+                file.close()
         return found[0], found[1]
 
     def send_signal(self, number: int) -> None:
@@ -306,6 +308,10 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
     added = [path for path in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*added, *(path for path in known if path not in ("", here, *added))]
     importlib.invalidate_caches()
+    import lillama_registry
+
+    # This process may have plugins of its own.
+    lillama_registry.registry.cache_clear()
     import torch
 
     torch.set_num_threads(int(order["environment"].get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -316,7 +322,8 @@ def import_all() -> None:
     """Import what commands and compressions need, so that no child has to."""
     names = (
         *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.ticker"),
-        *("lillama_core.api", "lillama_core.pipeline", "lillama_core.cli.compress", "lillama_core.cli.evaluate"),
+        # Not the commands: what they offer depends on a process's plugins when they are imported.
+        *("lillama_core.api", "lillama_core.pipeline"),
         *("lillama_benchmarks.command", "lillama_benchmarks.engines.in_turns", "lillama_testing"),
         *("lillama_core.evaluation.metrics.perplexity", "lillama_core.output.report", *ENTRIES.values(), *STARTERS),
     )

@@ -11,7 +11,7 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import jinja2
 import yaml
@@ -19,13 +19,11 @@ import yaml
 from lillama_core.data.modality import modality_of
 from lillama_core.data.sources import Source
 from lillama_core.errors import one_line
+from lillama_core.output.healing_rows import healing_rows
+from lillama_core.output.origin import Origin
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import StrategyChoice
-
-if TYPE_CHECKING:
-    from lillama_core.architecture.base import Architecture
-    from lillama_core.models.source import ModelSource
 
 RECIPE_FILE = "lillama_recipe.yaml"
 
@@ -42,19 +40,6 @@ STAGE_LABELS = {
     "healing": "training the whole model",
     "output": "writing the result",
 }
-
-
-class Origin(Protocol):
-    """The model that a result was made of."""
-
-    @property
-    def source(self) -> ModelSource: ...
-
-    @property
-    def config(self) -> Any: ...
-
-    @property
-    def architecture(self) -> Architecture: ...
 
 
 def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
@@ -86,7 +71,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             fidelity=fidelity_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
-            healing=healing_rows(record),
+            healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],
             whole_blocks=trained and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
@@ -395,27 +380,6 @@ def stages(record: RunRecord) -> list[tuple[str, float]]:
         if whole in seconds:
             seconds[whole] -= sum(seconds.get(part, 0.0) for part in parts)
     return [(STAGE_LABELS.get(k, k), max(0.0, v)) for k, v in seconds.items()]
-
-
-def healing_rows(record: RunRecord) -> list[tuple[str, str, str, str, str, str]]:
-    """Each training of the whole model: teacher, objective, what was trained, tokens seen, losses, perplexities."""
-    rows = []
-    fidelity = [*(told["fidelity_before"] for told in record.healing), record.fidelity][1:]
-    for told, after in zip(record.healing, fidelity, strict=True):
-        curve, before = told["curve"], told["fidelity_before"] or {}
-        kept = next(point for point in curve if point["step"] == told["kept_step"])
-        known = (before.get("perplexity_after"), (after or {}).get("perplexity_after"))
-        rows.append(
-            (
-                code(told.get("teacher") or "") or "none",
-                told["objective"],
-                told["train"],
-                f"{kept['tokens']:,}",
-                f"{number(curve[0]['loss'])} → {number(kept['loss'])}",
-                " → ".join(number(value) for value in known if value is not None),
-            )
-        )
-    return rows
 
 
 def cost_rows(record: RunRecord) -> list[tuple[str, str]]:

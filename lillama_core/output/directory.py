@@ -18,8 +18,9 @@ from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import ModelSource, local_file
-from lillama_core.output.card import Origin, public_name, public_recipe, write_card
+from lillama_core.output.card import public_name, public_recipe, write_card
 from lillama_core.output.checkpoint import CompressedCheckpoint
+from lillama_core.output.origin import Origin
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
 from lillama_core.output.run_directory import RunDirectory

@@ -120,6 +120,7 @@ def make_tiny_model(architecture: Architecture, model_type: str, folder: Path) -
 def check_runs(model: Any, architecture: Architecture) -> None:
     """Raise UserError when a dense model cannot be run: no check could say anything of its architecture then."""
     modality = modality_of(architecture)
+    architecture.adapt(model)
     try:
         with torch.no_grad():
             output = main_output(model.eval()(**modality.dummy_inputs(model.config)))
