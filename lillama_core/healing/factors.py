@@ -1,8 +1,7 @@
 """Low-rank maps as balanced factors while they are trained, whatever the format that they are stored in.
 
 A step of one size suits all entries of balanced factors. Of a format that pivots, whose matrix beside the identity has
-entries of the order of one while those of the other factor are those of a weight, it suits neither: with the same
-learning rate the loss of SmolLM2 at 20 % rose from 0.26 to 0.31 in four steps.
+entries of the order of one while those of the other factor are those of a weight, it suits neither.
 """
 
 from __future__ import annotations

@@ -39,7 +39,13 @@ class HealingOptions(StrategyOptions):
         description="what is trained: the low-rank maps; the vectors outside of them, norms and biases; or all"
         " parameters, the embedding included",
     )
-    learning_rate: float = Field(default=1e-4, description="peak learning rate", gt=0.0, le=1.0)
+    learning_rate: float = Field(
+        default=1e-5,
+        description="peak learning rate; in seven steps of SmolLM2 at 20 % by `fast` 1e-4 raised the divergence on rows"
+        " that are not trained on by 31 %, and 1e-5 lowered it by 8 %",
+        gt=0.0,
+        le=1.0,
+    )
     warmup: float = Field(default=0.1, description="part of the steps in which the learning rate rises", ge=0.0, le=1.0)
     gradient_clip: float = Field(default=1.0, description="largest norm of the gradient; 0: no limit", ge=0.0)
     weight_decay: float = Field(default=0.0, description="AdamW's weight decay", ge=0.0, le=1.0)

@@ -33,7 +33,7 @@ from lillama_core.pipeline.heal import heal
 from lillama_core.pipeline.pipeline import check_alike
 from lillama_core.recipe.model import COMMAND_LINE, Recipe
 from lillama_core.system.devices import choose_autocast, choose_device
-from lillama_core.system.memory import limit_kernel_caches, release_memory
+from lillama_core.system.memory import release_memory
 from lillama_core.system.processes import World, joined
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_core.system.quiet import quiet
@@ -96,7 +96,8 @@ def finetune(request: FinetuneRequest, verbosity: Verbosity = "normal") -> RunRe
 
 
 def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> RunRecord:
-    limit_kernel_caches()
+    # Caches of kernels stay as they are: all blocks run in every step, forward and back, each in shapes of its own, and
+    # kernels that do not fit would be made anew each time.
     recipe, options = request.recipe, request.options
     given = None if request.data is None else given_data(request.data)
     directory = RunDirectory(request.output)

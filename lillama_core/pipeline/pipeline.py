@@ -104,8 +104,10 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
 
 
 def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord:
-    limit_kernel_caches()
     recipe = request.recipe
+    if recipe.healing_epochs <= 0:
+        # In a step of healing all blocks run, forward and back: kernels that are not kept are made anew each time.
+        limit_kernel_caches()
     given = None if request.data is None else given_data(request.data)
     request = replace(request, data=given)
     directory = RunDirectory(request.output)
