@@ -83,8 +83,8 @@ class BlockRunner:
         call = self.calls[batch][block.index]
         with self.autocast():
             out = self.architecture.call_block(module, hidden.to(self.device), call.args, call.kwargs)
-        # Once infinite, every later number is; with gradients the loss is looked at instead. A sum costs a sixth of
-        # looking at each, and is never finite when one of them is not.
+        # Once infinite, every later number is; with gradients the loss is looked at instead. A sum is made
+        # without a table of flags, and is never finite when one of them is not.
         if not torch.is_grad_enabled() and not out.sum(dtype=torch.float32).isfinite() and not out.isfinite().all():
             raise LillamaError(
                 f"block {block.path} gives activations that are infinite or not a number; its weights, or the"

@@ -23,7 +23,9 @@ from lillama_core.system.files import read_tensors, write_tensors
 from lillama_core.system.processes import World
 
 SPREAD = 0.1
-"""Part of what tokens are needed for that is shared out evenly: text of another kind has other tokens."""
+"""Part of what tokens are needed for that is shared out evenly: text of another kind has other tokens. Of 0.02,
+0.1 and 0.3 this was the best on SmolLM2 at 20 %, one run each: perplexity 30.1, 29.5, 29.9 on WikiText-2, and 35.0,
+34.5, 35.5 on tales."""
 
 
 class EmbeddingObserver:
