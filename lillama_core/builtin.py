@@ -95,6 +95,8 @@ def lillama_commands() -> dict[str, LazyCommand]:
         "plan": LazyCommand(f"{CORE}.cli.plan:plan", "ranks, parameters and memory before anything is computed"),
         "finetune": LazyCommand(f"{CORE}.cli.finetune:finetune", "train a compressed model as a whole"),
         "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
+        "verify": LazyCommand(f"{CORE}.cli.verify:verify", "check a compressed directory without running it"),
+        "doctor": LazyCommand(f"{CORE}.cli.doctor:doctor", "what is installed, what works here, what to install"),
         "plugins": LazyCommand(f"{CORE}.cli.plugins:plugins", "list plugins, what each provides and where it is from"),
         "strategies": LazyCommand(f"{CORE}.cli.strategies:strategies", "list what can be chosen, with its options"),
     }

@@ -77,6 +77,43 @@ def test_the_budget_is_kept_and_nearly_used(
             assert asked.cost(m, plan.ranks[m.name]) < m.dense_parameters
 
 
+@pytest.mark.parametrize("format_name", core_names("formats"))
+@pytest.mark.parametrize("name", ["spectrum", "uniform"])
+@given(shapes=sizes, fraction=st.floats(0.05, 0.6), multiple=st.sampled_from([2, 8, 16]))
+@settings(max_examples=40, deadline=None)
+def test_ranks_are_multiples_where_a_map_has_one(
+    name: str, format_name: str, shapes: list[tuple[int, int]], fraction: float, multiple: int
+) -> None:
+    asked = request(maps_of(shapes), fraction, format_name)
+    allocator = make("allocators", StrategyChoice(name=name, options={"rank_multiple": multiple}))
+    # What ``spectrum`` does not take up saves less than a twentieth of its map.
+    limit = 0.95 if name == "spectrum" else 1.0
+    lowest = [
+        next((r for r in (multiple, 1) if asked.cost(m, r) < limit * m.dense_parameters), None) for m in asked.maps
+    ]
+    if sum(asked.cost(m, r) for m, r in zip(asked.maps, lowest, strict=True)) > asked.budget.maps_kept:
+        with pytest.raises(UserError, match="lower --rank-multiple"):
+            allocator.allocate(asked)
+        return
+    plan = allocator.allocate(asked)
+    assert kept_parameters(asked.maps, plan, asked.format) <= asked.budget.maps_kept
+    for m in asked.maps:
+        rank = plan.ranks.get(m.name)
+        if rank is not None and rank % multiple:
+            # No multiple is smaller than dense, or (spectrum) none saves a twentieth.
+            assert asked.cost(m, multiple) > 0.95 * m.dense_parameters or multiple >= m.map.full_rank
+
+
+@pytest.mark.parametrize("format_name", core_names("formats"))
+def test_spectrum_leaves_a_map_dense_rather_than_save_next_to_nothing(format_name: str) -> None:
+    for seed in range(10):
+        asked = request(maps_of([(64, 48), (48, 64), (56, 56)] * 4), 0.2, format_name, seed)
+        plan = make("allocators", "spectrum").allocate(asked)
+        for m in asked.maps:
+            if m.name in plan.ranks:
+                assert asked.cost(m, plan.ranks[m.name]) <= 0.95 * m.dense_parameters
+
+
 def brute_force(asked: AllocationRequest) -> float:
     """The smallest total error of all plans within the budget."""
     states = []

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import Field
 
 from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters
 from lillama_core.formats import Format
-from lillama_core.strategies import Strategy
+from lillama_core.strategies import Strategy, StrategyOptions
+
+LEAST_SAVING = 0.05
+"""Part of a map's parameters that a rank has to save: two products for as many multiply-adds as one make a map slower.
+Of SmolLM2 at 20 % in the format ``pivoted``, whose cost at high ranks is close to dense, 18 of 181 maps saved less,
+1.5 % of what was removed."""
+
+
+class RankOptions(StrategyOptions):
+    """Which ranks are allowed."""
+
+    rank_multiple: int = Field(
+        1,
+        description="ranks are multiples of this, where a map is large enough for one: 8, 16 or 32 suit the kernels of"
+        " many devices, and quantisers",
+        ge=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,16 @@ class AllocationRequest:
         """The largest rank of ``map_`` that costs at most ``parameters`` and less than dense; 0: none."""
         return self.format.largest_rank(map_.map.out_features, map_.map.in_features, parameters)
 
+    def ranks(self, map_: PlannedMap, multiple: int = 1) -> Sequence[int]:
+        """The ranks of ``map_`` that save enough of it to be worth having, rising; empty if there is none.
+
+        All are multiples of ``multiple``, unless none of these is small enough.
+        """
+        highest = self.largest_rank(map_, int((1 - LEAST_SAVING) * map_.dense_parameters))
+        # A map too small to save that much is still smaller at some rank.
+        highest = highest or self.largest_rank(map_, map_.dense_parameters - 1)
+        return range(multiple, highest + 1, multiple) or range(1, highest + 1)
+
 
 class Allocator(Strategy, ABC):
     """Chooses a rank for each map within a budget; found by its name."""
@@ -62,11 +90,16 @@ class Allocator(Strategy, ABC):
         """A plan that keeps at most ``request.budget.maps_kept`` parameters, and as close to it as ranks go."""
 
 
-def spend_remainder(request: AllocationRequest, ranks: dict[str, int], order: Iterable[PlannedMap]) -> RankPlan:
+def spend_remainder(
+    request: AllocationRequest,
+    ranks: dict[str, int],
+    order: Iterable[PlannedMap],
+    allowed: Callable[[PlannedMap], Sequence[int]] | None = None,
+) -> RankPlan:
     """Raise ``ranks``, map by map in ``order``, with the parameters that they leave of the budget, and return the plan.
 
     Ranks are whole numbers, so every rule ends below the budget; the first map of ``order`` takes the
-    remainder, and what it cannot use goes to the next.
+    remainder, and what it cannot use goes to the next. ``allowed`` gives a map's ranks, rising; all of them by default.
     """
     left = request.budget.maps_kept - kept_parameters(
         request.maps, RankPlan(request.format.name, ranks), request.format
@@ -76,7 +109,12 @@ def spend_remainder(request: AllocationRequest, ranks: dict[str, int], order: It
         if rank is None:
             continue
         spent = request.cost(map_, rank)
-        raised = max(rank, request.largest_rank(map_, spent + left))
+        raised = request.largest_rank(map_, spent + left)
+        if allowed is not None:
+            those = allowed(map_)
+            fitting = bisect.bisect_right(those, raised)
+            raised = those[fitting - 1] if fitting else 0
+        raised = max(rank, raised)
         left -= request.cost(map_, raised) - spent
         ranks[map_.name] = raised
     return RankPlan(request.format.name, ranks)

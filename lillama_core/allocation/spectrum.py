@@ -8,18 +8,20 @@ linearly in the rank as well as for those that do not.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
 
-from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
+from lillama_core.allocation.base import AllocationRequest, Allocator, RankOptions, Spectrum, spend_remainder
 from lillama_core.allocation.plan import PlannedMap, RankPlan
-from lillama_core.strategies import ChosenStrategies, StrategyOptions
+from lillama_core.errors import UserError
+from lillama_core.strategies import ChosenStrategies
 
 
-class SpectrumOptions(StrategyOptions):
+class SpectrumOptions(RankOptions):
     """How far ranks may depart from the uniform ones."""
 
     rank_floor: float = Field(
@@ -91,14 +93,19 @@ class SpectrumAllocator(Allocator):
                 even = request.largest_rank(map_, int(fraction * map_.dense_parameters))
                 lowest = max(1, int(self.options.rank_floor * even))
             errors = tail_errors(spectrum)
-            highest = request.largest_rank(map_, map_.dense_parameters - 1)
-            points = [Point(request.cost(map_, r), errors[r], r) for r in range(lowest, highest + 1)]
+            choices = self._choices(request, map_)
+            points = [Point(request.cost(map_, r), errors[r], r) for r in choices if r >= lowest or r == choices[-1]]
             hull = lower_hull([*points, Point(map_.dense_parameters, 0.0, None)])
             used += hull[0].cost
             ranks[map_.name] = hull[0].rank
             for a, b in itertools.pairwise(hull):
                 segments.append(((a.error - b.error) / (b.cost - a.cost), index, b, map_))
 
+        if used > request.budget.maps_kept:
+            raise UserError(
+                f"ranks of at least {self.options.rank_multiple} keep {used:,} parameters of the maps,"
+                f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
+            )
         # Steepest first; on one hull the slopes fall, so a map's own segments come in order.
         segments.sort(key=lambda s: (-s[0], s[1], s[2].cost))
         blocked: set[str] = set()
@@ -114,4 +121,7 @@ class SpectrumAllocator(Allocator):
             used += extra
             ranks[map_.name] = point.rank
         chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-        return spend_remainder(request, chosen, reached)
+        return spend_remainder(request, chosen, reached, functools.partial(self._choices, request))
+
+    def _choices(self, request: AllocationRequest, map_: PlannedMap) -> Sequence[int]:
+        return request.ranks(map_, self.options.rank_multiple)

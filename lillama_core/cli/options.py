@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from lillama_core.recipe.loading import load_recipe
-from lillama_core.recipe.model import COMMAND_LINE, MOVED, SLOTS, STAGES, Recipe, dashed
+from lillama_core.recipe.model import COMMAND_LINE, SHORT, SLOTS, STAGES, Recipe, dashed
 from lillama_core.strategies import names
 from lillama_core.strategies.options import StrategyOptions
 from lillama_core.strategies.validation import choices_of, kind_of
@@ -151,7 +151,7 @@ def exclusive(context: click.Context, first: str, second: str) -> None:
 
 
 def recipe_options(function: F) -> F:
-    """``--recipe``, an option for every field of the recipe, and the flat names of earlier versions."""
+    """``--recipe``, an option for every field of the recipe, and the short names of strategies' options."""
     decorators = [
         option(
             "--recipe",
@@ -164,7 +164,7 @@ def recipe_options(function: F) -> F:
     for name, field in Recipe.model_fields.items():
         if name not in ("name", STAGES):
             decorators.append(_field_option(name, field, field.default))
-    for name, (slot, own) in MOVED.items():
+    for name, (slot, own) in SHORT.items():
         decorators.append(
             option(
                 dashed(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -58,6 +59,8 @@ class LowRankLinear(nn.Module):
     in_features: int
     out_features: int
     format: Format
+    orders: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers that hold an order: the numbers 0 to n - 1, each once."""
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The first stage: x [..., in] -> A x [..., r]."""

@@ -24,6 +24,7 @@ class InputPivotedLinear(LowRankLinear):
     """
 
     permutation: torch.Tensor
+    orders = ("permutation",)
 
     def __init__(self, mix: nn.Linear, up: nn.Linear, permutation: torch.Tensor) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class OutputPivotedLinear(LowRankLinear):
     """
 
     permutation: torch.Tensor
+    orders = ("permutation",)
 
     def __init__(self, down: nn.Linear, mix: nn.Linear, permutation: torch.Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()

@@ -128,6 +128,16 @@ class BlockReader:
         check_complete(source, architecture, model, conversion.missing, conversion.unexpected)
         return reader
 
+    @property
+    def missing(self) -> list[str]:
+        """Parameters that the files lack, by name in memory."""
+        return sorted(name for name in self._conversion.missing if self._is_parameter(name))
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Names on disk that are none of the model's."""
+        return sorted(self._conversion.unexpected)
+
     def load_shell(self) -> None:
         """Put the weights of everything but the blocks into `model`, tied as the checkpoint has them, on the CPU.
 

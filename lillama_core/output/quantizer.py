@@ -23,6 +23,7 @@ from lillama_core.architecture.targets.block import Block
 from lillama_core.errors import LillamaError
 from lillama_core.models.source import QUANT_METHOD
 from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, weight_renaming
+from lillama_core.output.soundness import check_orders
 from lillama_core.strategies import get, make, names
 from lillama_registry import registry
 
@@ -119,6 +120,7 @@ class LillamaHfQuantizer(HfQuantizer):
                 _swap(model, path, target)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        check_orders(model)
         for architecture in registry().architectures_for(model.config.model_type):
             architecture.adapt(model)
         # Weights that are converted to another dtype are copies. Integers are not converted: as views of the mapped

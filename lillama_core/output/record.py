@@ -86,6 +86,8 @@ class RunRecord:
     healing: list[dict[str, Any]] = field(default_factory=list)
     """How the whole model was trained at the end, each time that it was."""
     bytes: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Name of a weight file -> the SHA-256 of what is in it."""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int | None = None

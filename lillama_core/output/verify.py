@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import as_dtype
 from lillama_core.models.loading import load_config
@@ -58,14 +59,21 @@ def open_by_block(folder: str, architecture: str, trust_remote_code: bool) -> An
     """The compressed model in ``folder``, that reads each of its blocks when it is run."""
     source = ModelSource(folder, folder, None, trust_remote_code)
     config = load_config(source, allow_compressed=True)
-    found = find_architecture(config, architecture, trust_remote_code)
-    targets = LillamaConfig(**{k: v for k, v in quantization_of(config).items() if k in ("sites", "version")})
-    del config.quantization_config
-    model = compressed_meta_model(found, config, targets, trust_remote_code)
-    reader = BlockReader(model, weight_files(source), found.stacks, model.dtype)
+    reader = compressed_reader(source, config, find_architecture(config, architecture, trust_remote_code))
     reader.load_shell()
     run_blocks_from(reader.model, reader.paths, reader.block)
     return reader.model
+
+
+def compressed_reader(source: ModelSource, config: Any, architecture: Architecture) -> BlockReader:
+    """The reader of a compressed directory, of whose ``config`` the part about low rank is taken out.
+
+    Raises LillamaError where that is of another model.
+    """
+    targets = LillamaConfig(**{k: v for k, v in quantization_of(config).items() if k in ("sites", "version")})
+    del config.quantization_config
+    model = compressed_meta_model(architecture, config, targets, source.trust_remote_code)
+    return BlockReader(model, weight_files(source), architecture.stacks, model.dtype)
 
 
 def quantization_of(config: Any) -> dict[str, Any]:

@@ -71,11 +71,7 @@ def prepare(
     blocks, reference = blocks_of(found, meta, recipe.stacks, choice)
     check_choice(found, meta, choice)
     check_apart(found, meta)
-    embedding = None
-    if recipe.compress_embeddings:
-        if recipe.stacks:
-            raise UserError("--compress-embeddings and --stacks exclude each other: the embedding is in no stack")
-        embedding = embedding_block(meta)
+    embedding = _chosen_embedding(recipe, meta, format_)
     whole = blocks if embedding is None else {embedding.stack: [embedding], **blocks}
     targets = [target for stack in whole.values() for block in stack for target in block.targets]
     for target in targets:
@@ -97,6 +93,29 @@ def prepare(
         format_,
         embedding,
     )
+
+
+def _chosen_embedding(recipe: Recipe, model: nn.Module, format_: Format) -> Block | None:
+    """The token embedding if it is to be compressed; UserError if that was asked for and cannot be."""
+    if recipe.compress_embeddings is False:
+        return None
+    if recipe.compress_embeddings:
+        if recipe.stacks:
+            raise UserError("--compress-embeddings and --stacks exclude each other: the embedding is in no stack")
+        return embedding_block(model)
+    comparable = (
+        make("initializers", recipe.init).needs_gradients and make("allocators", recipe.allocation).needs_spectra
+    )
+    if recipe.stacks or not comparable:
+        return None
+    try:
+        block = embedding_block(model)
+        for target in block.targets:
+            target.check(format_)
+    except UserError:
+        # Nobody asked for it: images have no tokens.
+        return None
+    return block
 
 
 def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:

@@ -24,8 +24,8 @@ STAGES = "stages"
 SLOTS = {"init": "initializers", "allocation": "allocators", "loss": "losses", "format": "formats"}
 """Field that chooses a strategy -> kind of strategy."""
 
-MOVED = {"minimum_rank": ("allocation", "minimum_rank"), "rank_step": ("allocation", "rank_step")}
-"""Flat names of earlier versions -> the slot and the option of its strategy that they stand for."""
+SHORT = {name: ("allocation", name) for name in ("minimum_rank", "rank_step", "rank_multiple")}
+"""Flat names -> the slot and the option of its strategy that they stand for."""
 
 
 def option(default: Any, group: str, help: str, **bounds: Any) -> Any:
@@ -69,10 +69,11 @@ class Recipe(Validated):
     share_experts: bool = option(
         False, "what to remove", "one input projection for all experts of a layer, one output projection"
     )
-    compress_embeddings: bool = option(
-        False,
+    compress_embeddings: bool | None = option(
+        None,
         "what to remove",
-        "compress the token embedding, and the output head tied to it, as well, in bands of tokens by their frequency",
+        "compress the token embedding, and the output head tied to it, as well, in bands of tokens by their frequency;"
+        " default: where spectrum shares out losses that fisher predicts, and no stacks are named",
     )
 
     calibration: tuple[str, ...] = option(
@@ -274,10 +275,10 @@ def _merged(
     for key, value in options.items():
         name = str(key).replace("-", "_")
         slot, dot, own = name.partition(".")
-        if name in MOVED:
+        if name in SHORT:
             # Written out by an earlier version: the strategy's own default.
             if value is not None:
-                strategy_options.append((*MOVED[name], value, spell(str(key))))
+                strategy_options.append((*SHORT[name], value, spell(str(key))))
         elif slot == STAGES and (by_stage := _stage_options(own, value)) is not None:
             if not dot:
                 spelled[STAGES] = spell(str(key))
@@ -290,7 +291,7 @@ def _merged(
         elif dot and slot in SLOTS and own:
             strategy_options.append((slot, own, value, spell(str(key))))
         elif name not in Recipe.model_fields:
-            known = [*Recipe.model_fields, *MOVED]
+            known = [*Recipe.model_fields, *SHORT]
             raise UserError(f"{where}: unknown key {shown(key)}{nearest(name, known)}")
         elif name in SLOTS and isinstance(value, Mapping | StrategyChoice):
             given = value.to_plain() if isinstance(value, StrategyChoice) else value

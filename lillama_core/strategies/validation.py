@@ -31,6 +31,9 @@ class Validated(BaseModel):
         kind = kind_of(cls, info.field_name or "")
         if kind is tuple and isinstance(value, str):
             return (value,)
+        if value is None:
+            # Whether a field may be left open is for its type to say.
+            return value
         if (kind in (int, float, str) and isinstance(value, bool)) or (
             kind is bool and not isinstance(value, bool | str)
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
     except ValueError as error:
         raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of what is in a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def apply_umask(folder: Path) -> None:

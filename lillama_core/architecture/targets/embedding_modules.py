@@ -34,6 +34,7 @@ class PivotedProjection(nn.Module):
     """A = [I | T] with its columns permuted; ``mix.weight`` is T [r, width - r]."""
 
     permutation: torch.Tensor
+    orders = ("permutation",)
 
     def __init__(self, layer: InputPivotedLinear) -> None:
         super().__init__()
@@ -107,6 +108,7 @@ class BandedEmbedding(nn.Module):
     """
 
     positions: torch.Tensor
+    orders = ("positions",)
     projection: Projection | None
 
     def __init__(self, bands: list[Band], positions: torch.Tensor, width: int, scale: float) -> None:
