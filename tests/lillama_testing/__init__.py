@@ -48,7 +48,7 @@ _IN_TINY = ("TinyModel", "make_tiny_model", "specimen_at")
 @hookimpl
 def lillama_commands() -> dict[str, LazyCommand]:
     return {
-        "plugin": LazyCommand("lillama_testing.command:plugin", "check that a plugin's architectures do what they must")
+        "plugin": LazyCommand("lillama_testing.command:plugin", "begin a plugin, and check that it does what it must")
     }
 
 

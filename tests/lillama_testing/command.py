@@ -1,4 +1,4 @@
-"""``lillama plugin check NAME``: the conformance kit on the command line."""
+"""``lillama plugin new`` and ``lillama plugin check``: the beginning of a plugin, and the conformance kit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lillama_core.cli.options import LillamaCommand, option
 from lillama_core.cli.silence import silence_transformers
 
 
-@click.group(help="Check that a plugin's architectures do what they must.", no_args_is_help=False)
+@click.group(help="Begin a plugin, and check that its architectures do what they must.", no_args_is_help=False)
 def plugin() -> None:
     """The group of what can be done with a plugin."""
 
@@ -32,6 +32,31 @@ def check(**options: Any) -> int:
     """Parse the options and run."""
     with silence_transformers():
         return run_plugin_check(options)
+
+
+@plugin.command(
+    cls=LillamaCommand,
+    short_help="write a plugin's repository",
+    help="Write the repository of a plugin for a family of causal language models: the architecture, the entry point, a"
+    " test by the conformance kit, CI. NAME is the plugin's name, and the model type if transformers knows it by that.",
+)
+@click.argument("name", metavar="NAME")
+@option("--model-type", metavar="TYPE", help="transformers' name of the family, as in config.json")
+@option("-o", "--output", metavar="DIR", help="folder to make (default: lillama-NAME)")
+@option("--debug", is_flag=True, help="show tracebacks")
+def new(**options: Any) -> int:
+    """Write the repository, and say what to do with it."""
+    from lillama_testing.new import new_plugin
+
+    name = options["name"]
+    folder = Path(options["output"] or f"lillama-{name}")
+    with silence_transformers():
+        described = new_plugin(name, options["model_type"], folder)
+    (model_type,) = described.model_types
+    stacks = ", ".join(f"{stack} at {path}" for stack, path in described.stacks.items())
+    print(f"wrote {folder}: {model_type}, {stacks}")
+    print(f"next  pip install '{folder}[test]' && pytest {folder}")
+    return 0
 
 
 def run_plugin_check(options: dict[str, Any]) -> int:
