@@ -85,6 +85,11 @@ class Allocator(Strategy, ABC):
 
     needs_spectra: bool = False
 
+    @property
+    def rank_multiple(self) -> int:
+        """What ranks are to be multiples of; 1 for an allocator without such an option."""
+        return int(getattr(self.options, "rank_multiple", 1))
+
     @abstractmethod
     def allocate(self, request: AllocationRequest) -> RankPlan:
         """A plan that keeps at most ``request.budget.maps_kept`` parameters, and as close to it as ranks go."""

@@ -103,7 +103,7 @@ class SpectrumAllocator(Allocator):
 
         if used > request.budget.maps_kept:
             raise UserError(
-                f"ranks of at least {self.options.rank_multiple} keep {used:,} parameters of the maps,"
+                f"ranks of at least {self.rank_multiple} keep {used:,} parameters of the maps,"
                 f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
             )
         # Steepest first; on one hull the slopes fall, so a map's own segments come in order.
@@ -124,4 +124,4 @@ class SpectrumAllocator(Allocator):
         return spend_remainder(request, chosen, reached, functools.partial(self._choices, request))
 
     def _choices(self, request: AllocationRequest, map_: PlannedMap) -> Sequence[int]:
-        return request.ranks(map_, self.options.rank_multiple)
+        return request.ranks(map_, self.rank_multiple)

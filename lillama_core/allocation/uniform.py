@@ -32,7 +32,7 @@ class Uniform(Allocator):
         return RankPlan(plan.format, self._fit(request, dict(plan.ranks)))
 
     def _allowed(self, request: AllocationRequest, map_: PlannedMap) -> Sequence[int]:
-        multiple, highest = self.options.rank_multiple, request.largest_rank(map_, map_.dense_parameters - 1)
+        multiple, highest = self.rank_multiple, request.largest_rank(map_, map_.dense_parameters - 1)
         return range(multiple, highest + 1, multiple) or range(1, highest + 1)
 
     def _fit(self, request: AllocationRequest, ranks: dict[str, int]) -> dict[str, int]:
@@ -43,7 +43,7 @@ class Uniform(Allocator):
             higher = [m for m in reversed(request.maps) if m.name in ranks and ranks[m.name] > allowed[m.name][0]]
             if not higher:
                 raise UserError(
-                    f"ranks of at least {self.options.rank_multiple} keep {total:,} parameters of the maps,"
+                    f"ranks of at least {self.rank_multiple} keep {total:,} parameters of the maps,"
                     f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
                 )
             map_ = max(higher, key=lambda m: ranks[m.name])

@@ -82,12 +82,13 @@ class EmbeddingObserver:
             tensors |= {f"{name}.{key}": value for key, value in moment.tensors().items()}
         write_tensors(path, tensors, durable=False)
 
-    def read(self, path: Path) -> None:
-        """Go on from what `write` has kept."""
+    def read(self, path: Path, device: torch.device) -> None:
+        """Go on from what `write` has kept, with a model on ``device``."""
         tensors = read_tensors(path)
         self.predicted = tensors["predicted"]
         for name, moment in self._moments().items():
-            moment.restore({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            kept = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            moment.restore(kept, device)
 
     def reduce(self, world: World, device: torch.device) -> None:
         """Add what all processes saw together, in the main one, on ``device``."""

@@ -77,10 +77,11 @@ class SecondMoment:
             return {}
         return {"total": self.total, "sum": self.sum, "count": torch.tensor(self.count, dtype=torch.float64)}
 
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `tensors` gave."""
+    def restore(self, tensors: Mapping[str, torch.Tensor], device: torch.device | None = None) -> None:
+        """Go on from what `tensors` gave; with ``device``, for rows that are there."""
         if tensors:
-            self.total, self.sum, self._count = tensors["total"], tensors["sum"], float(tensors["count"])
+            self.total, self.sum = tensors["total"].to(device), tensors["sum"].to(device)
+            self._count = float(tensors["count"])
 
     def center(self) -> torch.Tensor:
         """E[x] [d]."""

@@ -141,7 +141,8 @@ class BandedEmbeddingTarget(EmbeddingTarget):
     order: torch.Tensor | None
     """Token by position [vocabulary]; None until it is known, as in a model that is about to be loaded."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, multiplies: bool = True) -> None:
+        """``multiplies``: whether a head is tied to the table; a lookup by itself multiplies nothing."""
         if isinstance(module, BandedEmbedding):
             vocabulary, width = len(module.positions), module.width
         else:
@@ -149,7 +150,10 @@ class BandedEmbeddingTarget(EmbeddingTarget):
             vocabulary, width = module.weight.shape
         self.vocabulary, self.width = vocabulary, width
         self.bounds = band_bounds(vocabulary, width)
-        maps = tuple(TargetLinear(f"{name}.{i}", stop - start, width) for i, (start, stop) in enumerate(self.bounds))
+        maps = tuple(
+            TargetLinear(f"{name}.{i}", stop - start, width, token_fraction=float(multiplies))
+            for i, (start, stop) in enumerate(self.bounds)
+        )
         TargetModule.__init__(self, name, maps)
         self.scale = _scale(module)
         self.order = None
@@ -228,11 +232,14 @@ def embedding_block(model: nn.Module) -> Block:
     """The token embedding of ``model`` as a block of its own, whose path is the model; UserError if it has none."""
     kind = type(model).__name__
     getter: Any = getattr(model, "get_input_embeddings", None)
-    found: nn.Module | None = None if getter is None else getter()
+    found: nn.Module | None = None
+    # Code that comes with a model may not say where its embedding is.
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        found = None if getter is None else getter()
     path = next((n for n, m in model.named_modules() if m is found), None)
     if found is None or path is None or not is_embedding(found):
         raise UserError(f"--compress-embeddings: {kind} has no token embedding that can be compressed")
-    target = BandedEmbeddingTarget(path, found)
+    target = BandedEmbeddingTarget(path, found, multiplies=bool(tied_paths(model, path)))
     for tied, module in target.modules(model).items():
         if not is_embedding(module) and type(module) is not nn.Linear:
             raise UserError(

@@ -140,7 +140,7 @@ class StatisticsStage(Stage):
         if left is not None:
             position, reached = left
             if embedding is not None:
-                embedding.read(kept)
+                embedding.read(kept, context.device)
         else:
             position, reached = len(stacks) - 1, len(stacks[-1].blocks)
             if embedding is None:
