@@ -13,7 +13,7 @@ from lillama_core import transformers_hook
 
 if TYPE_CHECKING:
     from lillama_core.allocation.plan import RankPlan
-    from lillama_core.api import CompressionResult, EvaluationResult, compress, evaluate, finetune, load
+    from lillama_core.api import CompressionResult, EvaluationResult, compress, evaluate, export, finetune, load
     from lillama_core.architecture.base import Architecture
     from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
     from lillama_core.errors import LillamaError, UserError
@@ -48,6 +48,7 @@ _HOMES = {
     "UserError": "lillama_core.errors",
     "compress": "lillama_core.api",
     "evaluate": "lillama_core.api",
+    "export": "lillama_core.api",
     "finetune": "lillama_core.api",
     "hookimpl": "lillama_registry",
     "language_model_evaluation": "lillama_core.evaluation.base",
@@ -75,6 +76,7 @@ __all__ = [
     "UserError",
     "compress",
     "evaluate",
+    "export",
     "finetune",
     "hookimpl",
     "language_model_evaluation",

@@ -89,11 +89,20 @@ def lillama_recipes() -> dict[str, Path]:
 
 
 @hookimpl
+def lillama_exporters() -> dict[str, str]:
+    return {
+        "standalone": f"{CORE}.exporting.standalone:StandaloneExporter",
+        "dense": f"{CORE}.exporting.dense:DenseExporter",
+    }
+
+
+@hookimpl
 def lillama_commands() -> dict[str, LazyCommand]:
     return {
         "compress": LazyCommand(f"{CORE}.cli.compress:compress", "make a model smaller"),
         "plan": LazyCommand(f"{CORE}.cli.plan:plan", "ranks, parameters and memory before anything is computed"),
         "finetune": LazyCommand(f"{CORE}.cli.finetune:finetune", "train a compressed model as a whole"),
+        "export": LazyCommand(f"{CORE}.cli.export:export", "write a compressed model for use without lillama"),
         "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
         "verify": LazyCommand(f"{CORE}.cli.verify:verify", "check a compressed directory without running it"),
         "doctor": LazyCommand(f"{CORE}.cli.doctor:doctor", "what is installed, what works here, what to install"),

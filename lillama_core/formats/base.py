@@ -84,6 +84,16 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """W [out, in] of a linear module, dense or low rank; a product of factors is computed in fp32, rounded once."""
+    if not isinstance(layer, LowRankLinear):
+        assert isinstance(layer.weight, torch.Tensor)
+        return layer.weight.detach()
+    with torch.no_grad():
+        B, A = layer.format.to_factors(layer)
+        return (B.float() @ A.float()).to(B.dtype)
+
+
 def empty_linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device: str) -> nn.Linear:
     """A linear module whose memory is allocated but not initialised."""
     # skip_init avoids the random numbers, which would also disturb the global generator.

@@ -21,6 +21,10 @@ class FactoredLinear(LowRankLinear):
     def bias(self) -> torch.Tensor | None:
         return self.up.bias
 
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, r], A [r, in]); gradients reach the parameters."""
+        return self.up.weight, self.down.weight
+
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         z: torch.Tensor = self.down(x)
         return z
@@ -64,7 +68,7 @@ class Factored(Format):
 
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(module, FactoredLinear)
-        return module.up.weight, module.down.weight
+        return module.matrices()
 
 
 FactoredLinear.format = Factored()

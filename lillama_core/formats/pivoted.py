@@ -29,6 +29,7 @@ class InputPivotedLinear(LowRankLinear):
     def __init__(self, mix: nn.Linear, up: nn.Linear, permutation: torch.Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = mix.in_features + mix.out_features, up.out_features
+        self.rank = mix.out_features
         self.mix = mix
         self.up = up
         self.register_buffer("permutation", permutation)
@@ -37,11 +38,16 @@ class InputPivotedLinear(LowRankLinear):
     def bias(self) -> torch.Tensor | None:
         return self.up.bias
 
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, r], A [r, in]); gradients reach the parameters."""
+        T = self.mix.weight
+        A = torch.cat((torch.eye(T.shape[0], dtype=T.dtype, device=T.device), T), dim=1)
+        return self.up.weight, A[:, torch.argsort(self.permutation.long())]
+
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        rank = self.mix.out_features
         # One gather of the whole input is cheaper than two of its parts.
         x = x.index_select(-1, self.permutation.int())
-        z: torch.Tensor = x[..., :rank] + self.mix(x[..., rank:])
+        z: torch.Tensor = x[..., : self.rank] + self.mix(x[..., self.rank :])
         return z
 
     def expand(self, z: torch.Tensor) -> torch.Tensor:
@@ -66,6 +72,12 @@ class OutputPivotedLinear(LowRankLinear):
         self.mix = mix
         self.register_buffer("permutation", permutation)
         self.bias = bias
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B [out, r], A [r, in]); gradients reach the parameters."""
+        T = self.mix.weight
+        B = torch.cat((torch.eye(T.shape[1], dtype=T.dtype, device=T.device), T), dim=0)
+        return B[self.permutation.long()], self.down.weight
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         z: torch.Tensor = self.down(x)
@@ -206,14 +218,8 @@ class Pivoted(Format):
         return layer
 
     def to_factors(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(module, InputPivotedLinear):
-            T = module.mix.weight
-            A = torch.cat((torch.eye(T.shape[0], dtype=T.dtype, device=T.device), T), dim=1)
-            return module.up.weight, A[:, torch.argsort(module.permutation.long())]
-        assert isinstance(module, OutputPivotedLinear)
-        T = module.mix.weight
-        B = torch.cat((torch.eye(T.shape[1], dtype=T.dtype, device=T.device), T), dim=0)
-        return B[module.permutation.long()], module.down.weight
+        assert isinstance(module, InputPivotedLinear | OutputPivotedLinear)
+        return module.matrices()
 
 
 InputPivotedLinear.format = OutputPivotedLinear.format = Pivoted()

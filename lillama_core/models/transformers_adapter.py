@@ -277,10 +277,18 @@ def mark_loaded(tensor: torch.Tensor) -> None:
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return some of a model's tensors, by name in memory, as ``save_pretrained`` writes them: by name on disk."""
+    revert = lookup("transformers.core_model_loading:revert_weight_conversion")
+    found: dict[str, torch.Tensor] = revert(model, without_ties(model, tensors))
+    return found
+
+
+def without_ties(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return those of ``tensors``, by name in memory, that ``save_pretrained`` writes: of tied ones a single one."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    kept = lookup("transformers.modeling_utils:remove_tied_weights_from_state_dict")(kept, model)
-    found: dict[str, torch.Tensor] = lookup("transformers.core_model_loading:revert_weight_conversion")(model, kept)
+    found: dict[str, torch.Tensor] = lookup("transformers.modeling_utils:remove_tied_weights_from_state_dict")(
+        kept, model
+    )
     return found
 
 

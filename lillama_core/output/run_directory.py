@@ -40,7 +40,9 @@ OWN_ENTRIES = frozenset(
 class RunDirectory:
     """``DIR.partial`` of one run, and the lock that makes it one."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, resumes: bool = True) -> None:
+        """``resumes``: whether a run can go on with what another has left, as messages then advise."""
+        self.resumes = resumes
         self.output = normal_path(output)
         self.path = self.output.with_name(self.output.name + ".partial")
         self.blocks = self.path / "blocks"
@@ -77,9 +79,8 @@ class RunDirectory:
             if resume and not replacing:
                 raise UserError(f"output {shown} is finished: there is nothing to resume")
             if not replacing:
-                resumable = (
-                    ", or --resume to go on with the run that was to" if self._started().get("overwrite") else ""
-                )
+                going_on = self.resumes and self._started().get("overwrite")
+                resumable = ", or --resume to go on with the run that was to" if going_on else ""
                 raise UserError(f"output {shown} exists; pass --overwrite to replace it{resumable}")
             if any(output.iterdir()) and not (output / "lillama.json").is_file():
                 # A slip such as `--output ~ --overwrite` must not cost somebody's files.
@@ -105,7 +106,8 @@ class RunDirectory:
         if not (overwrite or resume):
             if self._is_locked():
                 raise self._busy()
-            raise UserError(f"an unfinished run is in {partial}; pass --resume to go on or --overwrite to start anew")
+            ways = "--resume to go on or --overwrite" if self.resumes else "--overwrite"
+            raise UserError(f"an unfinished run is in {partial}; pass {ways} to start anew")
 
     def _is_locked(self) -> bool:
         """Whether another run holds the lock; leaves no lock file that was not there."""
@@ -198,9 +200,8 @@ class RunDirectory:
         if os.path.lexists(self.output):
             ours = (self.output / "lillama.json").is_file() or (self.output.is_dir() and not any(self.output.iterdir()))
             if not (ours and self._started().get("overwrite") is True):
-                raise LillamaError(
-                    f"{str(self.output)!r} has appeared since this run began; move it away, and --resume finishes"
-                )
+                then = "--resume finishes" if self.resumes else "repeat the command"
+                raise LillamaError(f"{str(self.output)!r} has appeared since this run began; move it away, and {then}")
             shutil.rmtree(self.replaced, ignore_errors=True)
             self.output.rename(self.replaced)
         self.result.rename(self.output)

@@ -16,8 +16,9 @@ import torch
 from lillama_core.errors import LillamaError
 from lillama_core.models.integrity import StoredTensor, check_safetensors
 from lillama_core.models.loading import meta_model
-from lillama_core.models.source import INDEX, WEIGHTS
-from lillama_core.models.transformers_adapter import as_saved
+from lillama_core.models.shards import BlockReader, first_dtype
+from lillama_core.models.source import INDEX, WEIGHTS, ModelSource, weight_files
+from lillama_core.models.transformers_adapter import as_saved, set_generation_config
 from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer, attach
 from lillama_core.system.files import write_json
 
@@ -43,6 +44,27 @@ def compressed_meta_model(
     model.is_quantized = False
     architecture.adapt(model)
     return model
+
+
+def compressed_reader(
+    source: ModelSource, config: Any, architecture: Architecture
+) -> tuple[BlockReader, LillamaConfig]:
+    """The reader of the blocks of a compressed directory, in the dtype of its weights, and what is low rank in them.
+
+    ``config`` is that of the directory, and is not changed. Raises UserError for a config or weights that are broken.
+    """
+    files = weight_files(source)
+    config = copy.deepcopy(config)
+    said = config.quantization_config
+    said = said if isinstance(said, dict) else said.to_dict()
+    targets = LillamaConfig(**{k: v for k, v in said.items() if k in ("sites", "version")})
+    del config.quantization_config
+    if config.dtype is None:
+        config.dtype = first_dtype(files)
+    config.name_or_path = source.location
+    model = compressed_meta_model(architecture, config, targets, source.trust_remote_code)
+    set_generation_config(model, source.location)
+    return BlockReader(model, files, architecture.stacks, model.dtype), targets
 
 
 def names_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

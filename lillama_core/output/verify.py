@@ -9,15 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import as_dtype
 from lillama_core.models.loading import load_config
 from lillama_core.models.outputs import main_output
-from lillama_core.models.shards import BlockReader
-from lillama_core.models.source import ModelSource, weight_files
-from lillama_core.output.quantizer import LillamaConfig
-from lillama_core.output.shards import compressed_meta_model
+from lillama_core.models.source import ModelSource
+from lillama_core.output.shards import compressed_reader
 from lillama_core.runtime.weight_source import run_blocks_from
 
 TOLERANCE = 1e-3
@@ -59,28 +56,11 @@ def open_by_block(folder: str, architecture: str, trust_remote_code: bool) -> An
     """The compressed model in ``folder``, that reads each of its blocks when it is run."""
     source = ModelSource(folder, folder, None, trust_remote_code)
     config = load_config(source, allow_compressed=True)
-    reader = compressed_reader(source, config, find_architecture(config, architecture, trust_remote_code))
+    found = find_architecture(config, architecture, trust_remote_code)
+    reader, _ = compressed_reader(source, config, found)
     reader.load_shell()
     run_blocks_from(reader.model, reader.paths, reader.block)
     return reader.model
-
-
-def compressed_reader(source: ModelSource, config: Any, architecture: Architecture) -> BlockReader:
-    """The reader of a compressed directory, of whose ``config`` the part about low rank is taken out.
-
-    Raises LillamaError where that is of another model.
-    """
-    targets = LillamaConfig(**{k: v for k, v in quantization_of(config).items() if k in ("sites", "version")})
-    del config.quantization_config
-    model = compressed_meta_model(architecture, config, targets, source.trust_remote_code)
-    return BlockReader(model, weight_files(source), architecture.stacks, model.dtype)
-
-
-def quantization_of(config: Any) -> dict[str, Any]:
-    """What a compressed model's config says of its modules."""
-    found = config.quantization_config
-    said: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    return said
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from torch import nn
 from lillama_core.architecture.find import find_architecture
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.models.loading import load_config
-from lillama_core.models.source import QUANT_METHOD, locate, weight_files
+from lillama_core.models.source import locate, weight_files
 from lillama_core.output.record import read_record
 from lillama_core.output.soundness import check_finite, check_orders
-from lillama_core.output.verify import compressed_reader, quantization_of
+from lillama_core.output.shards import compressed_reader
 from lillama_core.system.files import sha256_of
 from lillama_core.system.progress import Progress
 
@@ -51,11 +51,12 @@ def _verify(model: str, architecture: str | None, trust_remote_code: bool, progr
     if not source.is_local or source.gguf_file is not None:
         raise UserError(f"{model!r} is no directory that lillama has written")
     config = load_config(source, allow_compressed=True)
-    if getattr(config, "quantization_config", None) is None or quantization_of(config)["quant_method"] != QUANT_METHOD:
+    # Of another method it would have been refused.
+    if getattr(config, "quantization_config", None) is None:
         raise UserError(f"model {model!r} is not compressed by lillama: there is nothing to verify")
     hashed = _check_hashes(Path(source.location), progress)
     files = set(weight_files(source).values())
-    reader = compressed_reader(source, config, find_architecture(config, architecture, trust_remote_code))
+    reader, _ = compressed_reader(source, config, find_architecture(config, architecture, trust_remote_code))
     for fault, those in (("lacks", reader.missing), ("has, and should not have,", reader.unexpected)):
         if those:
             raise LillamaError(f"model {model!r} {fault} {len(those)} of its weights, such as {those[0]}")

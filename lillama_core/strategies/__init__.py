@@ -38,6 +38,7 @@ OPTIONS = {
     "formats": "--format",
     "losses": "--loss",
     "recipes": "--recipe",
+    "exporters": "--to",
 }
 """Kind of thing -> the option by which a user names one."""
 

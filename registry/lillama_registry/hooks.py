@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lillama_core.data.modality import Modality
     from lillama_core.distillation.losses import Loss
     from lillama_core.evaluation import Metric
+    from lillama_core.exporting import Exporter
     from lillama_core.formats import Format
     from lillama_core.initialization import Initializer
     from lillama_core.models.source import CheckpointReader
@@ -98,6 +99,11 @@ def lillama_recipes() -> Mapping[str, Mapping[str, Any] | Path]:  # type: ignore
 @hookspec
 def lillama_checkpoints() -> Named[CheckpointReader]:  # type: ignore[empty-body]
     """Readers of other programs' checkpoint directories."""
+
+
+@hookspec
+def lillama_exporters() -> Named[Exporter]:  # type: ignore[empty-body]
+    """Formats that a compressed model is exported in, by the name that ``lillama export --to`` takes."""
 
 
 @hookspec

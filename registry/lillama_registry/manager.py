@@ -31,6 +31,7 @@ NAMED_HOOKS = {
     "stages": "lillama_stages",
     "recipes": "lillama_recipes",
     "checkpoints": "lillama_checkpoints",
+    "exporters": "lillama_exporters",
     "commands": "lillama_commands",
 }
 """Kinds of thing that plugins add by name, and the hook that gives them."""

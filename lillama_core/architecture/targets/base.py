@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format
 
 OnRows = Callable[[TargetLinear, torch.Tensor], None]
@@ -67,6 +68,19 @@ class TargetModule(ABC):
         At least one name on disk must be that of a dense parameter whose shape is another, so that a loader which
         does not know the format stops with an error instead of filling the maps with random numbers.
         """
+
+    def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the tensors of the dense modules that the low-rank ones of ``block`` stand for.
+
+        Products of factors are multiplied out. By path from ``dense``, the block without low-rank modules, which is on
+        the meta device and gives names and shapes. All parameters and stored buffers below `paths` are among them. A
+        target that does not override it raises LillamaError.
+        """
+        raise LillamaError(f"the plugin of targets of kind {self.kind!r} does not say how {self.name!r} becomes dense")
+
+    def paths(self, block: nn.Module) -> list[str]:
+        """Return the paths from ``block`` of the modules that `replace` puts others in the place of."""
+        return [self.name]
 
     def check(self, format_: Format) -> None:  # noqa: B027  most targets take any format
         """Raise UserError when the maps cannot be stored in ``format_``."""

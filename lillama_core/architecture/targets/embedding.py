@@ -22,6 +22,7 @@ An untied table has the lookup's part alone. The factors are not trained.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -129,6 +130,21 @@ class EmbeddingTarget(TargetModule):
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(self.name)
 
+    def paths(self, block: nn.Module) -> list[str]:
+        return list(self.modules(block))
+
+    def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
+        modules = self.modules(block)
+        with torch.no_grad():
+            table = _whole_table(modules[self.name])
+        found = {}
+        for path, module in modules.items():
+            found[f"{path}.weight"] = table
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                found[f"{path}.bias"] = bias.detach()
+        return found
+
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
         # The name of the table is that of U already.
         return []
@@ -202,6 +218,17 @@ class BandedEmbeddingTarget(EmbeddingTarget):
 def _parameter(weight: torch.Tensor) -> nn.Parameter:
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _whole_table(module: nn.Module) -> torch.Tensor:
+    """The table [vocabulary, width] that a low-rank embedding stands for, not scaled; computed in fp32."""
+    assert isinstance(module, LowRankEmbedding | BandedEmbedding)
+    exact = copy.deepcopy(module).float()
+    if isinstance(exact, BandedEmbedding):
+        table = exact.rows(torch.arange(len(exact.positions)), 1.0)
+    else:
+        table = exact.projection.restore(exact.weight)
+    return table.to(module.weight.dtype)
 
 
 def is_embedding(module: nn.Module) -> bool:

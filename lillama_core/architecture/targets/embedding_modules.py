@@ -39,14 +39,14 @@ class PivotedProjection(nn.Module):
     def __init__(self, layer: InputPivotedLinear) -> None:
         super().__init__()
         self.mix = layer.mix
+        self.rank = layer.rank
         self.width = layer.in_features
         self.register_buffer("permutation", layer.permutation)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> A x [..., r]."""
         x = x.index_select(-1, self.permutation.int())
-        rank = self.mix.out_features
-        z: torch.Tensor = x[..., :rank] + self.mix(x[..., rank:])
+        z: torch.Tensor = x[..., : self.rank] + self.mix(x[..., self.rank :])
         return z
 
     def restore(self, z: torch.Tensor) -> torch.Tensor:

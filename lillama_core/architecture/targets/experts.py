@@ -28,7 +28,7 @@ from lillama_core.architecture.targets.expert_modules import (
 from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
 from lillama_core.errors import LillamaError, UserError
-from lillama_core.formats.base import Format
+from lillama_core.formats.base import Format, dense_weight
 from lillama_core.models.transformers_adapter import has_own_gate
 
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -199,6 +199,13 @@ class _FusedExperts(TargetModule):
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(f"{self.name}.{self.place(map_)}")
 
+    def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
+        return {f"{self.name}.{FUSED[part]}": self.fused_weight(block, part) for part in FUSED}
+
+    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+        """Return what the low-rank module stands for of all experts' ``part``, [E, out, in]."""
+        raise NotImplementedError
+
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
         # Each fused parameter's name goes to a matrix of its first map: two dimensions instead of three.
         found = []
@@ -238,6 +245,11 @@ class ExpertsTarget(_FusedExperts):
     def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
         part, number = self._part(map_)
         return fused_parameter(module, part)[number]
+
+    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+        return torch.stack(
+            [dense_weight(self.layer(block, m)) for m in self.every.values() if self._part(m)[0] == part]
+        )
 
     def place(self, map_: TargetLinear) -> str:
         part, number = self._part(map_)
@@ -305,6 +317,14 @@ class SharedExpertsTarget(_FusedExperts):
             return fused_parameter(module, "gate_up").flatten(0, 1)
         # [E, H, I] -> [H, E I]; the only one that is no view.
         return fused_parameter(module, "down").transpose(0, 1).flatten(1)
+
+    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+        module = block.get_submodule(self.name)
+        assert isinstance(module, SharedExperts)
+        weight = dense_weight(module.get_submodule(f"{part}_map"))
+        if part == "gate_up":
+            return weight.unflatten(0, (module.num_experts, -1))
+        return weight.unflatten(1, (module.num_experts, -1)).transpose(0, 1)
 
     def place(self, map_: TargetLinear) -> str:
         return f"{self.local_name(map_)}_map"

@@ -11,7 +11,7 @@ from torch import nn
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
 from lillama_core.errors import LillamaError
-from lillama_core.formats.base import Format, LowRankLinear
+from lillama_core.formats.base import Format, LowRankLinear, dense_weight
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -74,6 +74,11 @@ class LinearTarget(TargetModule):
 
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(self.name)
+
+    def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
+        weight, bias = dense_weight(self.layer(block, self.maps[0])), self.bias(block, self.maps[0])
+        found = {f"{self.name}.weight": weight.T if _is_conv1d(dense.get_submodule(self.name)) else weight}
+        return found if bias is None else {**found, f"{self.name}.bias": bias.detach()}
 
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
         (map_,) = self.maps

@@ -1,0 +1,21 @@
+"""The small files of a compressed directory that an export takes along: tokenizer, processor, templates."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+SUFFIXES = (".json", ".jinja", ".txt", ".model")
+"""What tokenizers, processors and templates are stored as; there is no code and no pickle in them."""
+OWN = ("config.json", "generation_config.json", "lillama.json", "model.safetensors.index.json")
+"""Files that an export writes itself, or that are true of the compressed directory alone."""
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what belongs to neither weights nor config from one directory to the other; files already there stay."""
+    for file in sorted(source.rglob("*")):
+        place = target / file.relative_to(source)
+        ours = file.parent == source and file.name in OWN
+        if file.is_file() and file.suffix in SUFFIXES and not ours and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
