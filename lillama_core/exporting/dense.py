@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob
-from lillama_core.exporting.fresh import allowed, run_without_lillama, write_probe
+from lillama_core.exporting.fresh import PLAIN_CHECK, allowed, run_without_lillama, write_probe
 from lillama_core.exporting.model import CompressedModel
-from lillama_core.exporting.settings import copy_small_files
-
-CHECK = Path(__file__).with_name("plain_check.py")
 
 
 class DenseExporter(Exporter):
@@ -20,13 +15,13 @@ class DenseExporter(Exporter):
     def write(self, model: CompressedModel, job: ExportJob) -> None:
         job.progress.line("Multiplying the factors out")
         model.write_dense(job.folder, job.scratch, job.dtype)
-        copy_small_files(model.folder, job.folder)
+        model.copy_small_files(job.folder)
 
     def verify(self, model: CompressedModel, job: ExportJob) -> list[Agreement]:
         inputs = model.inputs()
         probe = write_probe(job.scratch / "probe.safetensors", inputs, {"logits": model.output(inputs)})
         trust = ["--trust-remote-code"] if model.source.trust_remote_code else []
-        found = run_without_lillama(CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, *trust)
+        found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, *trust)
         return [Agreement("logits", found["logits"], allowed(model.dtype, job.dtype or model.dtype))]
 
     def usage(self, model: CompressedModel) -> str:

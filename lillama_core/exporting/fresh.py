@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ sys.modules.update(dict.fromkeys({PACKAGES!r}))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+PLAIN_CHECK = Path(__file__).with_name("plain_check.py")
+"""A script for `run_without_lillama` that compares what a directory of transformers, or a GGUF file, puts out."""
 TOLERANCE = 1e-3
 """On ||y - y0|| / ||y0||, for fp32: kernels differ, and products are multiplied out in another order."""
 ROUNDINGS = 8
@@ -32,6 +35,13 @@ ROUNDINGS = 8
 def allowed(*dtypes: torch.dtype) -> float:
     """The largest relative difference of outputs that rounding explains, where weights are in these ``dtypes``."""
     return max(TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||; infinite where the shapes differ."""
+    if found.shape != expected.shape:
+        return math.inf
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def run_without_lillama(script: Path, scratch: Path, *arguments: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from torch import nn
 
 from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError
+from lillama_core.exporting.settings import copy_small_files
 from lillama_core.models.loading import load_model, meta_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.shards import SHELL
@@ -82,17 +84,27 @@ class CompressedModel:
         """Inputs to compare outputs on."""
         return self.modality.dummy_inputs(self.config)
 
-    def output(self, inputs: Inputs) -> torch.Tensor:
-        """The main output for ``inputs``, in fp32, of a model whose blocks are read one after the other."""
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Any]:
+        """While open, give the low-rank model as one that can be run: its blocks are read one after the other."""
         model = self.shell
         run_blocks_from(model, self.reader.paths, self.reader.block)
         try:
             with torch.no_grad():
-                found: torch.Tensor = main_output(model(**as_dtype(inputs, self.dtype))).float()
-                return found
+                yield model
         finally:
             for path in self.reader.paths:
                 model.get_submodule(path).__dict__.pop("forward", None)
+
+    def output(self, inputs: Inputs) -> torch.Tensor:
+        """The main output for ``inputs``, in fp32."""
+        with self.running() as model:
+            found: torch.Tensor = main_output(model(**as_dtype(inputs, self.dtype))).float()
+        return found
+
+    def copy_small_files(self, folder: Path) -> None:
+        """Copy tokenizer, processor and templates into ``folder``; files that are there already stay."""
+        copy_small_files(self.folder, folder)
 
     def resident(self, dtype: torch.dtype) -> nn.Module:
         """The low-rank model with all its weights in memory, in ``dtype``."""

@@ -21,13 +21,10 @@ from lillama_core.architecture.targets import bands, embedding_modules, expert_m
 from lillama_core.data.modality import as_dtype
 from lillama_core.exporting import low_rank_code
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob
-from lillama_core.exporting.dense import CHECK
-from lillama_core.exporting.fresh import allowed, run_without_lillama, write_probe
+from lillama_core.exporting.fresh import PLAIN_CHECK, allowed, run_without_lillama, write_probe
 from lillama_core.exporting.model import CompressedModel, write_parts
-from lillama_core.exporting.settings import copy_small_files
 from lillama_core.formats import factored, pivoted
 from lillama_core.models.transformers_adapter import save_settings
-from lillama_core.runtime.weight_source import run_blocks_from
 from lillama_core.system.files import write_json
 from lillama_core.system.quiet import quiet
 
@@ -62,7 +59,7 @@ class StandaloneExporter(Exporter):
         job.progress.line("Writing the weights")
         dtype = job.dtype or model.dtype
         write_parts(job.folder, job.scratch, (as_dtype(part, dtype) for part in model.parts()))
-        copy_small_files(model.folder, job.folder)
+        model.copy_small_files(job.folder)
 
     def verify(self, model: CompressedModel, job: ExportJob) -> list[Agreement]:
         inputs = model.inputs()
@@ -71,7 +68,7 @@ class StandaloneExporter(Exporter):
             expected["states"] = states(model)
         probe = write_probe(job.scratch / "probe.safetensors", inputs, expected)
         trust = "--trust-remote-code"
-        found = run_without_lillama(CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, trust)
+        found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, trust)
         return [Agreement(k, v, allowed(model.dtype, job.dtype or model.dtype)) for k, v in found.items()]
 
     def usage(self, model: CompressedModel) -> str:
@@ -87,11 +84,9 @@ class StandaloneExporter(Exporter):
 
 def states(model: CompressedModel) -> torch.Tensor:
     """What the model without its head gives for the same inputs, in fp32."""
-    base = model.shell.base_model
-    run_blocks_from(model.shell, model.reader.paths, model.reader.block)
-    with torch.no_grad():
-        found: torch.Tensor = base(**as_dtype(model.inputs(), model.dtype))[0]
-    return found.float()
+    with model.running() as whole:
+        found: torch.Tensor = whole.base_model(**as_dtype(model.inputs(), model.dtype))[0].float()
+    return found
 
 
 def used(model: CompressedModel) -> tuple[set[str], set[str]]:

@@ -5,7 +5,13 @@ from lillama_registry import hookimpl
 from .architecture import lillama_architectures
 from .evaluation import lillama_metrics
 
-__all__ = ["lillama_architectures", "lillama_checkpoints", "lillama_metrics", "lillama_modalities"]
+__all__ = [
+    "lillama_architectures",
+    "lillama_checkpoints",
+    "lillama_exporters",
+    "lillama_metrics",
+    "lillama_modalities",
+]
 
 
 @hookimpl
@@ -16,3 +22,8 @@ def lillama_modalities() -> dict[str, str]:
 @hookimpl
 def lillama_checkpoints() -> dict[str, str]:
     return {"ctranslate2": "lillama_plugins.whisper.ctranslate2:CTranslate2Checkpoint"}
+
+
+@hookimpl
+def lillama_exporters() -> dict[str, str]:
+    return {"ctranslate2": "lillama_plugins.whisper.exporting:CTranslate2Exporter"}
