@@ -93,6 +93,7 @@ def lillama_exporters() -> dict[str, str]:
     return {
         "standalone": f"{CORE}.exporting.standalone:StandaloneExporter",
         "dense": f"{CORE}.exporting.dense:DenseExporter",
+        "onnx": f"{CORE}.exporting.onnx_graphs:OnnxExporter",
     }
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -54,8 +54,11 @@ class Exporter(Strategy, ABC):
     """
 
     name: str
-    needs: Mapping[str, str] = {}
+    needs: ClassVar[Mapping[str, str]] = {}
     """Modules that are imported when the format is written or checked -> how to install them (``pip install …``)."""
+
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """The dtypes of weights that it can write."""
 
     def missing(self) -> str | None:
         """Return what has to be installed first, in words; None when all is there."""

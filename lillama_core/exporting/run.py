@@ -59,6 +59,8 @@ def export(request: ExportRequest, verbosity: Verbosity = "normal") -> Exported:
     exporter: Exporter = make("exporters", request.to)
     if (what := exporter.missing()) is not None:
         raise UserError(f"--to {request.to}: {what}")
+    if request.dtype is not None and request.dtype not in exporter.dtypes:
+        raise UserError(f"--dtype of --to {request.to} must be one of {', '.join(exporter.dtypes)}")
     directory = RunDirectory(request.output, resumes=False)
     directory.check(request.overwrite, False)
     with Progress(verbosity) as progress, in_one_line("nothing was written"):

@@ -6,6 +6,7 @@ that has CTranslate2 and no lillama: what the encoder says, and the decoder's sc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class CTranslate2Exporter(Exporter):
     """A dense Whisper for CTranslate2 and faster-whisper."""
 
     name = "ctranslate2"
-    needs: ClassVar[dict[str, str]] = {"ctranslate2": "pip install 'lillama[ctranslate2]'"}
+    needs: ClassVar[Mapping[str, str]] = {"ctranslate2": "pip install 'lillama[ctranslate2]'"}
 
     def cannot_hold(self, model: CompressedModel) -> str | None:
         if model.config.model_type != "whisper":
@@ -87,8 +88,8 @@ class CTranslate2Exporter(Exporter):
 
     def usage(self, model: CompressedModel) -> str:
         return (
-            "For CTranslate2 and faster-whisper. It is dense: the low-rank factors are multiplied out, since CTranslate2 reads"
-            " dense matrices, and the file has the size of the original model's.\n\n"
+            "For CTranslate2 and faster-whisper. Dense: the low-rank factors are multiplied out, since CTranslate2"
+            " reads dense matrices; the file has the size of the original model's.\n\n"
             "```python\nfrom faster_whisper import WhisperModel\n\n"
             'segments, _ = WhisperModel(".", compute_type="int8").transcribe("speech.wav")\n```\n'
         )
