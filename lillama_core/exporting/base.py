@@ -61,10 +61,10 @@ class Exporter(Strategy, ABC):
     """The dtypes of weights that it can write."""
 
     def missing(self) -> str | None:
-        """Return what has to be installed first, in words; None when all is there."""
+        """Return which module is missing and how to install it, in words; None when all is there."""
         for module, how in self.needs.items():
             if importlib.util.find_spec(module) is None:
-                return f"it needs {module}: {how}"
+                return f"{module}: {how}"
         return None
 
     def cannot_hold(self, model: CompressedModel) -> str | None:

@@ -58,9 +58,9 @@ def export(request: ExportRequest, verbosity: Verbosity = "normal") -> Exported:
     """
     exporter: Exporter = make("exporters", request.to)
     if (what := exporter.missing()) is not None:
-        raise UserError(f"--to {request.to}: {what}")
+        raise UserError(f"format {request.to!r} needs {what}")
     if request.dtype is not None and request.dtype not in exporter.dtypes:
-        raise UserError(f"--dtype of --to {request.to} must be one of {', '.join(exporter.dtypes)}")
+        raise UserError(f"--dtype of format {request.to!r} must be one of {', '.join(exporter.dtypes)}")
     directory = RunDirectory(request.output, resumes=False)
     directory.check(request.overwrite, False)
     with Progress(verbosity) as progress, in_one_line("nothing was written"):
@@ -140,7 +140,7 @@ def refuse_unfit(exporter: Exporter, model: CompressedModel) -> None:
             fits = False
         able += [name] if fits else []
     advice = f"; {', '.join(able)} can hold it" if able else ""
-    raise UserError(f"--to {exporter.name} cannot hold this model: {reason}{advice}")
+    raise UserError(f"format {exporter.name!r} cannot hold this model: {reason}{advice}")
 
 
 def _record(model: CompressedModel) -> RunRecord | None:
