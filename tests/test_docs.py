@@ -154,6 +154,15 @@ def test_checkpoint(install: Callable[[str], Installed], tiny_model: Path) -> No
     assert "no .safetensors weights" in run_process("plan", tiny_model).error
 
 
+def test_exporter(
+    install: Callable[[str], Installed], tmp_path: Path, tiny_model: Path, calibration_text: Path
+) -> None:
+    plugin = install("exporter")
+    plugin.compress(tiny_model, calibration_text)
+    plugin.run("export", tmp_path / "small", "--to", "npz", "--output", tmp_path / "archive")
+    assert np.load(tmp_path / "archive" / "model.npz")["model.layers.0.mlp.up_proj.weight"].shape == (64, 32)
+
+
 def test_recipe(install: Callable[[str], Installed], tiny_model: Path, calibration_text: Path) -> None:
     record = install("recipe").compress(tiny_model, calibration_text, "--recipe", "hasty")
     assert record["recipe"]["name"] == "hasty"

@@ -32,9 +32,9 @@ ROUNDINGS = 8
 """In half precision as many relative roundings of a number are allowed instead, if that is more."""
 
 
-def allowed(*dtypes: torch.dtype) -> float:
-    """The largest relative difference of outputs that rounding explains, where weights are in these ``dtypes``."""
-    return max(TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes))
+def allowed(dtype: torch.dtype) -> float:
+    """The largest relative difference of outputs that rounding explains, where weights were rounded to ``dtype``."""
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -30,6 +30,7 @@ from lillama_core.system.quiet import quiet
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
     from lillama_core.models.source import ModelSource
+    from lillama_core.system.progress import Progress
 
 Tensors = dict[str, torch.Tensor]
 """By path in the model."""
@@ -86,20 +87,28 @@ class CompressedModel:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Any]:
-        """While open, give the low-rank model as one that can be run: its blocks are read one after the other."""
+        """While open, give the low-rank model as one that computes in fp32: its blocks are read one after the other.
+
+        In half precision the rounding of activations would hide what an export has changed.
+        """
         model = self.shell
-        run_blocks_from(model, self.reader.paths, self.reader.block)
+        kept = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if not t.is_meta and t.is_floating_point()]
+        run_blocks_from(model, self.reader.paths, lambda path: self.reader.block(path).float())
         try:
+            for tensor, data in kept:
+                tensor.data = data.float()
             with torch.no_grad():
                 yield model
         finally:
+            for tensor, data in kept:
+                tensor.data = data
             for path in self.reader.paths:
                 model.get_submodule(path).__dict__.pop("forward", None)
 
     def output(self, inputs: Inputs) -> torch.Tensor:
-        """The main output for ``inputs``, in fp32."""
+        """The main output for ``inputs``, computed in fp32."""
         with self.running() as model:
-            found: torch.Tensor = main_output(model(**as_dtype(inputs, self.dtype))).float()
+            found: torch.Tensor = main_output(model(**as_dtype(inputs, torch.float32))).float()
         return found
 
     def copy_small_files(self, folder: Path) -> None:
@@ -143,15 +152,19 @@ class CompressedModel:
         if left:
             raise LillamaError(f"the dense model would lack {min(left)}")
 
-    def write_dense(self, folder: Path, scratch: Path, dtype: torch.dtype | None = None) -> None:
+    def write_dense(
+        self, folder: Path, scratch: Path, dtype: torch.dtype | None = None, progress: Progress | None = None
+    ) -> None:
         """Write the dense model's config and weights, as transformers writes them, into the folder ``folder``.
 
-        ``scratch`` is an existing folder that is empty afterwards. Of the weights one block is in memory at a time.
+        ``scratch`` is a folder in which parts lie for a while. Of the weights one block is in memory at a time.
         """
         outline = self.dense_outline(dtype)
         with quiet():
             save_settings(outline, folder)
-        write_parts(folder, scratch, (as_saved(outline, part) for part in self.dense_parts(dtype)))
+        if progress is not None:
+            progress.phase("Multiplying the factors out", len(self.reader.paths) + 1)
+        write_parts(folder, scratch, (as_saved(outline, part) for part in self.dense_parts(dtype)), progress)
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         yield SHELL, self.shell
@@ -172,13 +185,15 @@ class CompressedModel:
                 yield name.removeprefix(f"{path}.") if path else name, entry
 
 
-def write_parts(folder: Path, scratch: Path, parts: Iterable[Tensors]) -> None:
+def write_parts(folder: Path, scratch: Path, parts: Iterable[Tensors], progress: Progress | None = None) -> None:
     """Make the weights of the directory ``folder`` of ``parts``, by name on disk, which are written one by one."""
     shards = []
     for number, tensors in enumerate(parts):
         if tensors:
             shards.append(scratch / f"part-{number:05d}.safetensors")
             write_tensors(shards[-1], tensors, durable=False)
+        if progress is not None:
+            progress.step()
     assemble(folder, shards, MERGE_BELOW)
     for shard in shards:
         shard.unlink()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +57,49 @@ def loaded(folder: str, class_name: str, options: dict[str, Any]) -> Any:
         wrong += sorted(notes["unexpected_keys"])
     if wrong:
         sys.exit(f"weights are missing or left over, such as {wrong[0]}")
+    in_fp32(model)
     return model.eval()
+
+
+def in_fp32(model: Any) -> None:
+    """Let ``model`` compute in fp32 whatever its weights are stored in; of its blocks one at a time is in fp32.
+
+    In half precision the rounding of activations would hide what an export has changed.
+    """
+    blocks = list(outermost_blocks(model))
+    inside = {id(t) for block in blocks for t in tensors_of(block)}
+    for tensor in tensors_of(model):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.float()
+    for block in blocks:
+        stored = [(tensor, tensor.data) for tensor in tensors_of(block)]
+        block.register_forward_pre_hook(partial(as_fp32, stored))
+        block.register_forward_hook(partial(as_stored, stored))
+
+
+def outermost_blocks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        else:
+            yield from outermost_blocks(child)
+
+
+def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+Stored = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def as_fp32(stored: Stored, *_: Any) -> None:
+    for tensor, data in stored:
+        tensor.data = data.float()
+
+
+def as_stored(stored: Stored, *_: Any) -> None:
+    for tensor, data in stored:
+        tensor.data = data
 
 
 def refused(folder: str, class_name: str) -> bool:
@@ -74,10 +118,8 @@ def again(model: Any, class_name: str, inputs: dict[str, torch.Tensor]) -> torch
 
 
 def output(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        found = model(**given)
+        found = model(**inputs)
     logits = getattr(found, "logits", None)
     tensor: torch.Tensor = found[0] if logits is None else logits
     return tensor.float()

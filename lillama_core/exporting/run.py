@@ -9,7 +9,7 @@ from typing import Any
 
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
-from lillama_core.errors import LillamaError, UserError, in_one_line
+from lillama_core.errors import LillamaError, UserError, in_one_line, is_out_of_memory, one_line
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob
 from lillama_core.exporting.card import write_card
 from lillama_core.exporting.model import CompressedModel
@@ -84,10 +84,17 @@ def export(request: ExportRequest, verbosity: Verbosity = "normal") -> Exported:
 def _export(
     exporter: Exporter, model: CompressedModel, job: ExportJob, record: RunRecord | None, directory: RunDirectory
 ) -> Exported:
-    exporter.write(model, job)
-    release_memory()
-    job.progress.line("Comparing it with the compressed model in a process without lillama")
-    agreements = exporter.verify(model, job)
+    try:
+        exporter.write(model, job)
+        release_memory()
+        job.progress.line("Comparing it with the compressed model in a process without lillama")
+        agreements = exporter.verify(model, job)
+    except (LillamaError, OSError):
+        raise
+    except Exception as error:  # libraries, and exporters of plugins
+        if is_out_of_memory(error):
+            raise
+        raise LillamaError(f"format {exporter.name!r} failed ({type(error).__name__}: {one_line(error)})") from error
     for found in agreements:
         if not found.holds:
             raise LillamaError(

@@ -7,13 +7,15 @@ from pathlib import Path
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """What tokenizers, processors and templates are stored as; there is no code and no pickle in them."""
+TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps chat templates beyond the first."""
 OWN = ("config.json", "generation_config.json", "lillama.json", "model.safetensors.index.json")
 """Files that an export writes itself, or that are true of the compressed directory alone."""
 
 
 def copy_small_files(source: Path, target: Path) -> None:
     """Copy what belongs to neither weights nor config from one directory to the other; files already there stay."""
-    for file in sorted(source.rglob("*")):
+    for file in sorted([*source.glob("*"), *source.glob(f"{TEMPLATES}/*")]):
         place = target / file.relative_to(source)
         ours = file.parent == source and file.name in OWN
         if file.is_file() and file.suffix in SUFFIXES and not ours and not place.exists():

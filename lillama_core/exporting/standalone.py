@@ -56,9 +56,9 @@ class StandaloneExporter(Exporter):
             save_settings(outline, job.folder)
         write_config(model, job.folder)
         (job.folder / f"{MODULE}.py").write_text(code_of(model), encoding="utf-8")
-        job.progress.line("Writing the weights")
+        job.progress.phase("Writing the weights", len(model.reader.paths) + 1)
         dtype = job.dtype or model.dtype
-        write_parts(job.folder, job.scratch, (as_dtype(part, dtype) for part in model.parts()))
+        write_parts(job.folder, job.scratch, (as_dtype(part, dtype) for part in model.parts()), job.progress)
         model.copy_small_files(job.folder)
 
     def verify(self, model: CompressedModel, job: ExportJob) -> list[Agreement]:
@@ -69,7 +69,9 @@ class StandaloneExporter(Exporter):
         probe = write_probe(job.scratch / "probe.safetensors", inputs, expected)
         trust = "--trust-remote-code"
         found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, trust)
-        return [Agreement(k, v, allowed(model.dtype, job.dtype or model.dtype)) for k, v in found.items()]
+        # The numbers are the same, unless they are to be of another dtype.
+        most = allowed(torch.float32 if job.dtype in (None, model.dtype) else job.dtype)
+        return [Agreement(k, v, most) for k, v in found.items()]
 
     def usage(self, model: CompressedModel) -> str:
         auto_class = model.architecture.auto_class
@@ -85,7 +87,7 @@ class StandaloneExporter(Exporter):
 def states(model: CompressedModel) -> torch.Tensor:
     """What the model without its head gives for the same inputs, in fp32."""
     with model.running() as whole:
-        found: torch.Tensor = whole.base_model(**as_dtype(model.inputs(), model.dtype))[0].float()
+        found: torch.Tensor = whole.base_model(**as_dtype(model.inputs(), torch.float32))[0].float()
     return found
 
 

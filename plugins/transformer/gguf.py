@@ -54,7 +54,6 @@ class GgufExporter(Exporter):
     def write(self, model: CompressedModel, job: ExportJob) -> None:
         import gguf
 
-        job.progress.line("Multiplying the factors out")
         dtype = job.dtype or model.dtype
         writer = gguf.GGUFWriter(job.folder / FILE, FAMILY)
         write_settings(writer, model.config, dtype)
@@ -72,11 +71,13 @@ class GgufExporter(Exporter):
         writer.write_ti_data_to_file()
         # In the order in which they were announced, one block in memory at a time.
         waiting = names.expected()
+        job.progress.phase("Multiplying the factors out", len(model.reader.paths) + 1)
         for part in model.dense_parts(dtype):
             for name in sorted(set(part) & names.wanted):
                 announced, _ = next(waiting)
                 assert announced == name
                 writer.write_tensor_data(_bytes(names.arranged(name, part[name]), dtype))
+            job.progress.step()
         writer.close()
 
     def verify(self, model: CompressedModel, job: ExportJob) -> list[Agreement]:
@@ -84,7 +85,7 @@ class GgufExporter(Exporter):
         probe = write_probe(job.scratch / "probe.safetensors", inputs, {"logits": model.output(inputs)})
         auto_class = model.architecture.auto_class
         found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, auto_class, "--gguf", FILE)
-        return [Agreement("logits", found["logits"], allowed(model.dtype, job.dtype or model.dtype))]
+        return [Agreement("logits", found["logits"], allowed(job.dtype or model.dtype))]
 
     def usage(self, model: CompressedModel) -> str:
         return (

@@ -49,11 +49,10 @@ class CTranslate2Exporter(Exporter):
     def write(self, model: CompressedModel, job: ExportJob) -> None:
         from ctranslate2.converters import TransformersConverter
 
-        job.progress.line("Multiplying the factors out")
         dense, parts = job.scratch / "dense", job.scratch / "parts"
         dense.mkdir()
         parts.mkdir()
-        model.write_dense(dense, parts, job.dtype)
+        model.write_dense(dense, parts, job.dtype, job.progress)
         model.copy_small_files(dense)
         job.progress.line("Converting to CTranslate2")
         try:
@@ -78,7 +77,7 @@ class CTranslate2Exporter(Exporter):
         answer = job.scratch / "answer.safetensors"
         run_without_lillama(CHECK, job.scratch, job.folder, probe, answer)
         found = load_file(answer)
-        agree = allowed(model.dtype, job.dtype or model.dtype)
+        agree = allowed(job.dtype or model.dtype)
         features = inputs["input_features"]
         said = [Agreement("encoder states", relative(found["states"], encoder_states(model, features)), agree)]
         logits = model.output({"input_features": features, "decoder_input_ids": found["tokens"]})
@@ -99,5 +98,5 @@ def encoder_states(model: CompressedModel, features: torch.Tensor) -> torch.Tens
     """What the compressed encoder makes of spectrograms, in fp32."""
     with model.running() as whole:
         encoder: Any = whole.get_encoder()
-        found: torch.Tensor = encoder(features.to(model.dtype))[0].float()
+        found: torch.Tensor = encoder(features)[0].float()
     return found
