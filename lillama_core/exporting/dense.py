@@ -21,7 +21,7 @@ class DenseExporter(Exporter):
         probe = write_probe(job.scratch / "probe.safetensors", inputs, {"logits": model.output(inputs)})
         trust = ["--trust-remote-code"] if model.source.trust_remote_code else []
         found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, *trust)
-        return [Agreement("logits", found["logits"], allowed(job.dtype or model.dtype))]
+        return [Agreement("logits", found["logits"], allowed(model, job.dtype or model.dtype))]
 
     def usage(self, model: CompressedModel) -> str:
         auto_class = model.architecture.auto_class

@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lillama_core.data.modality import Inputs
 from lillama_core.errors import LillamaError, one_line
 from lillama_core.system.files import write_tensors
+
+if TYPE_CHECKING:
+    from lillama_core.exporting.model import CompressedModel
 
 PACKAGES = ("lillama_core", "lillama_registry", "lillama_plugins", "lillama_testing", "lillama_benchmarks")
 LAUNCH = f"""
@@ -28,13 +31,13 @@ PLAIN_CHECK = Path(__file__).with_name("plain_check.py")
 """A script for `run_without_lillama` that compares what a directory of transformers, or a GGUF file, puts out."""
 TOLERANCE = 1e-3
 """On ||y - y0|| / ||y0||, for fp32: kernels differ, and products are multiplied out in another order."""
-ROUNDINGS = 8
-"""In half precision as many relative roundings of a number are allowed instead, if that is more."""
+ROUNDINGS = 2
+"""In half precision as many times what one rounding of every weight does to the model is allowed, if that is more."""
 
 
-def allowed(dtype: torch.dtype) -> float:
+def allowed(model: CompressedModel, dtype: torch.dtype) -> float:
     """The largest relative difference of outputs that rounding explains, where weights were rounded to ``dtype``."""
-    return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
+    return TOLERANCE if dtype == torch.float32 else max(TOLERANCE, ROUNDINGS * model.rounding(dtype))
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

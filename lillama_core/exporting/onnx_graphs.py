@@ -98,7 +98,8 @@ class OnnxExporter(Exporter):
         inputs = model.inputs()
         probe = write_probe(job.scratch / "probe.safetensors", inputs, {"logits": model.output(inputs)})
         found = run_without_lillama(CHECK, job.scratch, job.folder, probe)
-        return [Agreement(k, v, allowed(job.dtype or torch.float32)) for k, v in found.items()]
+        most = allowed(model, job.dtype or torch.float32)
+        return [Agreement(k, v, most) for k, v in found.items()]
 
     def usage(self, model: CompressedModel) -> str:
         return (

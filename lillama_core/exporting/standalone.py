@@ -70,7 +70,7 @@ class StandaloneExporter(Exporter):
         trust = "--trust-remote-code"
         found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, model.architecture.auto_class, trust)
         # The numbers are the same, unless they are to be of another dtype.
-        most = allowed(torch.float32 if job.dtype in (None, model.dtype) else job.dtype)
+        most = allowed(model, torch.float32 if job.dtype in (None, model.dtype) else job.dtype)
         return [Agreement(k, v, most) for k, v in found.items()]
 
     def usage(self, model: CompressedModel) -> str:

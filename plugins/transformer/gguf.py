@@ -85,7 +85,7 @@ class GgufExporter(Exporter):
         probe = write_probe(job.scratch / "probe.safetensors", inputs, {"logits": model.output(inputs)})
         auto_class = model.architecture.auto_class
         found = run_without_lillama(PLAIN_CHECK, job.scratch, job.folder, probe, auto_class, "--gguf", FILE)
-        return [Agreement("logits", found["logits"], allowed(job.dtype or model.dtype))]
+        return [Agreement("logits", found["logits"], allowed(model, job.dtype or model.dtype))]
 
     def usage(self, model: CompressedModel) -> str:
         return (

@@ -77,7 +77,7 @@ class CTranslate2Exporter(Exporter):
         answer = job.scratch / "answer.safetensors"
         run_without_lillama(CHECK, job.scratch, job.folder, probe, answer)
         found = load_file(answer)
-        agree = allowed(job.dtype or model.dtype)
+        agree = allowed(model, job.dtype or model.dtype)
         features = inputs["input_features"]
         said = [Agreement("encoder states", relative(found["states"], encoder_states(model, features)), agree)]
         logits = model.output({"input_features": features, "decoder_input_ids": found["tokens"]})
