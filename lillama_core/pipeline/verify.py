@@ -15,8 +15,8 @@ from lillama_core.errors import LillamaError, UserError
 from lillama_core.models.loading import load_config
 from lillama_core.models.source import locate, weight_files
 from lillama_core.output.record import read_record
-from lillama_core.output.soundness import check_finite, check_orders
 from lillama_core.output.shards import compressed_reader
+from lillama_core.output.soundness import check_finite, check_orders
 from lillama_core.system.files import sha256_of
 from lillama_core.system.progress import Progress
 
