@@ -13,7 +13,7 @@ from lillama_core import transformers_hook
 
 if TYPE_CHECKING:
     from lillama_core.allocation.plan import RankPlan
-    from lillama_core.api import CompressionResult, EvaluationResult, compress, evaluate, export, finetune, load
+    from lillama_core.api import CompressionResult, EvaluationResult, bench, compress, evaluate, export, finetune, load
     from lillama_core.architecture.base import Architecture
     from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
     from lillama_core.errors import LillamaError, UserError
@@ -46,6 +46,7 @@ _HOMES = {
     "Samples": "lillama_core.data.modality",
     "Subject": "lillama_core.evaluation.base",
     "UserError": "lillama_core.errors",
+    "bench": "lillama_core.api",
     "compress": "lillama_core.api",
     "evaluate": "lillama_core.api",
     "export": "lillama_core.api",
@@ -74,6 +75,7 @@ __all__ = [
     "Samples",
     "Subject",
     "UserError",
+    "bench",
     "compress",
     "evaluate",
     "export",

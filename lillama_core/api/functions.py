@@ -126,6 +126,7 @@ def evaluate(
     details: str | os.PathLike[str] | None = None,
     architecture: str | Architecture | None = None,
     device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
     **unknown: Any,
@@ -134,7 +135,8 @@ def evaluate(
 
     Both are ids, directories, .gguf files or loaded transformers models, which stay as they are; ``model`` may be what
     `compress` gave. ``data`` is the text for perplexity: a source as the command line names it, a list of texts, or a
-    `datasets.Dataset`; None: the text that comes with lillama. The other options are those of the command line.
+    `datasets.Dataset`; None: the text that comes with lillama. ``dtype`` is what to compute in, None: float32 on a CPU,
+    elsewhere what each model is stored in. The other options are those of the command line.
     Raises UserError for what cannot be measured.
     """
     with python_terms(), contextlib.ExitStack() as stack:
@@ -159,6 +161,7 @@ def evaluate(
             architecture=architecture,
             tokenizer=tokenizer_spec(tokenizer, scratch),
             device=str(device),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             trust_remote_code=bool(trust_remote_code),
             quiet=bool(quiet),
         )

@@ -62,6 +62,12 @@ def _path(value: str | None) -> Path | None:
     help="windows of text, 0 for all (default: 40)",
 )
 @option("--limit", type=int, metavar="N", group="measurement", help="items of each task (default: all)")
+@option(
+    "--dtype",
+    metavar="auto|float32|bfloat16|float16",
+    group="measurement",
+    help="what to compute in; auto: what each model is stored in (default: float32 on a CPU, else auto)",
+)
 @option("--seed", type=int, default=0, metavar="N", group="measurement", help="seed of everything random")
 @option("--json", metavar="FILE", group="output", help="write the numbers to a file as well")
 @option("--details", metavar="DIR", group="output", help="keep what is compared case by case (transcripts, routing)")
@@ -97,6 +103,7 @@ def run(options: dict[str, Any]) -> int:
         architecture=options["architecture"],
         tokenizer=options["tokenizer"],
         device=options["device"],
+        dtype=options["dtype"],
         trust_remote_code=options["trust_remote_code"],
         json_file=_path(options["json"]),
         quiet=options["quiet"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lillama_core.data.workload import Workload, WorkloadOptions, forward, in_batches, placed
 from lillama_core.errors import UserError
 from lillama_core.strategies import make
 
@@ -122,6 +123,22 @@ class Modality(ABC):
     @abstractmethod
     def load(self, request: SampleRequest) -> Samples:
         """The calibration data that the recipe asks for; raises UserError when it cannot be had."""
+
+    def workloads(self, config: Any, options: WorkloadOptions) -> list[Workload]:
+        """What ``lillama bench`` measures of a model of this ``config``: what such models do in use.
+
+        Here forward passes over what `dummy_inputs` gives.
+        """
+        inputs = self.dummy_inputs(config)
+        found = []
+        for rows in options.batch_sizes:
+            batch = {k: v[:1].expand(rows, *v.shape[1:]).contiguous() for k, v in inputs.items()}
+
+            def run(model: Any, meter: Any, batch: Inputs = batch) -> None:
+                forward(model, placed(batch, model), meter)
+
+            found.append(Workload(in_batches("forward passes", rows), "rows", rows, run))
+        return found
 
     def check_given(self, recipe: Recipe, data: GivenData) -> None:
         """Do what `check` does where data is handed over as objects, without reading it."""

@@ -16,7 +16,7 @@ from lillama_core.errors import UserError, one_line
 from lillama_core.evaluation.base import EvaluationOptions, Subject
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.models.loading import load_config, load_model
+from lillama_core.models.loading import DTYPES, load_config, load_model
 from lillama_core.models.source import locate
 from lillama_core.system.devices import choose_device
 from lillama_core.system.files import write_json
@@ -37,6 +37,9 @@ class EvaluationRequest:
     architecture: str | Architecture | None = None
     tokenizer: str | None = None
     device: str = "auto"
+    dtype: str | None = None
+    """What to compute in: a name of `DTYPES`, or ``auto``, what each model is stored in; None: float32 on a CPU, and
+    ``auto`` elsewhere."""
     trust_remote_code: bool = False
     json_file: Path | None = None
     quiet: bool = False
@@ -54,6 +57,8 @@ def _check(request: EvaluationRequest) -> None:
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
+    if request.dtype not in (None, "auto", *DTYPES):
+        raise UserError(f"--dtype must be auto, {', '.join(DTYPES)}, not {request.dtype!r}")
     path = request.json_file
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise UserError(f"{str(path)!r} cannot be written")
@@ -63,6 +68,13 @@ def _check(request: EvaluationRequest) -> None:
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"--details {str(folder)!r} cannot be made: {str(there)!r} is not a writable directory")
+
+
+def _dtype(request: EvaluationRequest, device: torch.device) -> torch.dtype | str:
+    if request.dtype is not None:
+        return DTYPES.get(request.dtype, "auto")
+    # Half precision is slow on many a CPU, and rounds what is to be compared.
+    return torch.float32 if device.type == "cpu" else "auto"
 
 
 def _recalled(folder: Path, architecture: Architecture, device: torch.device) -> Subject:
@@ -109,8 +121,7 @@ def _compare(request: EvaluationRequest) -> list[Evaluated]:
         progress.release()
         for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
             progress.line(f"Measuring {spec}")
-            # Half precision is slow on a CPU, and rounds what is to be compared.
-            model: Any = load_model(source, architecture, torch.float32 if device.type == "cpu" else "auto")
+            model: Any = load_model(source, architecture, _dtype(request, device))
             model.to(device)
             subject = Subject(source.short_name, model, processor, device, baseline=baseline)
             own = options

@@ -17,6 +17,7 @@ from lillama_core.data.speech.choice import check_count, choose_utterances
 from lillama_core.data.speech.disturbance import disturbed
 from lillama_core.data.speech.utterances import Utterance
 from lillama_core.data.text.modality import next_tokens, random_tokens
+from lillama_core.data.workload import Meter, Workload, WorkloadOptions, in_batches, placed
 from lillama_core.errors import UserError
 from lillama_core.recipe.model import Recipe
 
@@ -68,6 +69,28 @@ class Speech(Modality):
         shape = (2, config.num_mel_bins, 2 * config.max_source_positions)
         sound = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return {"input_features": sound, "decoder_input_ids": random_tokens(config)}
+
+    def workloads(self, config: Any, options: WorkloadOptions) -> list[Workload]:
+        """The encoder's pass over the 30 s that it always reads, and writing a transcript with the cache."""
+        seconds = config.max_source_positions * HOP / RATE
+        new = max(2, min(options.new_tokens, config.max_target_positions))
+        sound = self.dummy_inputs(config)["input_features"][:1]
+        found = []
+        for rows in options.batch_sizes:
+            batch = {"input_features": sound.expand(rows, -1, -1)}
+
+            def encode(model: Any, meter: Meter, batch: Inputs = batch) -> None:
+                inputs = placed(batch, model)
+                meter.begin()
+                model.get_encoder()(**inputs)
+                meter.end()
+
+            def write(model: Any, meter: Meter, batch: Inputs = batch) -> None:
+                _write(model, placed(batch, model), new, meter)
+
+            found.append(Workload(in_batches("the encoder's passes", rows), "seconds of sound", rows * seconds, encode))
+            found.append(Workload(in_batches("decoding", rows), "tokens", rows * (new - 1), write))
+        return found
 
     def load(self, request: SampleRequest) -> Samples:
         found = choose_utterances(request.recipe, request.progress.line)
@@ -139,6 +162,20 @@ class Speech(Modality):
         described = {"kind": "batches", "rows": len(tokens), "sha256": sha256}
         frames = found["input_features"].shape[0] * config.max_source_positions
         return Samples(inputs, {DATA: described}, sha256, frames, {"decoder": predicts}, targets, predicts)
+
+
+def _write(model: Any, inputs: Inputs, new_tokens: int, meter: Meter) -> None:
+    """Let the decoder go on from its first token, greedily, without ending; measured from its second token on."""
+    heard = model.get_encoder()(**inputs)
+    rows = len(inputs["input_features"])
+    token = torch.full((rows, 1), model.config.decoder_start_token_id, device=model.device)
+    cache = None
+    for number in range(new_tokens):
+        if number == 1:
+            meter.begin()
+        out = model(encoder_outputs=heard, decoder_input_ids=token, past_key_values=cache, use_cache=True)
+        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    meter.end()
 
 
 def prompt_length(request: SampleRequest, language: str | None) -> int:

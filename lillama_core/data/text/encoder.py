@@ -16,7 +16,8 @@ from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import SELF, Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.data.text.checks import check_evaluation_text
-from lillama_core.data.text.modality import Text, random_tokens
+from lillama_core.data.text.modality import Text, fitting, prompts, random_tokens
+from lillama_core.data.workload import Meter, Workload, WorkloadOptions, forward, in_batches
 from lillama_core.errors import UserError
 from lillama_core.recipe.model import Recipe
 
@@ -71,6 +72,21 @@ class EncoderText(Text, ComparableModality):
         """Samples made of windows of running text [rows, length]."""
         return Samples({"input_ids": with_special_ends(rows, tokenizer)})
 
+    def workloads(self, config: Any, options: WorkloadOptions) -> list[Workload]:
+        """Forward passes over texts of each length, in random tokens."""
+        room = getattr(config.get_text_config(), "max_position_embeddings", None)
+        found = []
+        for rows in options.batch_sizes:
+            # Some families keep two of their positions for themselves.
+            for length in fitting(options.lengths, room, 2):
+
+                def read(model: Any, meter: Meter, length: int = length, rows: int = rows) -> None:
+                    forward(model, prompts(model, rows, length), meter)
+
+                name = in_batches(f"texts of {length} tokens", rows)
+                found.append(Workload(name, "tokens", rows * length, read))
+        return found
+
     def check_evaluation(self, options: EvaluationOptions) -> None:
         check_evaluation_text(options.data)
 
@@ -92,6 +108,9 @@ class EncoderDecoderText(EncoderText):
 
     name = "encoder-decoder-text"
     feeds = "input_ids and decoder_input_ids, the two halves of rows of text"
+
+    def workloads(self, config: Any, options: WorkloadOptions) -> list[Workload]:
+        return Modality.workloads(self, config, options)
 
     def check(self, recipe: Recipe) -> None:
         if recipe.sequence_length < 4:

@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lillama_core.data.modality import IGNORE_INDEX, Inputs, Modality, SampleRequest, Samples, check_two_batches
+from lillama_core.data.workload import (
+    SHORT_PROMPT,
+    Meter,
+    Workload,
+    WorkloadOptions,
+    decoding,
+    in_batches,
+    placed,
+    reading,
+)
 
 if TYPE_CHECKING:
     from lillama_core.data.objects import GivenData, TextData
@@ -27,6 +37,18 @@ def random_tokens(config: Any, length: int = PROBE_LENGTH) -> torch.Tensor:
 def next_tokens(rows: torch.Tensor) -> torch.Tensor:
     """For each position of token rows [rows, length] the token that follows, IGNORE_INDEX at the end."""
     return torch.cat((rows[:, 1:], torch.full_like(rows[:, :1], IGNORE_INDEX)), dim=1)
+
+
+def fitting(lengths: tuple[int, ...], room: int | None, new_tokens: int) -> list[int]:
+    """``lengths``, of which those shrink that leave no room for ``new_tokens`` in a model of ``room`` positions."""
+    return sorted({n if room is None else max(1, min(n, room - new_tokens)) for n in lengths})
+
+
+def prompts(model: Any, rows: int, length: int) -> Inputs:
+    """``rows`` of ``length`` random tokens, the same at every call, where ``model`` is."""
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    tokens = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    return placed({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, model)
 
 
 class Text(Modality):
@@ -59,6 +81,27 @@ class Text(Modality):
 
     def dummy_inputs(self, config: Any) -> Inputs:
         return {"input_ids": random_tokens(config)}
+
+    def workloads(self, config: Any, options: WorkloadOptions) -> list[Workload]:
+        """Prompts of each length until the first new token, and decoding behind a short one; in random tokens."""
+        room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        new = options.new_tokens if room is None else max(2, min(options.new_tokens, room // 2))
+        found = []
+        for rows in options.batch_sizes:
+            for length in fitting(options.lengths, room, 1):
+
+                def read(model: Any, meter: Meter, length: int = length, rows: int = rows) -> None:
+                    reading(model, prompts(model, rows, length), meter)
+
+                name = in_batches(f"prompts of {length} tokens", rows)
+                found.append(Workload(name, "tokens", rows * length, read))
+            (short,) = fitting((SHORT_PROMPT,), room, new)
+
+            def decode(model: Any, meter: Meter, short: int = short, rows: int = rows) -> None:
+                decoding(model, prompts(model, rows, short), new, meter)
+
+            found.append(Workload(in_batches("decoding", rows), "tokens", rows * (new - 1), decode))
+        return found
 
     def check_given(self, recipe: Recipe, data: GivenData) -> None:
         from lillama_core.data.objects import TextData
