@@ -13,7 +13,17 @@ from lillama_core import transformers_hook
 
 if TYPE_CHECKING:
     from lillama_core.allocation.plan import RankPlan
-    from lillama_core.api import CompressionResult, EvaluationResult, bench, compress, evaluate, export, finetune, load
+    from lillama_core.api import (
+        CompressionResult,
+        EvaluationResult,
+        bench,
+        compress,
+        evaluate,
+        export,
+        finetune,
+        load,
+        quantize,
+    )
     from lillama_core.architecture.base import Architecture
     from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
     from lillama_core.errors import LillamaError, UserError
@@ -55,6 +65,7 @@ _HOMES = {
     "language_model_evaluation": "lillama_core.evaluation.base",
     "load": "lillama_core.api",
     "load_recipe": "lillama_core.recipe.loading",
+    "quantize": "lillama_core.api",
 }
 """Public name -> the module that it is imported from when it is first used."""
 
@@ -84,6 +95,7 @@ __all__ = [
     "language_model_evaluation",
     "load",
     "load_recipe",
+    "quantize",
 ]
 
 

@@ -1,9 +1,20 @@
-"""What a notebook or a script calls: `compress`, `finetune`, `evaluate`, `export`, `bench`, `load`; results show themselves."""
+"""What a notebook or a script calls: `compress`, `finetune`, `quantize`, `evaluate`, `bench`, `export`, `load`."""
 
 from lillama_core.api.exports import export
 from lillama_core.api.functions import compress, evaluate, load
+from lillama_core.api.quantization import quantize
 from lillama_core.api.results import CompressionResult, EvaluationResult
 from lillama_core.api.speed import bench
 from lillama_core.api.training import finetune
 
-__all__ = ["CompressionResult", "EvaluationResult", "bench", "compress", "evaluate", "export", "finetune", "load"]
+__all__ = [
+    "CompressionResult",
+    "EvaluationResult",
+    "bench",
+    "compress",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "quantize",
+]

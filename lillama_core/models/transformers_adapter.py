@@ -155,6 +155,16 @@ def tied_weights(model: nn.Module) -> list[tuple[str, str]]:
     return list((getattr(model, "all_tied_weights_keys", None) or {}).items())
 
 
+def forget_ties(model: Any, name: str) -> None:
+    """Take the weights that are the parameter ``name`` for such no more: what they belong to refers to its module."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {name}
+    for _ in ties:
+        names |= {n for pair in ties.items() if names & set(pair) for n in pair}
+    for target in [target for target in ties if target in names]:
+        del ties[target]
+
+
 # Loading by parts, and saving by parts: what ``from_pretrained`` and ``save_pretrained`` do with the names
 
 

@@ -21,6 +21,7 @@ from lillama_core.data.sources import Source
 from lillama_core.errors import one_line
 from lillama_core.output.healing_rows import healing_rows
 from lillama_core.output.origin import Origin
+from lillama_core.output.quantization_rows import quantization_rows
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import StrategyChoice
@@ -57,7 +58,6 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
         **find_license(origin),
     )
     processor_class = modality_of(origin.architecture).processor_class
-    trained = bool(record.recipe.get("steps"))
     name = source.short_name if source.is_local else record.model
     text = (
         environment(autoescape=False)
@@ -72,7 +72,8 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
             healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],
-            whole_blocks=trained and record.recipe.get("train") == "block",
+            quantization=quantization_rows(record.quantization),
+            whole_blocks=bool(record.recipe.get("steps")) and record.recipe.get("train") == "block",
             low_rank=len(record.plan["ranks"]),
             maps=len(record.shapes),
             format=code(record.plan["format"]),
@@ -94,8 +95,8 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     )
     ModelCard(text).save(result / "README.md")
     header = "# Repeats this run. Files of calibration data are named without their folders: run it beside them.\n"
-    recipe = yaml.safe_dump(public_recipe(record), sort_keys=False, allow_unicode=True)
-    (result / RECIPE_FILE).write_text(header + recipe, encoding="utf-8")
+    recipe = header + yaml.safe_dump(public_recipe(record), sort_keys=False, allow_unicode=True)
+    (result / RECIPE_FILE).write_text(recipe, encoding="utf-8")
 
 
 def environment(autoescape: bool) -> jinja2.Environment:

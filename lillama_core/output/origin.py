@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from lillama_core.models.source import ModelSource
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
-    from lillama_core.models.source import ModelSource
 
 
 class Origin(Protocol):
@@ -20,3 +22,18 @@ class Origin(Protocol):
 
     @property
     def architecture(self) -> Architecture: ...
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the card says of where a model comes from that is at hand by name alone."""
+
+    source: ModelSource
+    config: Any
+    architecture: Architecture
+
+    @classmethod
+    def by_name(cls, model: str, config: Any, architecture: Architecture) -> Described:
+        """Of a ``model`` as a record names it."""
+        gguf = model if model.lower().endswith(".gguf") else None
+        return cls(ModelSource(model, model, gguf), config, architecture)

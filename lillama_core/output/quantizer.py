@@ -20,14 +20,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.quantized import hold
 from lillama_core.errors import LillamaError
 from lillama_core.models.source import QUANT_METHOD
 from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, weight_renaming
 from lillama_core.output.soundness import check_orders
+from lillama_core.quantization.modules import QuantizedLinear
+from lillama_core.quantization.packing import BITS, GROUP
 from lillama_core.strategies import get, make, names
 from lillama_registry import registry
 
 CONFIG_VERSION = 1
+QUANTIZED_VERSION = 2
+"""Of a config that also says which weights are held in few bits: a lillama that does not know of it refuses."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class TargetConfig:
                 f" (known: {', '.join(names('formats'))})"
             )
         ranks = {"": entry["rank"]} if "rank" in entry else entry["ranks"]
-        if not isinstance(ranks, Mapping) or not ranks:
+        # None at all: experts that are dense, with a matrix for each map.
+        if not isinstance(ranks, Mapping):
             raise LillamaError(f"the ranks of {name!r} must be a mapping of map to rank")
         for local, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -90,22 +96,53 @@ def joined(path: str, local: str) -> str:
 
 
 class LillamaConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a compressed model: module path -> kind, format and rank."""
+    """``quantization_config`` of a compressed model: module path -> kind, format and rank; and what is in few bits."""
 
-    def __init__(self, sites: Mapping[str, Any] | None = None, version: int = CONFIG_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Any] | None = None,
+        version: int = CONFIG_VERSION,
+        quantization: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = QUANT_METHOD
-        if version != CONFIG_VERSION:
+        if version not in (CONFIG_VERSION, QUANTIZED_VERSION):
             raise LillamaError(
-                f"the model was compressed with config version {version!r}; this lillama reads {CONFIG_VERSION}"
+                f"the model was compressed with config version {version!r}; this lillama reads {CONFIG_VERSION} and"
+                f" {QUANTIZED_VERSION}"
             )
         if not isinstance(sites, Mapping):
             raise LillamaError("the quantization_config of a compressed model must list its 'sites'")
         self.version = version
         self.targets = {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in sites.items()}
         self.parsed = {name: TargetConfig.parse(name, entry) for name, entry in self.targets.items()}
+        self.bits = {} if quantization is None else parse_bits(quantization)
+        """Path of a module -> the bits that its weight is held in."""
+        self.version = QUANTIZED_VERSION if self.bits else version
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "version": self.version, "sites": self.targets}
+        said = {"quant_method": self.quant_method, "version": self.version, "sites": self.targets}
+        return {**said, "quantization": bits_entry(self.bits)} if self.bits else said
+
+
+def bits_entry(bits: Mapping[str, int]) -> dict[str, Any]:
+    """The config's entry of what is held in few bits: by the number of bits, the paths of the modules."""
+    return {"group": GROUP, "bits": {str(b): [p for p, own in bits.items() if own == b] for b in BITS}}
+
+
+def parse_bits(entry: Any) -> dict[str, int]:
+    """Check such an entry of an untrusted config; raise LillamaError for one that is not valid."""
+    named = entry.get("bits") if isinstance(entry, Mapping) else None
+    if not isinstance(named, Mapping) or entry.get("group") != GROUP:
+        raise LillamaError(f"the 'quantization' of a quantised model must have 'bits', and a 'group' of {GROUP}")
+    found: dict[str, int] = {}
+    for bits, paths in named.items():
+        if str(bits) not in map(str, BITS) or not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+            raise LillamaError(
+                f"weights are held in {' or '.join(map(str, BITS))} bits, by lists of paths, not {bits!r}"
+            )
+        found |= dict.fromkeys(paths, int(bits))
+    return found
 
 
 class LillamaHfQuantizer(HfQuantizer):
@@ -118,6 +155,10 @@ class LillamaHfQuantizer(HfQuantizer):
             path = own_path(model, name)
             if path is not None:
                 _swap(model, path, target)
+        for name, bits in self.quantization_config.bits.items():
+            path = own_path(model, name)
+            if path is not None:
+                hold(model, path, bits, lambda weight, packing: packing.empty(weight.device))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         check_orders(model)
@@ -184,14 +225,34 @@ def renamings(model: nn.Module, config: LillamaConfig) -> list[Any]:
             if path == f"{prefix}.{name}":
                 # transformers adds the prefix to names on disk after they are renamed.
                 pairs = [(a.removeprefix(f"{prefix}."), b.removeprefix(f"{prefix}.")) for a, b in pairs]
-            found += [weight_renaming(*pair) for pair in pairs]
+            found += [_as_packed(model, *pair) for pair in pairs]
+    sites = tuple(f"{path}." for name in config.parsed if (path := own_path(model, name)) is not None)
+    for name in config.bits:
+        path = own_path(model, name)
+        if path is None or path.startswith(sites) or not isinstance(model.get_submodule(path), QuantizedLinear):
+            # What is within a low-rank map has no name of the dense model's, and a table keeps its own.
+            continue
+        pair = (f"{path}.weight", f"{path}.packed")
+        if path == f"{prefix}.{name}":
+            pair = (pair[0].removeprefix(f"{prefix}."), pair[1].removeprefix(f"{prefix}."))
+        found.append(weight_renaming(*pair))
     return found
+
+
+def _as_packed(model: nn.Module, on_disk: str, in_memory: str) -> Any:
+    """A renaming, to the bytes where the matrix in memory is held in few bits."""
+    module = in_memory.removesuffix(".weight")
+    path = own_path(model, module)
+    packed = path is not None and isinstance(model.get_submodule(path), QuantizedLinear)
+    return weight_renaming(on_disk, f"{module}.packed" if packed else in_memory)
 
 
 def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target = get("targets", entry.kind).at(path, model.get_submodule(path))
     target.check(make("formats", entry.format))
     maps = {m.name: m for m in target.maps}
+    if not entry.ranks:
+        target.separate(model)
     layers: dict[str, nn.Module] = {}
     for local, rank in entry.ranks.items():
         map_ = maps.get(joined(path, local))

@@ -85,6 +85,8 @@ class RunRecord:
     fidelity: dict[str, Any] | None = None
     healing: list[dict[str, Any]] = field(default_factory=list)
     """How the whole model was trained at the end, each time that it was."""
+    quantization: dict[str, Any] | None = None
+    """In how many bits weights are held, and what that took; None: in the dtype."""
     bytes: dict[str, int] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     """Name of a weight file -> the SHA-256 of what is in it."""

@@ -55,9 +55,9 @@ def compressed_reader(
     """
     files = weight_files(source)
     config = copy.deepcopy(config)
-    said = config.quantization_config
-    said = said if isinstance(said, dict) else said.to_dict()
-    targets = LillamaConfig(**{k: v for k, v in said.items() if k in ("sites", "version")})
+    targets = LillamaConfig(
+        **{k: v for k, v in quantization_of(config).items() if k in ("sites", "version", "quantization")}
+    )
     del config.quantization_config
     if config.dtype is None:
         config.dtype = first_dtype(files)
@@ -65,6 +65,13 @@ def compressed_reader(
     model = compressed_meta_model(architecture, config, targets, source.trust_remote_code)
     set_generation_config(model, source.location)
     return BlockReader(model, files, architecture.stacks, model.dtype), targets
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """What a compressed model's config says of its modules."""
+    found = config.quantization_config
+    said: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    return said
 
 
 def names_on_disk(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,8 +26,10 @@ from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.card import public_name
 from lillama_core.output.directory import check_reload, copy_processors, publish
+from lillama_core.output.origin import Described, Origin
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
+from lillama_core.output.shards import quantization_of
 from lillama_core.output.verify import WHOLE
 from lillama_core.pipeline.heal import heal
 from lillama_core.pipeline.pipeline import check_alike
@@ -74,15 +76,6 @@ class FinetuneRequest:
     trust_remote_code: bool = False
     overwrite: bool = False
     resume: bool = False
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What the card says of where the model comes from."""
-
-    source: ModelSource
-    config: Any
-    architecture: Architecture
 
 
 def finetune(request: FinetuneRequest, verbosity: Verbosity = "normal") -> RunRecord:
@@ -153,9 +146,8 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
         record = _described(record, request, healing, fidelity, data, split, world)
         if world.is_main:
             dtype = check_dtype(None, config.dtype or torch.float32, False)
-            _write(
-                student, dtype, source, processor, modality, record, _origin(record, config, architecture), directory
-            )
+            origin = Described.by_name(record.model, config, architecture)
+            _write(student, dtype, source, processor, modality, record, origin, directory)
         return record
 
 
@@ -168,6 +160,8 @@ def _compressed(model: str, trust_remote_code: bool) -> tuple[ModelSource, Any]:
     method = method or getattr(quantization, "quant_method", None)
     if str(method) != QUANT_METHOD or not source.is_local or source.gguf_file is not None:
         raise UserError(f"{model!r} is not a directory that 'lillama compress' has made")
+    if quantization_of(config).get("quantization"):
+        raise UserError(f"{model!r} is quantised: train what it was made of, and quantise that")
     return source, config
 
 
@@ -261,11 +255,6 @@ def _described(
     )
 
 
-def _origin(record: RunRecord, config: Any, architecture: Architecture) -> _Origin:
-    gguf = record.model if record.model.lower().endswith(".gguf") else None
-    return _Origin(ModelSource(record.model, record.model, gguf), config, architecture)
-
-
 def _write(
     student: Any,
     dtype: torch.dtype,
@@ -273,7 +262,7 @@ def _write(
     processor: Any,
     modality: Modality,
     record: RunRecord,
-    origin: _Origin,
+    origin: Origin,
     directory: RunDirectory,
 ) -> None:
     """Write the trained model and publish the directory once a fresh process has loaded it."""

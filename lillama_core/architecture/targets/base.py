@@ -82,6 +82,13 @@ class TargetModule(ABC):
         """Return the paths from ``block`` of the modules that `replace` puts others in the place of."""
         return [self.name]
 
+    def separate(self, block: nn.Module) -> None:
+        """Put a linear layer in the place of every map, without a change of what is computed.
+
+        For modules that hold several maps as one parameter; raises LillamaError where there is nothing to separate.
+        """
+        raise LillamaError(f"{self.name!r} holds no maps that could be separated; the config is of another model")
+
     def check(self, format_: Format) -> None:  # noqa: B027  most targets take any format
         """Raise UserError when the maps cannot be stored in ``format_``."""
 

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.quantization.modules import dtype_of, look_up, product
+from lillama_core.quantization.packing import Packing
 
 
 class PlainProjection(nn.Module):
@@ -28,6 +30,11 @@ class PlainProjection(nn.Module):
     def restore(self, z: torch.Tensor) -> torch.Tensor:
         """z [..., r] -> A^T z [..., width]."""
         return z @ self.down.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of A."""
+        return dtype_of(self.down)
 
 
 class PivotedProjection(nn.Module):
@@ -54,6 +61,11 @@ class PivotedProjection(nn.Module):
         whole = torch.cat((z, z @ self.mix.weight), dim=-1)
         return whole.index_select(-1, torch.argsort(self.permutation.long()))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of T."""
+        return dtype_of(self.mix)
+
 
 Projection = PlainProjection | PivotedProjection
 
@@ -62,6 +74,8 @@ class LowRankEmbedding(nn.Module):
     """Look up rows s U[ids] A [..., width], where s is the factor that the dense module multiplies its rows by."""
 
     projection: Projection
+    packing: Packing | None = None
+    """How U lies in the bytes of ``weight``; None: it is U itself."""
 
     def __init__(self, weight: nn.Parameter, projection: Projection, scale: float, owns: bool) -> None:
         super().__init__()
@@ -69,9 +83,22 @@ class LowRankEmbedding(nn.Module):
         self.scale = scale
         _hold(self, projection, owns)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many rows the table has."""
+        return len(self.weight) if self.packing is None else self.packing.rows
+
+    def rows(self, ids: torch.Tensor, scale: float) -> torch.Tensor:
+        """The rows [..., width] of ``ids`` [...], times ``scale``."""
+        rows = self.projection.restore(look_up(ids, self.packing, self.weight, self.projection.dtype))
+        return rows if scale == 1.0 else rows * scale
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """The products [..., vocabulary] of x [..., width] with all rows."""
+        return product(self.projection.reduce(x), self.packing, self.weight)
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = self.projection.restore(functional.embedding(ids, self.weight))
-        return rows if self.scale == 1.0 else rows * self.scale
+        return self.rows(ids, self.scale)
 
 
 class LowRankHead(nn.Module):
@@ -93,6 +120,7 @@ class Band(nn.Module):
     """Rows of a table [n, width]: stored whole, or as U [n, r] of which ``projection`` makes the rows U A."""
 
     projection: Projection | None
+    packing: Packing | None = None
 
     def __init__(self, weight: nn.Parameter, projection: Projection | None) -> None:
         super().__init__()
@@ -110,6 +138,8 @@ class BandedEmbedding(nn.Module):
     positions: torch.Tensor
     orders = ("positions",)
     projection: Projection | None
+    packing: Packing | None = None
+    """Of the first band."""
 
     def __init__(self, bands: list[Band], positions: torch.Tensor, width: int, scale: float) -> None:
         super().__init__()
@@ -120,11 +150,21 @@ class BandedEmbedding(nn.Module):
         self.scale = scale
         self.register_buffer("positions", positions)
 
-    def _bands(self) -> Iterator[tuple[torch.Tensor, Projection | None]]:
-        yield self.weight, self.projection
+    def _bands(self) -> Iterator[tuple[torch.Tensor, Packing | None, Projection | None]]:
+        yield self.weight, self.packing, self.projection
         for band in self.rest:
             assert isinstance(band, Band)
-            yield band.weight, band.projection
+            yield band.weight, band.packing, band.projection
+
+    def _dtype(self) -> torch.dtype:
+        """What rows are in where bytes do not say it."""
+        like: torch.Tensor | None = getattr(self, "like", None)
+        return self.weight.dtype if like is None else like.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """How many rows the table has."""
+        return len(self.positions)
 
     def rows(self, ids: torch.Tensor, scale: float) -> torch.Tensor:
         """The rows [..., width] of ``ids`` [...], times ``scale``."""
@@ -133,9 +173,9 @@ class BandedEmbedding(nn.Module):
         start = 0
         # Every band looks up something for every token: which tokens are a band's is not waited for, so that shapes do
         # not depend on them. A low-rank row costs as much as one of a linear map in a block.
-        for weight, projection in self._bands():
-            size = len(weight)
-            rows = functional.embedding((places - start).clamp(0, size - 1), weight)
+        for weight, packing, projection in self._bands():
+            size = len(weight) if packing is None else packing.rows
+            rows = look_up((places - start).clamp(0, size - 1), packing, weight, self._dtype())
             rows = rows if projection is None else projection.restore(rows)
             found = rows if found is None else torch.where((places >= start)[..., None], rows, found)
             start += size
@@ -145,8 +185,8 @@ class BandedEmbedding(nn.Module):
     def scores(self, x: torch.Tensor) -> torch.Tensor:
         """The products [..., vocabulary] of x [..., width] with all rows."""
         found = [
-            functional.linear(x if projection is None else projection.reduce(x), weight)
-            for weight, projection in self._bands()
+            product(x if projection is None else projection.reduce(x), packing, weight)
+            for weight, packing, projection in self._bands()
         ]
         return torch.cat(found, dim=-1).index_select(-1, self.positions.int())
 

@@ -196,6 +196,12 @@ class _FusedExperts(TargetModule):
         for name, layer in own.items():
             module.set_submodule(self.place(self.every[name]), layer)
 
+    def separate(self, block: nn.Module) -> None:
+        module = block.get_submodule(self.name)
+        self.replace(
+            block, {name: dense_linear(self.dense_weight(module, map_), False) for name, map_ in self.every.items()}
+        )
+
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(f"{self.name}.{self.place(map_)}")
 

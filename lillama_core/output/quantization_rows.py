@@ -1,0 +1,19 @@
+"""What a card says of weights that are held in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def quantization_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a card says of the bits; empty where all is in the dtype."""
+    if found is None:
+        return []
+    held = ", ".join(f"{count} in {bits} bits" for bits, count in found["matrices"].items())
+    return [
+        ("matrices", held),
+        ("scales", f"bfloat16; one a row at 8 bits, one for {found['group']} columns at 4"),
+        ("parameters before", f"{found['bytes_before']:,} bytes"),
+        ("files of weights", f"{found['bytes_after']:,} bytes"),
+    ]

@@ -1,0 +1,171 @@
+"""``lillama quantize``: hold the weights of a compressed model, or of a dense one, in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lillama_core.architecture.base import Architecture
+from lillama_core.architecture.find import find_architecture
+from lillama_core.architecture.targets.experts import ExpertsTarget, fused_experts
+from lillama_core.architecture.targets.linear_map import matches_any
+from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
+from lillama_core.data.modality import as_dtype, modality_of
+from lillama_core.errors import UserError, in_one_line, nearest
+from lillama_core.models.gguf_header import parsed_once
+from lillama_core.models.loading import check_finite, load_config, load_model
+from lillama_core.models.outputs import main_output
+from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
+from lillama_core.output.card import public_name
+from lillama_core.output.directory import check_reload, copy_processors, publish
+from lillama_core.output.origin import Described
+from lillama_core.output.quantized import QuantizedRecord, publish_dense
+from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
+from lillama_core.output.record import read_record
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.output.verify import WHOLE
+from lillama_core.quantization.packing import BITS, packing_of
+from lillama_core.quantization.rounding import quantize as rounded
+from lillama_core.system.progress import Progress, Verbosity
+from lillama_core.system.quiet import quiet
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to quantise, to what, and where to."""
+
+    model: str
+    output: Path
+    bits: int = 8
+    table_bits: int = 8
+    """Of token embeddings and output heads."""
+    exclude: tuple[str, ...] = ()
+    """Paths of modules that keep their numbers."""
+    architecture: str | Architecture | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+
+def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> QuantizedRecord:
+    """Quantise as ``request`` says; the output directory appears only once a fresh process has loaded it.
+
+    Raises UserError for what can be known before the work, leaving nothing behind.
+    """
+    for name, bits in (("--bits", request.bits), ("--embedding-bits", request.table_bits)):
+        if bits not in BITS:
+            raise UserError(f"{name} must be {' or '.join(map(str, BITS))}, not {bits}")
+    with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
+        return _quantize(request, verbosity)
+
+
+def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord:
+    started = time.monotonic()
+    directory = RunDirectory(request.output)
+    directory.check(request.overwrite, False)
+    source = locate(request.model, request.trust_remote_code)
+    config = load_config(source, allow_compressed=True)
+    targets = _targets(request.model, source, config)
+    record = read_record(Path(source.location)) if targets is not None else None
+    architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    modality = modality_of(architecture)
+    processor = modality.load_processor(source, request.tokenizer)
+    with directory.locked(), Progress(verbosity) as progress:
+        progress.line(f"Loading {request.model}")
+        dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
+        model: Any = load_model(source, architecture, dtype)
+        check_finite(model)
+        before = sum(t.numel() * t.element_size() for t in model.parameters())
+        sites = {**(targets or {}), **_separated(model)}
+        chosen = _chosen(model, architecture, request)
+        directory.open({"model": model_fingerprint(source), "bits": request.bits}, request.overwrite)
+        progress.release()
+        progress.phase("Rounding", len(chosen))
+        for path, bits in chosen.items():
+            hold(model, path, bits, lambda weight, packing: rounded(weight, packing.bits)[1])
+            progress.step(path)
+        attach(model, LillamaConfig(sites, quantization=bits_entry(chosen)))
+        result = directory.result
+        result.mkdir(exist_ok=True)
+        with quiet():
+            model.save_pretrained(result)
+        modality.save_processor(processor, result)
+        copy_processors(source, result)
+        progress.line("Checking that a fresh process loads the result")
+        inputs = modality.dummy_inputs(model.config)
+        with torch.no_grad():
+            expected = main_output(model(**as_dtype(inputs, model.dtype))).float()
+        check_reload(expected, inputs, result, (WHOLE, architecture.auto_class), request.trust_remote_code)
+        found = QuantizedRecord(
+            model=public_name(request.model),
+            model_fingerprint=model_fingerprint(source),
+            architecture=architecture.name,
+            bits=request.bits,
+            table_bits=request.table_bits,
+            matrices={str(b): n for b, n in sorted(Counter(chosen.values()).items())},
+            bytes_before=before,
+            bytes_after=sum(file.stat().st_size for file in result.glob("*.safetensors")),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        if record is not None:
+            record.quantization = found.to_dict()
+            record.bytes["compressed"] = found.bytes_after
+            publish(record, Described.by_name(record.model, config, architecture), directory)
+        else:
+            publish_dense(found, source, config, architecture, directory)
+        return found
+
+
+def _targets(model: str, source: ModelSource, config: Any) -> Mapping[str, Any] | None:
+    """The low-rank modules of a compressed model; None for a dense one; raises UserError for one that is quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None or source.gguf_file is not None:
+        return None
+    said = found if isinstance(found, Mapping) else found.to_dict()
+    assert said.get("quant_method") == QUANT_METHOD
+    if said.get("quantization"):
+        raise UserError(f"model {model!r} is quantised already; start from what it was made of")
+    if not source.is_local:
+        raise UserError(f"{model!r} is compressed and on the Hub; download it, and name its directory")
+    return LillamaConfig(said.get("sites")).targets
+
+
+def _separated(model: nn.Module) -> dict[str, Any]:
+    """Take fused experts apart into a matrix for each map, and return the config's entries for them."""
+    found = {}
+    for path in [path for path, known in fused_experts(model).items() if known]:
+        ExpertsTarget(path, model.get_submodule(path)).separate(model)
+        found[path] = {"kind": ExpertsTarget.kind, "format": "factored", "ranks": {}}
+    return found
+
+
+def _chosen(model: Any, architecture: Architecture, request: QuantizeRequest) -> dict[str, int]:
+    """Path -> bits of every weight that is held in few; raises UserError when there is none."""
+    known = {path for path, _ in model.named_modules()}
+    for name in request.exclude:
+        if name not in known:
+            raise UserError(f"--exclude {name}: the model has no such module{nearest(name, sorted(known))}")
+    weights = weights_of(model, [*request.exclude, *_left_alone(model, architecture)])
+    if not weights:
+        raise UserError(f"model {request.model!r} has no linear layer or table whose weights could be held in few bits")
+    asked = {path: request.table_bits if table else request.bits for path, table in weights.items()}
+    return {path: packing_of(matrix(model, path), bits).bits for path, bits in asked.items()}
+
+
+def _left_alone(model: Any, architecture: Architecture) -> list[str]:
+    """Paths of what decides, whose choices are no numbers that may be a little off, and of what is never compressed."""
+    patterns = (*architecture.pinned, *architecture.exclude)
+    return [
+        f"{stack}.{i}.{name}"
+        for stack in architecture.stacks.values()
+        for i, block in enumerate(model.get_submodule(stack))
+        for name, _ in block.named_modules()
+        if matches_any(name, patterns)
+    ]
