@@ -19,7 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import lillama_core
 from lillama_core.errors import LillamaError, UserError
+from lillama_core.evaluation.metrics.decoding import parameter_count
+from lillama_core.formats import FactoredLinear
 from lillama_core.output.quantizer import parse_bits
+from lillama_core.pipeline.quantize import level_factors
 from lillama_core.quantization.modules import QuantizedLinear, product
 from lillama_core.quantization.packing import Packing, packing_of
 from lillama_core.quantization.rounding import quantize
@@ -196,6 +199,23 @@ def test_a_compressed_model_loads_generates_and_is_saved_again(
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)(TOKENS).logits
     assert torch.equal(again, found)
+
+
+def test_factors_are_levelled_without_a_change_of_what_they_compute(embedded: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).requires_grad_(False)
+    maps = {path: m.weight for path, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    assert maps
+    level_factors(model)
+    for path, before in maps.items():
+        module = model.get_submodule(path)
+        torch.testing.assert_close(module.weight, before, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(module.up.weight.norm(dim=0), torch.ones(module.down.out_features))
+
+
+def test_parameters_in_few_bits_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    lillama_core.quantize(tiny_model, tmp_path / "small", bits=4, quiet=True)
+    dense, small = lillama_core.load(tiny_model), lillama_core.load(tmp_path / "small")
+    assert parameter_count(small) == parameter_count(dense) == sum(p.numel() for p in dense.parameters())
 
 
 def test_experts_are_taken_apart_but_their_router_is_left(make_model: Callable[..., Path], tmp_path: Path) -> None:

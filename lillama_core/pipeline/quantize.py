@@ -19,6 +19,8 @@ from lillama_core.architecture.targets.linear_map import matches_any
 from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
 from lillama_core.data.modality import as_dtype, modality_of
 from lillama_core.errors import UserError, in_one_line, nearest
+from lillama_core.formats import Factored, FactoredLinear
+from lillama_core.healing.factors import balanced
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_finite, load_config, load_model
 from lillama_core.models.outputs import main_output
@@ -33,6 +35,7 @@ from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
 from lillama_core.quantization.packing import BITS, packing_of
 from lillama_core.quantization.rounding import quantize as rounded
+from lillama_core.runtime.modules import replace_module
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_core.system.quiet import quiet
 
@@ -84,6 +87,8 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         check_finite(model)
         before = sum(t.numel() * t.element_size() for t in model.parameters())
         sites = {**(targets or {}), **_separated(model)}
+        if request.bits == 4:
+            level_factors(model)
         chosen = _chosen(model, architecture, request)
         directory.open({"model": model_fingerprint(source), "bits": request.bits}, request.overwrite)
         progress.release()
@@ -135,6 +140,21 @@ def _targets(model: str, source: ModelSource, config: Any) -> Mapping[str, Any] 
     if not source.is_local:
         raise UserError(f"{model!r} is compressed and on the Hub; download it, and name its directory")
     return LillamaConfig(said.get("sites")).targets
+
+
+def level_factors(model: nn.Module) -> None:
+    """Give the columns of each second factor of plain factors the same norm, without a change of what is computed.
+
+    B A = U (S V^T): groups of 4-bit codes lie along the columns, and each has one scale, so that columns of different
+    sizes spoil each other, while rows of the first factor have scales of their own. SmolLM2 with 20 % removed, 6
+    windows of WikiText-2: perplexity 42.1 as the factors were, 39.9 balanced, 39.7 so (34.1 before rounding); the same
+    function pivoted, whose identity cannot be levelled, 46.4.
+    """
+    for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, FactoredLinear)]:
+        B, A = balanced(*(factor.float() for factor in Factored().to_factors(module)))
+        norms = B.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+        B, A = (factor.to(module.up.weight.dtype) for factor in (B / norms, A * norms[:, None]))
+        replace_module(model, path, Factored().from_factors(B, A, module.bias).requires_grad_(False))
 
 
 def _separated(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
+from lillama_core.quantization.packing import Packing
 
 MEGABYTE = 1e6
 SHORT_PROMPT = 64
@@ -160,8 +161,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def parameter_count(model: Any) -> int:
-    """Parameters of ``model``; one that is used in two places (a tied embedding) counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of ``model``, those in few bits included; one in two places (a tied embedding) counts once."""
+    packings = [p for module in model.modules() if isinstance(p := getattr(module, "packing", None), Packing)]
+    return sum(p.numel() for p in model.parameters()) + sum(p.rows * p.columns for p in packings)
 
 
 def memory_bytes(model: Any) -> int:
