@@ -153,13 +153,14 @@ def test_a_dense_model_computes_with_the_rounded_weights(
     expected = with_rounded_weights(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "small")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
-        torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits)
+        # The order of the multiplications is another.
+        torch.testing.assert_close(model(TOKENS).logits, expected(TOKENS).logits, rtol=1e-4, atol=1e-4)
         assert model(TOKENS).logits.std() > 0.01
     # Without its head.
     base = type(model.base_model).from_pretrained(tmp_path / "small")
     with torch.no_grad():
         states = expected.base_model(TOKENS).last_hidden_state
-        torch.testing.assert_close(base(TOKENS).last_hidden_state, states)
+        torch.testing.assert_close(base(TOKENS).last_hidden_state, states, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

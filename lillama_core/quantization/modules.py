@@ -144,6 +144,10 @@ def product(
     if packing is None:
         return functional.linear(x, weight, bias)
     y = _by_kernel(x, packing, weight) if packing.bits == 8 and x.dtype == torch.bfloat16 else None
+    if y is None and packing.bits == 8 and x.dtype in (torch.float32, torch.bfloat16):
+        # Scaling the outputs is less work than scaling the weights; sums of codes are beyond what float16 holds.
+        codes = packing.stored_codes(weight).view(torch.int8).to(x.dtype)
+        y = functional.linear(x, codes) * packing.scales(weight).flatten().to(x.dtype)
     if y is not None:
         return y if bias is None else y + bias
     return functional.linear(x, packing.dense(weight, x.dtype), bias)
