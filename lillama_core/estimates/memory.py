@@ -184,7 +184,7 @@ class Memory:
             count = sum(b.count for b in of_stack) + 1
             entries += count * rows * of_stack[0].length * of_stack[0].width
         states = job.state_size * entries
-        moments = vectors = 0.0
+        moments, vectors = 0.0, sum(8.0 * band.side**2 for band in model.embedding)
         for b in model.blocks:
             if b.maps:
                 vectors += b.count * (8.0 * b.side_squares + (4.0 * b.width**2 if job.sensitivity else 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,8 @@ class ModelShape:
     outputs: float
     """Numbers in the model's main output for a row."""
     predicts: bool
+    embedding: tuple[MapShape, ...] = ()
+    """The bands of the token embedding, when it is compressed."""
 
     @property
     def in_blocks(self) -> int:
@@ -113,7 +115,8 @@ class ModelShape:
     @property
     def kept(self) -> int:
         """Parameters of the result."""
-        return self.shell + sum(b.kept * b.count for b in self.blocks)
+        shell = self.shell - sum(m.parameters - m.kept for m in self.embedding)
+        return shell + sum(b.kept * b.count for b in self.blocks)
 
     @property
     def resident(self) -> int:
@@ -203,10 +206,12 @@ def shape_of(
     inputs: Inputs,
     stored: int,
     written: int,
+    embedding: Block | None = None,
 ) -> ModelShape:
     """The shape of ``model``, which is on the meta device, for rows like those of ``inputs``.
 
-    ``stacks`` are all its stacks in the order of the forward pass; ``ranks`` those of maps by their paths.
+    ``stacks`` are all its stacks in the order of the forward pass; ``ranks`` those of maps by their paths;
+    ``embedding`` the token embedding, when it is compressed.
     """
     # Which kernels run is chosen when a model is loaded.
     model = copy_sharing_configs(model)
@@ -229,7 +234,8 @@ def shape_of(
                 found.append(shape)
     last = costs[stacks[-1][0].stack]
     parameters = sum(p.numel() for p in model.parameters())
-    return ModelShape(parameters, stored, written, tuple(found), last.around, last.outputs, last.predicts)
+    bands = () if embedding is None else tuple(_map_shapes(embedding, ranks, format_, {}))
+    return ModelShape(parameters, stored, written, tuple(found), last.around, last.outputs, last.predicts, bands)
 
 
 def _block_shape(
@@ -241,12 +247,17 @@ def _block_shape(
     width: int,
     cost: BlockCost,
 ) -> BlockShape:
-    maps = []
+    parameters = sum(p.numel() for p in module.parameters())
+    groups = any(m.group is not None for m in block.maps)
+    maps = tuple(_map_shapes(block, ranks, format_, cost.leaders))
+    return BlockShape(block.stack, 1, parameters, maps, length, width, cost, groups)
+
+
+def _map_shapes(
+    block: Block, ranks: Mapping[str, int], format_: Format, leaders: Mapping[str, str]
+) -> Iterator[MapShape]:
     for m in block.maps:
         rank = ranks.get(block.full_name(m))
         kept = m.parameters if rank is None else format_.parameters(m.out_features, m.in_features, rank)
-        leads = cost.leaders.get(m.name, m.name) == m.name
-        maps.append(MapShape(m.out_features, m.in_features, m.token_fraction, rank, leads, kept))
-    parameters = sum(p.numel() for p in module.parameters())
-    groups = any(m.group is not None for m in block.maps)
-    return BlockShape(block.stack, 1, parameters, tuple(maps), length, width, cost, groups)
+        leads = leaders.get(m.name, m.name) == m.name
+        yield MapShape(m.out_features, m.in_features, m.token_fraction, rank, leads, kept)

@@ -126,7 +126,10 @@ def open_compressed(request: ExportRequest) -> CompressedModel:
         raise UserError(f"{request.model!r} is not a directory that 'lillama compress' has made")
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
     try:
-        return CompressedModel(source, config, architecture)
+        found = CompressedModel(source, config, architecture)
+        if found.targets.bits:
+            raise UserError(f"{request.model!r} holds its weights in few bits; export the directory that was quantized")
+        return found
     except UserError:
         raise
     except LillamaError as error:

@@ -282,7 +282,8 @@ def _model_shape(spec: CompressionSpec, recipe: Recipe) -> ModelShape:
     plan = make_plan(spec, "uniform" if allocator.needs_spectra else recipe.allocation, None)
     stored = stored_dtype(spec)
     written = stored if recipe.dtype is None else getattr(torch, recipe.dtype)
-    return shape_of(architecture, spec.meta, stacks, plan.ranks, spec.format, inputs, stored.itemsize, written.itemsize)
+    sizes = stored.itemsize, written.itemsize
+    return shape_of(architecture, spec.meta, stacks, plan.ranks, spec.format, inputs, *sizes, spec.embedding)
 
 
 def stored_dtype(spec: CompressionSpec) -> torch.dtype:

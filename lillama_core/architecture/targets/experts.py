@@ -198,9 +198,7 @@ class _FusedExperts(TargetModule):
 
     def separate(self, block: nn.Module) -> None:
         module = block.get_submodule(self.name)
-        self.replace(
-            block, {name: dense_linear(self.dense_weight(module, map_), False) for name, map_ in self.every.items()}
-        )
+        self.replace(block, {n: dense_linear(self.dense_weight(module, m), False) for n, m in self.every.items()})
 
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(f"{self.name}.{self.place(map_)}")
@@ -253,9 +251,8 @@ class ExpertsTarget(_FusedExperts):
         return fused_parameter(module, part)[number]
 
     def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
-        return torch.stack(
-            [dense_weight(self.layer(block, m)) for m in self.every.values() if self._part(m)[0] == part]
-        )
+        own = [map_ for map_ in self.every.values() if self._part(map_)[0] == part]
+        return torch.stack([dense_weight(self.layer(block, map_)) for map_ in own])
 
     def place(self, map_: TargetLinear) -> str:
         part, number = self._part(map_)
@@ -327,10 +324,8 @@ class SharedExpertsTarget(_FusedExperts):
     def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
         module = block.get_submodule(self.name)
         assert isinstance(module, SharedExperts)
-        weight = dense_weight(module.get_submodule(f"{part}_map"))
-        if part == "gate_up":
-            return weight.unflatten(0, (module.num_experts, -1))
-        return weight.unflatten(1, (module.num_experts, -1)).transpose(0, 1)
+        weight, parts = dense_weight(module.get_submodule(f"{part}_map")), (module.num_experts, -1)
+        return weight.unflatten(0, parts) if part == "gate_up" else weight.unflatten(1, parts).transpose(0, 1)
 
     def place(self, map_: TargetLinear) -> str:
         return f"{self.local_name(map_)}_map"
