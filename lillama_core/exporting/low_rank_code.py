@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lillama_core.architecture.targets.bands import band_sizes
 from lillama_core.architecture.targets.embedding_modules import (
@@ -26,6 +27,21 @@ from lillama_core.architecture.targets.embedding_modules import (
 from lillama_core.architecture.targets.expert_modules import LowRankExperts, SharedExperts
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, index_dtype
+
+
+def look_up(ids: torch.Tensor, packing: None, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows ``ids`` of ``weight``; what is exported is not held in few bits, so that ``packing`` is None."""
+    return functional.embedding(ids, weight)
+
+
+def product(x: torch.Tensor, packing: None, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T; what is exported is not held in few bits, so that ``packing`` is None."""
+    return functional.linear(x, weight)
+
+
+def dtype_of(layer: nn.Linear) -> torch.dtype:
+    """The dtype of a layer's weight."""
+    return layer.weight.dtype
 
 
 class LowRankLinear(nn.Module):

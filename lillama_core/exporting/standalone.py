@@ -181,6 +181,8 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
     if "shared-experts" in kinds:
         yield _source(expert_modules.SharedExperts)
     if kinds & EMBEDDINGS:
+        for part in ("look_up", "product", "dtype_of"):
+            yield _source(getattr(own, part))
         for of in (embedding_modules.PlainProjection, embedding_modules.PivotedProjection):
             yield _source(of)
         yield "Projection = PlainProjection | PivotedProjection\n"

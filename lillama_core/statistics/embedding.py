@@ -39,6 +39,8 @@ class EmbeddingObserver:
         """S, of the gradients at the entry of the first block."""
         self.predicted = torch.zeros(target.vocabulary, dtype=torch.float64)
         """Sum of the probabilities that the heads give each token, over the rows in `inputs`."""
+        self.entered: set[str] = set()
+        """Stacks whose gradients are in `entry`: a run that goes on adds none twice."""
 
     @classmethod
     def of(cls, block: Block) -> EmbeddingObserver:
@@ -77,7 +79,7 @@ class EmbeddingObserver:
 
     def write(self, path: Path) -> None:
         """Keep what was seen so far in a file."""
-        tensors = {"predicted": self.predicted}
+        tensors = {"predicted": self.predicted, **{f"entered.{stack}": torch.ones(1) for stack in self.entered}}
         for name, moment in self._moments().items():
             tensors |= {f"{name}.{key}": value for key, value in moment.tensors().items()}
         write_tensors(path, tensors, durable=False)
@@ -86,6 +88,7 @@ class EmbeddingObserver:
         """Go on from what `write` has kept, with a model on ``device``."""
         tensors = read_tensors(path)
         self.predicted = tensors["predicted"]
+        self.entered = {name.removeprefix("entered.") for name in tensors if name.startswith("entered.")}
         for name, moment in self._moments().items():
             kept = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             moment.restore(kept, device)

@@ -152,9 +152,14 @@ class StatisticsStage(Stage):
         for i in range(position, -1, -1):
             harness = stacks[i]
             dense_pass.backward(harness, sensitivity, recorded[harness.stack], reached)
-            if embedding is not None and world.from_main(functools.partial(enters, embedding, model, small, harness)):
+            if (
+                embedding is not None
+                and harness.stack not in embedding.entered
+                and world.from_main(functools.partial(enters, embedding, model, small, harness))
+            ):
                 # Only where its rows enter do gradients say what they matter.
                 sensitivity.add_entry(harness, embedding.entry)
+                embedding.entered.add(harness.stack)
                 embedding.write(kept)
             if i > 0:
                 sensitivity.leave(harness)
