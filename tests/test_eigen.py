@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lillama_core.initialization import MapStatistics
 from lillama_core.initialization.eigen import SPLIT, descending_eigenpairs, symmetric_product
-from lillama_core.initialization.second_moments import FisherOptions, WhitenedOptions
+from lillama_core.initialization.second_moments import FisherOptions
 from lillama_core.strategies import make
 
 SPECTRA = {
@@ -77,8 +77,7 @@ def test_errors_at_every_rank_are_within_a_thousandth_of_the_optimum(
     # The problem as the initialiser states it: a moment of nothing is the identity, and each root has its ridge.
     G = G if float(G.diagonal().sum()) > 0 else torch.eye(n, dtype=torch.float64)
     F = F + FisherOptions().gradient_damping * scale * torch.eye(m) if scale > 0 else torch.eye(m, dtype=torch.float64)
-    if m > n:
-        G = G + WhitenedOptions().input_damping * G.diagonal().mean() * torch.eye(n)
+    G = G + FisherOptions().input_damping * G.diagonal().mean() * torch.eye(n)
     half_F, half_G = symmetric_root(F), symmetric_root(G)
     energies = torch.from_numpy(np.linalg.svd((half_F @ W @ half_G).numpy(), compute_uv=False)) ** 2
     total = float(energies.sum())
