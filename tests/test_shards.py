@@ -275,7 +275,7 @@ def test_memory_is_that_of_one_block(family: str, make_model: Callable[..., Path
     assert anonymous() - before < 1e6
     # glibc returns the memory of another thread in part only, but uses it again.
     ahead = [held(*pair) for pair in itertools.pairwise(reader.paths * 3)]
-    assert max(ahead) < 2.1, ahead
+    assert max(ahead) < 2.2, ahead
 
 
 # Checkpoints that are not as they should be
