@@ -143,8 +143,8 @@ def test_plan_promises_what_the_run_gives(
         arguments = ("-o", compressed, "--calibration", calibration_text, *QUICK, "--steps", "0", *options)
         assert run_cli("compress", tiny_model, *arguments).status == 0
     record = json.loads((compressed / "lillama.json").read_text())
-    # Ranks are whole numbers: the plan's even ranks and those by spectrum end within a rank of the same budget. A rank is
-    # a larger part of what is removed than of what is kept.
+    # Ranks are whole numbers: the plan's even ranks and those by spectrum end within a rank of the same budget. A rank
+    # is a larger part of what is removed than of what is kept.
     for name, value in record["parameters"].items():
         assert found[name] == pytest.approx(value, rel=1e-2 if name == "reduction" else 2e-3), name
     assert found["dtype"] == record["dtype"]
