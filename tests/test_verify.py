@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lillama_core.errors import LillamaError
+import lillama_core
+from lillama_core.errors import LillamaError, UserError
 from lillama_core.pipeline.verify import verify
 
 
@@ -139,3 +140,20 @@ def test_a_finetuned_directory_has_hashes_of_its_own(
     )  # fmt: skip
     assert ended.status == 0, ended
     assert verify(str(trained), quiet=True).hashed == 1
+
+
+def test_models_in_few_bits_are_verified_too(sound: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for model, name in ((sound, "low-rank"), (tiny_model, "dense")):
+        lillama_core.quantize(str(model), str(tmp_path / name), bits=8)
+        assert verify(str(tmp_path / name), quiet=True).hashed == 1
+
+
+def test_a_record_that_is_broken_or_gone(sound: Path) -> None:
+    (sound / "lillama.json").write_text('{"sha256": 3}')
+    with pytest.raises(UserError, match="sha256 is no mapping of file to hash"):
+        verify(str(sound), quiet=True)
+    (sound / "lillama.json").write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        verify(str(sound), quiet=True)
+    (sound / "lillama.json").unlink()
+    assert verify(str(sound), quiet=True).hashed == 0

@@ -16,8 +16,8 @@ from lillama_core.strategies import Strategy, StrategyOptions
 
 LEAST_SAVING = 0.05
 """Part of a map's parameters that a rank has to save: two products for as many multiply-adds as one make a map slower.
-Of SmolLM2 at 20 % in the format ``pivoted``, whose cost at high ranks is close to dense, 18 of 181 maps saved less,
-1.5 % of what was removed."""
+In the format ``pivoted`` high ranks cost nearly as much as dense. Of SmolLM2's 216 maps at 20 %, one run each, 177 were
+low rank without this and 151 with it; perplexity 29.5 and 29.7 on WikiText-2, 30.6 and 30.6 on tales."""
 
 
 class RankOptions(StrategyOptions):

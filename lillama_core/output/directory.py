@@ -27,7 +27,7 @@ from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.shards import assemble
 from lillama_core.output.verify import BY_BLOCK, TRUST, WHOLE
 from lillama_core.runtime.weight_source import run_blocks_from
-from lillama_core.system.files import apply_umask, sha256_of, write_json, write_tensors
+from lillama_core.system.files import apply_umask, weight_hashes, write_json, write_tensors
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
 
@@ -111,7 +111,7 @@ def write_result(
 def publish(record: RunRecord, origin: Origin, directory: RunDirectory) -> None:
     """Write the record, the card and the report beside the weights, and let the output directory appear."""
     result = directory.result
-    record.sha256 = {file.name: sha256_of(file) for file in sorted(result.glob("*.safetensors"))}
+    record.sha256 = weight_hashes(result)
     write_json(result / "lillama.json", published(record))
     write_card(result, record, origin)
     write_report(result, record)

@@ -12,7 +12,7 @@ from lillama_core.output.quantization_rows import quantization_rows
 from lillama_core.output.record import versions
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.quantization.packing import GROUP
-from lillama_core.system.files import apply_umask, write_json
+from lillama_core.system.files import apply_umask, weight_hashes, write_json
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
@@ -55,7 +55,8 @@ def publish_dense(
 
     result = directory.result
     # The record has the form of a compression's where both say the same.
-    write_json(result / "lillama.json", {**record.to_dict(), "quantization": record.to_dict()})
+    said = {**record.to_dict(), "quantization": record.to_dict(), "sha256": weight_hashes(result)}
+    write_json(result / "lillama.json", said)
     causal = architecture.auto_class == "AutoModelForCausalLM"
     data = ModelCardData(
         base_model=None if source.is_local else record.model,

@@ -42,6 +42,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every safetensors file of ``folder``, by its name."""
+    return {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def apply_umask(folder: Path) -> None:
     """Give every file below ``folder`` the mode of a new file: some libraries write for their owner only."""
     mask = os.umask(0)
