@@ -7,12 +7,18 @@ from lillama_registry import LazyCommand, hookimpl
 
 @hookimpl
 def lillama_initializers() -> dict[str, str]:
-    return {"output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents"}
+    return {
+        "activation-scaled": "lillama_benchmarks.baselines.asvd:ActivationScaled",
+        "output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents",
+    }
 
 
 @hookimpl
 def lillama_allocators() -> dict[str, str]:
-    return {"variance-threshold": "lillama_benchmarks.baselines.liteasr:VarianceThreshold"}
+    return {
+        "effective-rank": "lillama_benchmarks.baselines.d_rank:EffectiveRank",
+        "variance-threshold": "lillama_benchmarks.baselines.liteasr:VarianceThreshold",
+    }
 
 
 @hookimpl

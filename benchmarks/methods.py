@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lillama_benchmarks.baselines import asvd, d_rank, liteasr, obd_llm, skipcat, svd_llm
+
 
 @dataclass(frozen=True)
 class Method:
@@ -32,13 +34,19 @@ METHODS = (
 )
 """In the order of the tables; ``svd`` is what everybody tries first: no data, no training."""
 
-BASELINES = (
-    Method(
-        "liteasr",
-        options={"init": "output-pca", "allocation": "variance-threshold", "steps": 0, "format": "factored"},
-    ),
+BASELINES = tuple(
+    # The data of ``fast``, no training: the methods alone differ.
+    Method(name, "fast", {**options, "steps": 0})
+    for name, options in {
+        "svd-llm": svd_llm.OPTIONS,
+        "asvd": asvd.OPTIONS,
+        "skipcat": skipcat.OPTIONS,
+        "d-rank": d_rank.OPTIONS,
+        "obd-llm": obd_llm.OPTIONS,
+        "liteasr": liteasr.OPTIONS,
+    }.items()
 )
-"""Published methods that run when they are named: each is for some architectures only."""
+"""Published methods that run when they are named; each module has the formula, its source and what deviates from it."""
 
 
 def find_methods(names: tuple[str, ...]) -> list[Method]:

@@ -2,20 +2,317 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from conftest import Ended
 
+from lillama_benchmarks.baselines.asvd import ActivationScaled
+from lillama_benchmarks.baselines.d_rank import EffectiveRank, effective_rank
 from lillama_benchmarks.baselines.liteasr import OutputComponents, VarianceThreshold
+from lillama_benchmarks.cells import command_line
+from lillama_benchmarks.methods import BASELINES, Method, find_methods
 from lillama_core.allocation import AllocationRequest, Spectrum
-from lillama_core.allocation.plan import PlannedMap, kept_parameters, make_budget
+from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, make_budget
 from lillama_core.architecture.targets.linear_map import TargetLinear
-from lillama_core.initialization import MapStatistics
+from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.initialization import MapStatistics, PlainSVD
+from lillama_core.recipe.loading import load_recipe
+from lillama_core.recipe.model import Recipe
+from lillama_core.recipe.reading import check_options_are_read, choose
 from lillama_core.statistics.moments import SecondMoment
-from lillama_core.strategies import make
+from lillama_core.strategies import ChosenStrategies, make
+from lillama_testing.tiny import QUICK
+
+SHAPES = [(12, 20), (20, 12)]
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(12, 20), (20, 12)])
+def recipe_of(method: Method) -> Recipe:
+    return load_recipe(method.recipe).with_options(method.options, f"method {method.name}")
+
+
+def strategies_of(name: str) -> ChosenStrategies:
+    """What the method of this name is made of."""
+    return choose(recipe_of(find_methods((name,))[0]))
+
+
+def drawn(out_features: int, in_features: int, tokens: int = 500) -> tuple[torch.Tensor, torch.Tensor, MapStatistics]:
+    """W [out, in], inputs [tokens, in] that are correlated and of unequal size, and their statistics."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(out_features, in_features, generator=generator)
+    mixing = torch.randn(in_features, in_features, generator=generator) * torch.logspace(0, -2, in_features)
+    x = torch.randn(tokens, in_features, generator=generator) @ mixing.T + 0.3
+    moment = SecondMoment()
+    moment.add(x)
+    return W, x, MapStatistics(inputs=moment.mean(), center=moment.center())
+
+
+def plan_for(
+    allocator: Any, shapes: dict[str, tuple[int, int]], reduction: float, format_: str, spectra: dict[str, Spectrum]
+) -> tuple[RankPlan, int]:
+    """The plan for maps of these shapes by path, blocks counted from the name, and what it leaves of the budget."""
+    maps = [
+        PlannedMap(name, "decoder", int(name.split(".")[1]), TargetLinear(name.split(".", 2)[2], *shape))
+        for name, shape in shapes.items()
+    ]
+    stored = make("formats", format_)
+    budget = make_budget(maps, sum(m.dense_parameters for m in maps), reduction, stored)
+    plan = allocator.allocate(AllocationRequest(maps, budget, stored, spectra))
+    return plan, budget.maps_kept - kept_parameters(maps, plan, stored)
+
+
+# All of them
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda m: m.name)
+def test_a_baseline_has_the_data_of_fast_and_no_training(method: Method) -> None:
+    recipe, fast = recipe_of(method), load_recipe("fast")
+    check_options_are_read(recipe)
+    theirs = {"name", "init", "allocation", "format"}
+    assert {k: v for k, v in recipe if k not in theirs} == {k: v for k, v in fast if k not in theirs}
+    assert (recipe.tokens, recipe.self_share, recipe.steps) == (16384, 0.5, 0)
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda m: m.name)
+def test_a_baseline_compresses_a_tiny_model(
+    method: Method, tiny_model: Path, calibration_text: Path, run_cli: Callable[..., Ended], tmp_path: Path
+) -> None:
+    read = ("tokens", "sequence_length", "self_share", "compute")
+    options = {"recipe": method.recipe, "reduction": 0.2, **method.options, **{k: QUICK[k] for k in read}}
+    ended = run_cli(
+        *("compress", tiny_model, "-o", tmp_path / "small", "--calibration", calibration_text, "--quiet"),
+        *command_line(options),
+    )
+    assert ended.status == 0, ended
+    record = json.loads((tmp_path / "small" / "lillama.json").read_text(encoding="utf-8"))
+    assert record["plan"]["format"] == method.options["format"]
+    assert record["parameters"]["reduction"] == pytest.approx(0.2, abs=0.01)
+
+
+# SVD-LLM
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_svd_llm_truncates_after_whitening(out_features: int, in_features: int) -> None:
+    W, x, statistics = drawn(out_features, in_features)
+    found = strategies_of("svd-llm").init.decompose(W, statistics)
+    B, A = found.factors(W, 5)
+
+    # The paper's own way: the Cholesky factor of the sum, and no ridge.
+    S = np.linalg.cholesky((x.double().T @ x.double()).numpy())
+    U, sigma, Vt = np.linalg.svd(W.double().numpy() @ S, full_matrices=False)
+    expected = (U[:, :5] * sigma[:5]) @ Vt[:5] @ np.linalg.inv(S)
+    np.testing.assert_allclose((B @ A).double().numpy(), expected, rtol=1e-3, atol=1e-3)
+    squared_singular_values = found.spectrum.squared_singular_values.double().numpy() * len(x)
+    np.testing.assert_allclose(squared_singular_values, sigma**2, rtol=1e-3)
+    lost = ((x @ (W - B @ A).T).double() ** 2).sum().item()
+    assert lost == pytest.approx((sigma[5:] ** 2).sum(), rel=1e-4)
+
+
+def test_svd_llm_does_with_fewer_tokens_than_inputs() -> None:
+    """There is no Cholesky factor then; the outputs of these tokens are met as closely all the same."""
+    W, x, statistics = drawn(20, 12, tokens=8)
+    B, A = strategies_of("svd-llm").init.decompose(W, statistics).factors(W, 5)
+    sigma = np.linalg.svd((x @ W.T).double().numpy(), compute_uv=False)
+    lost = ((x @ (W - B @ A).T).double() ** 2).sum().item()
+    assert lost == pytest.approx((sigma[5:] ** 2).sum(), rel=1e-2)
+
+
+def test_svd_llm_keeps_one_fraction_of_every_map() -> None:
+    shapes = {f"layers.{i}.{kind}": shape for i in range(3) for kind, shape in (("up", (40, 16)), ("o", (16, 16)))}
+    plan, left = plan_for(strategies_of("svd-llm").allocation, shapes, 0.25, "factored", {})
+    # The last maps take what rounding down leaves.
+    for name, (m, n) in list(shapes.items())[:-2]:
+        assert plan.ranks[name] == int(m * n * 0.75 / (m + n))
+    assert 0 <= left < 56
+
+
+# SkipCat
+
+
+def test_skipcat_stores_no_identity() -> None:
+    W, _, statistics = drawn(20, 12)
+    B, A = strategies_of("skipcat").init.decompose(W, statistics).factors(W, 7)
+    module = strategies_of("skipcat").format.from_factors(B, A, None)
+    assert isinstance(module, InputPivotedLinear)
+    assert sum(p.numel() for p in module.parameters()) == 7 * (20 + 12 - 7)
+
+    order = module.permutation.long().numpy()
+    permuted, up = A.double().numpy()[:, order], B.double().numpy()
+    A_1, A_2 = permuted[:, :7], permuted[:, 7:]
+    np.testing.assert_allclose(module.mix.weight.detach(), np.linalg.inv(A_1) @ A_2, atol=1e-4)
+    np.testing.assert_allclose(module.up.weight.detach(), up @ A_1, atol=1e-4)
+    # Of all choices of columns a well-conditioned one: entries are bounded, as a strong rank-revealing QR has them.
+    assert abs(np.linalg.inv(A_1) @ A_2).max() <= 2
+
+
+def test_skipcat_has_the_ranks_of_the_paper() -> None:
+    shapes = {f"layers.{i}.{kind}": shape for i in range(3) for kind, shape in (("up", (40, 16)), ("o", (16, 16)))}
+    plan, _ = plan_for(strategies_of("skipcat").allocation, shapes, 0.25, "pivoted", {})
+    # The last maps take what rounding down leaves.
+    for name, (m, n) in list(shapes.items())[:-2]:
+        # Files are to be as much smaller: at most 0.4 % of the parameters make room for the permutations.
+        ranks = {int((m + n - math.sqrt((m + n) ** 2 - 4 * kept * m * n)) / 2) for kept in (0.75 * 0.996, 0.75)}
+        assert plan.ranks[name] in ranks
+
+
+# ASVD
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_asvd_scales_inputs_by_the_root_of_their_size(out_features: int, in_features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(out_features, in_features, generator=generator)
+    # Inputs that differ in scale alone: of constant magnitude here, so that its mean is known from second moments.
+    signs = torch.randint(0, 2, (500, in_features), generator=generator) * 2.0 - 1
+    x = signs * torch.logspace(-2, 1, in_features)
+    moment = SecondMoment()
+    moment.add(x)
+    statistics = MapStatistics(inputs=moment.mean(), center=moment.center(), has_bias=True)
+    found = strategies_of("asvd").init.decompose(W, statistics)
+    B, A = found.factors(W, 5)
+
+    s = (x.abs().double().mean(0) ** 0.5).numpy()
+    U, sigma, Vt = np.linalg.svd(W.double().numpy() * s, full_matrices=False)
+    np.testing.assert_allclose((B @ A).double().numpy(), (U[:, :5] * sigma[:5]) @ Vt[:5] / s, rtol=1e-3, atol=1e-3)
+    bias = torch.ones(out_features)
+    assert found.bias(bias, W, B, A) is bias
+
+
+def test_asvd_of_power_zero_is_plain_svd_and_dead_inputs_do_no_harm() -> None:
+    W, x, statistics = drawn(20, 12)
+    B, A = ActivationScaled(ActivationScaled.Options(alpha=0.0)).decompose(W, statistics).factors(W, 5)
+    plain = torch.matmul(*PlainSVD().decompose(W, MapStatistics()).factors(W, 5))
+    torch.testing.assert_close(B @ A, plain, rtol=1e-4, atol=1e-4)
+    x[:, 3] = 0
+    moment = SecondMoment()
+    moment.add(x)
+    B, A = ActivationScaled().decompose(W, MapStatistics(inputs=moment.mean())).factors(W, 5)
+    assert torch.isfinite(B @ A).all()
+
+
+# D-Rank
+
+
+def with_effective_rank(size: int, rank: int) -> Spectrum:
+    """``rank`` equal values of ``size``: what has exactly this effective rank."""
+    return Spectrum((torch.arange(size) < rank).double(), False)
+
+
+def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
+    assert effective_rank(with_effective_rank(40, 7)) == pytest.approx(7)
+    values = np.array([8.0, 4.0, 2.0, 2.0])
+    p = values / values.sum()
+    expected = math.exp(-sum(float(x) * math.log(x) for x in p))
+    assert effective_rank(Spectrum(torch.from_numpy(values), False)) == pytest.approx(expected)
+    assert effective_rank(Spectrum(torch.zeros(4), False)) == 1
+
+
+@pytest.mark.parametrize("effective", [(3, 12, 30), (5, 5, 5), (1, 4, 39)])
+def test_d_rank_minimises_effective_ranks_by_ranks(effective: Sequence[int]) -> None:
+    """Equation 3 by brute force over all ranks that a budget allows; a rank at which nothing is saved is dense."""
+    names = [f"layers.{i}.mlp.up_proj" for i in range(3)]
+    spectra = {n: with_effective_rank(40, r) for n, r in zip(names, effective, strict=True)}
+    plan, left = plan_for(strategies_of("d-rank").allocation, dict.fromkeys(names, (40, 40)), 0.5, "factored", spectra)
+    budget = 0.5 * 3 * 1600
+    affordable = [k for k in itertools.product(range(1, 21), repeat=3) if sum(k) * 80 <= budget]
+    least = min(sum(r / k for r, k in zip(effective, ranks, strict=True)) for ranks in affordable)
+    # Dense costs as much as rank 20.
+    found = [plan.ranks.get(n, 20) for n in names]
+    assert 0 <= left < 80
+    assert sum(r / k for r, k in zip(effective, found, strict=True)) <= least * 1.02
+
+
+def attention(queries: int, keys: int) -> dict[str, tuple[int, int]]:
+    sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    return {f"layers.{i}.self_attn.{kind}": (size, 64) for i in range(2) for kind, size in sizes.items()}
+
+
+def test_d_rank_moves_ranks_from_queries_and_keys_to_values() -> None:
+    """Equations 9 to 12, of multi-head attention."""
+    shapes = attention(64, 64)
+    spectra = {name: with_effective_rank(64, 4 if ".0." in name else 9) for name in shapes}
+    fraction, beta, cost = 0.4, 0.3, 128
+    plan, left = plan_for(strategies_of("d-rank").allocation, shapes, 1 - fraction, "factored", spectra)
+    # Equation 7, the same for the three kinds.
+    total = fraction * 2 * 64 * 64
+    first, second = (total * math.sqrt(r / cost) / (math.sqrt(4 * cost) + math.sqrt(9 * cost)) for r in (4, 9))
+    moved = beta / 2 * 2 * (first + second)
+    for name in shapes:
+        equal = first if ".0." in name else second
+        expected = equal + moved if "v_proj" in name else (1 - beta) * equal
+        # The map of the highest effective rank, the first of several, takes what rounding down leaves.
+        assert expected - 1 < plan.ranks[name] <= expected + (6 if name == "layers.1.self_attn.q_proj" else 0)
+    assert 0 <= left < cost
+
+
+def test_d_rank_gives_no_map_more_than_it_has() -> None:
+    """Values narrower than queries cannot take all that these have to give: they stay dense, and the rest goes back."""
+    shapes = attention(64, 16)
+    spectra = {name: with_effective_rank(16, 4 if ".0." in name else 9) for name in shapes}
+    plan, left = plan_for(strategies_of("d-rank").allocation, shapes, 0.3, "factored", spectra)
+    assert not [name for name in plan.ranks if "v_proj" in name]
+    assert 0 <= left < 128
+    none, left = plan_for(EffectiveRank(EffectiveRank.Options(transfer=0.0)), shapes, 0.3, "factored", spectra)
+    assert none.ranks["layers.0.self_attn.v_proj"] < none.ranks["layers.1.self_attn.v_proj"]
+    # Each kind keeps its fraction, but for what rounding leaves of all of them.
+    queries = sum(128 * none.ranks[f"layers.{i}.self_attn.q_proj"] for i in range(2))
+    assert abs(queries - 0.7 * 2 * 64 * 64) < 6 * 128
+    assert 0 <= left < 128
+
+
+@pytest.mark.parametrize("reduction", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("format_", ["factored", "pivoted"])
+def test_d_rank_keeps_the_budget(reduction: float, format_: str) -> None:
+    shapes = {**attention(64, 32), "layers.0.mlp.gate": (1, 64), "layers.0.mlp.down": (64, 128)}
+    generator = torch.Generator().manual_seed(0)
+    spectra = {
+        name: Spectrum(torch.rand(min(s), generator=generator).sort(descending=True).values ** 8, False)
+        for name, s in shapes.items()
+    }
+    plan, left = plan_for(EffectiveRank(), shapes, reduction, format_, spectra)
+    assert "layers.0.mlp.gate" not in plan.ranks
+    assert 0 <= left < 192
+
+
+# OBD-LLM
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_obd_llm_whitens_on_both_sides(out_features: int, in_features: int) -> None:
+    W, x, statistics = drawn(out_features, in_features)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(300, out_features, generator=generator) * torch.logspace(0, -1.5, out_features)
+    F, G = (m.double().T @ m.double() / len(m) for m in (g, x))
+    on_outputs = out_features <= in_features
+    given = F if on_outputs else W.double().T @ F @ W.double()
+    found = strategies_of("obd-llm").init.decompose(
+        W, MapStatistics(statistics.inputs, given.float(), float(F.diagonal().mean()), center=statistics.center)
+    )
+    B, A = found.factors(W, 5)
+
+    def root(moment: torch.Tensor) -> np.ndarray:
+        ridge = 0.1 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        return np.linalg.cholesky((moment + ridge).numpy())
+
+    L_g, L_x = root(F), root(G)
+    U, sigma, Vt = np.linalg.svd(L_g.T @ W.double().numpy() @ L_x, full_matrices=False)
+    half = np.sqrt(sigma[:5])
+    expected = (np.linalg.inv(L_g).T @ U[:, :5] * half) @ ((half[:, None] * Vt[:5]) @ np.linalg.inv(L_x))
+    np.testing.assert_allclose((B @ A).double().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+# LiteASR
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
 def test_liteasr_is_principal_components_of_the_outputs(out_features: int, in_features: int) -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(out_features, in_features, generator=generator)

@@ -7,6 +7,9 @@ those are the keys' maps, where a bias changes no attention weight).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from pydantic import Field
 
@@ -14,6 +17,8 @@ from lillama_core.allocation import AllocationRequest, Allocator, Spectrum, spen
 from lillama_core.allocation.plan import PlannedMap, RankPlan
 from lillama_core.initialization import Decomposition, Initializer, MapStatistics
 from lillama_core.strategies import StrategyOptions
+
+OPTIONS: Mapping[str, Any] = {"init": "output-pca", "allocation": "variance-threshold", "format": "factored"}
 
 ATTENTION = "attn"
 HALVINGS = 60
