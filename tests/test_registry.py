@@ -345,7 +345,8 @@ def test_a_plugins_strategy_brings_its_own_options(tmp_path: Path, tiny_model: P
     assert "capped  Even ranks up to a largest one." in listed.stdout
     assert "--allocation.largest  largest rank (default: 99)" in listed.stdout
     shown = " ".join(run_with(target, "compress", "--help").stdout.split())
-    assert "bottom- first or top-first (default: spectrum); of plugins: capped, plain, variance-threshold; its" in shown
+    theirs = "capped, effective-rank, plain, variance-threshold"
+    assert f"bottom- first or top-first (default: spectrum); of plugins: {theirs}; its" in shown
 
 
 def test_what_a_plugins_strategy_raises_is_told_with_its_name(

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from lillama_core.initialization import Decomposition, Initializer, MapStatistics, Whitened
+from lillama_core.initialization.second_moments import WhitenedOptions
 from lillama_core.strategies import StrategyOptions
 
 OPTIONS: Mapping[str, Any] = {"init": "activation-scaled", "allocation": "uniform", "format": "factored"}
@@ -42,7 +43,7 @@ class ActivationScaled(Initializer):
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         inputs = statistics.inputs
         squared_scales = None if inputs is None else inputs.double().diagonal().clamp(min=0) ** self.options.alpha
-        whitened = Whitened(Whitened.Options(input_damping=SQUARED_RIDGE))
+        whitened = Whitened(WhitenedOptions(input_damping=SQUARED_RIDGE))
         # Without the mean of the inputs: the bias stays as it is.
         return whitened.decompose(
             weight, MapStatistics(inputs=None if squared_scales is None else torch.diag(squared_scales))

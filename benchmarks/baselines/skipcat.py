@@ -7,7 +7,8 @@ keeps the fraction rho of its parameters has the rank r = (m + n - sqrt((m + n)^
 
 Deviations: maps that read the same input share no projection (the paper's Cat). Pivots are found by exchanges after an
 LU decomposition, in place of a strong rank-revealing QR; on a map with more inputs than outputs the identity stands on
-the side of the outputs, at as many parameters. Whitening deviates as in `lillama_benchmarks.baselines.svd_llm`.
+the side of the outputs, at as many parameters. Permutations are made room for by parameters. Whitening deviates as in
+`lillama_benchmarks.baselines.svd_llm`.
 """
 
 from __future__ import annotations
