@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTo
 from lillama_core.data.documents import document_of, render_chat, replace_surrogates
 from lillama_core.data.self_generated import sampling
 from lillama_core.data.sources import Source
-from lillama_core.data.text import files
+from lillama_core.data.text import files, windows
 from lillama_core.data.text import named as named_module
 from lillama_core.data.text.calibration import CalibrationData, interleaved, load_calibration, load_text_windows
 from lillama_core.data.text.checks import check_sources
@@ -300,6 +301,60 @@ def test_only_the_beginning_of_a_huge_file_is_read(
     assert found.rows.shape == (2, LENGTH)
     assert found.tokens < 100
     assert found.description["whole_file"] is False
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WHOLE", 500)
+    monkeypatch.setattr(windows, "PART", 200)
+
+
+@pytest.mark.parametrize(
+    ("text", "separator"),
+    [("ab cd\n" * 300, "\n"), ("ab cd " * 300, " "), ("abcd" * 300, None), ("x" * 500, None), ("", None)],
+)
+def test_parts_are_the_text_cut_where_words_end(small_parts: None, text: str, separator: str | None) -> None:
+    pieces = windows.parts(text)
+    assert "".join(pieces) == text
+    assert len(pieces) == (1 if len(text) <= 500 else pytest.approx(len(text) / 200, rel=0.2))
+    if separator is not None:
+        assert all(100 <= len(piece) <= 200 and piece.startswith(separator) for piece in pieces[1:-1])
+
+
+def test_a_long_text_is_encoded_in_parts_and_gives_the_same_rows_in_order(
+    tmp_path: Path, tokenizer: Any, small_parts: None
+) -> None:
+    path = text_file(tmp_path, 1000)
+    whole = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    rows = torch.tensor(whole).view(-1, LENGTH)
+    source = Source(str(path))
+    assert torch.equal(load_text_windows(source, plain_tokenizer(), LENGTH, 0), rows)
+    assert torch.equal(load_text_windows(source, plain_tokenizer(), LENGTH, 12), rows[:12])
+    found = named_module.named_windows(source, plain_tokenizer(), named_module.Demand(LENGTH, 12, None), "evaluation")
+    assert found.description["parts_encoded"] < found.description["parts"] / 2
+
+
+def test_random_rows_of_a_long_text_come_from_all_over_it(tmp_path: Path, tokenizer: Any, small_parts: None) -> None:
+    path = tmp_path / "a.txt"
+    # So that eight words in a row are found at one place.
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=5000)))
+    source = Source(str(path))
+
+    def rows_of(seed: int) -> named_module.NamedWindows:
+        return named_module.named_windows(
+            source, plain_tokenizer(), named_module.Demand(LENGTH, 20, seed), "calibration"
+        )
+
+    found = rows_of(0)
+    assert found.rows.shape == (20, LENGTH)
+    assert torch.equal(found.rows, rows_of(0).rows)
+    assert not torch.equal(found.rows, rows_of(1).rows)
+    assert 20 * LENGTH * 8 <= found.tokens < 5000 / 2
+    text = tuple(tokenizer(path.read_text(), add_special_tokens=False)["input_ids"])
+    places = {text[i : i + LENGTH]: i for i in range(len(text) - LENGTH + 1)}
+    starts = sorted(places[tuple(row)] for row in found.rows.tolist())
+    assert starts[0] < 1500
+    assert starts[-1] > 3500
 
 
 def test_byte_order_mark_and_line_ends(tmp_path: Path, tokenizer: Any) -> None:

@@ -13,13 +13,15 @@ from lillama_core.data.hub import dataset_rows
 from lillama_core.data.objects import DATA, TextData
 from lillama_core.data.sources import HubDataset, LocalFile, OwnText, Purpose, Row, Source, locate
 from lillama_core.data.text.files import ROW_BYTES, TEXT_BYTES, json_rows, parquet_rows, read_text
-from lillama_core.data.text.windows import chunk, encode, join, with_bos
+from lillama_core.data.text.windows import chunk, encode, join, parts, with_bos
 from lillama_core.errors import UserError
 from lillama_core.system.seeds import permutation
 
 # Generous, so that reading stops early only when there is enough: no script needs more bytes for a token.
 _TEXT_BYTES_PER_TOKEN = 16
 _ROW_BYTES_PER_TOKEN = 64
+_ENCODED_PER_WANTED = 8
+"""Tokens of a long text that are encoded for each that is wanted at random: rows come from all over its parts."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Demand:
 def named_windows(source: Source, tokenizer: Any, demand: Demand, purpose: Purpose) -> NamedWindows:
     """Rows from ``source``.
 
-    Running text is encoded as a whole and the rows are windows of it; documents (rows of JSON, Parquet or a
-    dataset) are joined by the end-of-text token. A token that begins every text begins every row. Raises UserError
-    when the data cannot be read or has no text.
+    Running text is encoded as a whole, or in parts where it is long, and the rows are windows of it; documents (rows of
+    JSON, Parquet or a dataset) are joined by the end-of-text token. A token that begins every text begins every row.
+    Raises UserError when the data cannot be read or has no text.
     """
     found = _windows(source, tokenizer, demand, purpose)
     return replace(found, rows=with_bos(found.rows, tokenizer))
@@ -117,13 +119,30 @@ def _joined_text(dataset: HubDataset, demand: Demand) -> str:
 
 
 def _from_text(name: str, text: str, tokenizer: Any, demand: Demand, description: dict[str, Any]) -> NamedWindows:
-    ids = encode(tokenizer, text)
-    if not ids:
+    pieces = parts(text)
+    if len(pieces) > 1 and demand.seed is not None:
+        pieces = [pieces[i] for i in permutation(len(pieces), demand.seed, "parts")]
+    wanted = None if demand.tokens is None else demand.tokens * (1 if demand.seed is None else _ENCODED_PER_WANTED)
+    tokens, found = 0, list[torch.Tensor]()
+    rest: list[int] = []
+    for piece in pieces:
+        ids = encode(tokenizer, piece)
+        tokens += len(ids)
+        if demand.seed is None:
+            # In order: what is left of a part begins the next row.
+            ids = rest + ids
+            rest = ids[len(ids) // demand.sequence_length * demand.sequence_length :]
+        found.append(chunk(ids, demand.sequence_length))
+        if wanted is not None and tokens >= wanted:
+            break
+    if not tokens:
         raise UserError(f"{name}: the tokenizer makes no tokens of this text; is it the model's own tokenizer?")
-    rows = chunk(ids, demand.sequence_length)
+    if len(pieces) > 1:
+        description |= {"parts": len(pieces), "parts_encoded": len(found)}
+    rows = torch.cat(found)
     if demand.seed is not None:
         rows = rows[permutation(len(rows), demand.seed, "windows")]
-    return NamedWindows(rows[: demand.rows].clone(), len(ids), description)
+    return NamedWindows(rows[: demand.rows].clone(), tokens, description)
 
 
 def _from_rows(

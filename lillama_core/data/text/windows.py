@@ -22,6 +22,29 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+WHOLE = 2 << 20
+"""Characters of a text that is encoded as one; a longer one is in parts. A tokenizer of the kind that transformers
+ships takes 150 bytes of memory for a character of what it encodes at once (SmolLM2's, English)."""
+PART = 256 << 10
+"""Characters of such a part, at most."""
+
+
+def parts(text: str) -> list[str]:
+    """``text`` as one, or cut at ends of lines, or at least of words, into pieces that are encoded one by one."""
+    if len(text) <= WHOLE:
+        return [text]
+    found, start = [], 0
+    while start < len(text):
+        stop = min(start + PART, len(text))
+        if stop < len(text):
+            # Not in the first half: a piece of few characters would be mostly its own edge.
+            least = start + PART // 2
+            stop = max(text.rfind("\n", least, stop), 0) or max(text.rfind(" ", least, stop), 0) or stop
+        found.append(text[start:stop])
+        start = stop
+    return found
+
+
 def chunk(ids: list[int], sequence_length: int) -> torch.Tensor:
     """int64 ``[len(ids) // sequence_length, sequence_length]``; the incomplete rest is dropped."""
     count = len(ids) // sequence_length
