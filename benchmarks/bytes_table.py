@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROWS = {
-    "dense": ("dense", None),
-    "int8": ("dense", "8"),
-    "int4": ("dense", "4"),
-    "low rank": ("low rank", None),
-    "low rank, int8": ("low rank", "8"),
-    "low rank, int4": ("low rank", "4"),
+CALIBRATION = str(HERE / "data" / "wikitext2-valid.txt")
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "dense": ("dense", []),
+    "int8": ("dense", ["--bits", "8"]),
+    "int4, plain": ("dense", ["--bits", "4"]),
+    "int4": ("dense", ["--bits", "4", "--calibration", CALIBRATION]),
+    "low rank": ("low rank", []),
+    "low rank, int8": ("low rank", ["--bits", "8"]),
+    "low rank, int4, plain": ("low rank", ["--bits", "4"]),
+    "low rank, int4": ("low rank", ["--bits", "4", "--calibration", CALIBRATION]),
 }
-"""Name of a row -> what it is made of, and the bits of its weights."""
+"""Name of a row -> what it is made of, and options of 'lillama quantize'; none: as it is."""
 
 
 def run(*arguments: str) -> None:
@@ -34,26 +37,25 @@ def run(*arguments: str) -> None:
 
 
 def compress(model: str, folder: Path, reduction: float, extra: list[str]) -> None:
-    calibration = str(HERE / "data" / "wikitext2-valid.txt")
-    options = ["--recipe", "fast", "--format", "factored", "--compress-embeddings", "--calibration", calibration]
+    options = ["--recipe", "fast", "--format", "factored", "--compress-embeddings", "--calibration", CALIBRATION]
     again = ["--resume"] if folder.with_name(folder.name + ".partial").exists() else []
     run("compress", model, "-o", str(folder), "--reduction", str(reduction), *options, *extra, *again)
 
 
 def directory(row: str, model: str, work: Path, reduction: float, extra: list[str]) -> str:
     """Where the model of a row is, made if it is not there yet."""
-    origin, bits = ROWS[row]
+    origin, rounding = ROWS[row]
     base = model
     if origin == "low rank":
         folder = work / f"low-rank-{reduction}"
         if not folder.exists():
             compress(model, folder, reduction, extra)
         base = str(folder)
-    if bits is None:
+    if not rounding:
         return base
-    folder = work / f"{origin.replace(' ', '-')}-{reduction if origin != 'dense' else ''}-int{bits}"
+    folder = work / f"{row.replace(', ', '-').replace(' ', '-')}{f'-{reduction}' if origin != 'dense' else ''}"
     if not folder.exists():
-        run("quantize", base, "-o", str(folder), "--bits", bits)
+        run("quantize", base, "-o", str(folder), *rounding)
     return str(folder)
 
 

@@ -1,10 +1,12 @@
 """Measures the figures of SmolLM2 in docs/results.md here and writes them to benchmarks/results/figures.json.
 
-    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed] [--recipes fast]
+    python benchmarks/figures.py --model .venv/smollm2.gguf [--only quality speed] [--methods fast svd-llm]
+        [--reductions 0.1 0.2] [--work DIR]
 
-- quality: each recipe by the command line at 20 %, calibrated on WikiText-2's validation split and the model's own
-  text; wall-clock time and peak memory of that process; perplexity in fp32 on the first 40 windows of 512 tokens of
-  WikiText-2's test split and the first 24 of fiction that no recipe saw.
+- quality: each method by the command line at each reduction, calibrated on WikiText-2's validation split and the
+  model's own text; seconds and peak memory as its record says, those of sampling apart; perplexity in fp32 on the first
+  40 windows of 512 tokens of WikiText-2's test split and the first 24 of fiction that no method saw. A model that is in
+  the working folder already is measured as it is.
 - speed: the blocks alone on a prompt of 512 tokens, compressed against dense in one process, beside what the
   multiply-adds promise.
 """
@@ -22,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from lillama_benchmarks.methods import Method, find_methods
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.sources import Source
@@ -57,32 +59,24 @@ def text_perplexities(spec: str) -> dict[str, float]:
     return found
 
 
-def quality(model: str, recipe: str, folder: Path, extra: list[str]) -> dict[str, Any]:
-    """Compress by the command line and measure the result."""
-    output = folder / recipe
-    command = [
-        sys.executable, "-P", "-m", "lillama_core", "compress", model, "--output", str(output), "--reduction", "0.2",
-        "--recipe", recipe, "--calibration", str(DATA / "wikitext2-valid.txt"), "--overwrite", *extra,
-    ]  # fmt: skip
-    started = time.monotonic()
-    process = psutil.Popen(command)
-    peak = 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, process.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.05)
-    if process.wait() != 0:
-        raise SystemExit(f"{' '.join(command)} failed")
-    seconds = time.monotonic() - started
+def quality(model: str, method: Method, reduction: float, folder: Path) -> dict[str, Any]:
+    """Compress by the command line, unless that was done before, and measure the result."""
+    output = folder / f"{method.name}-{reduction:g}"
+    if not output.exists():
+        recipe = output.with_suffix(".yaml")
+        recipe.write_text(json.dumps({"recipe": method.recipe, **method.options, "reduction": reduction}))
+        again = ["--resume"] if output.with_name(f"{output.name}.partial").exists() else []
+        subprocess.run(
+            [sys.executable, "-P", "-m", "lillama_core", "compress", model, "--output", str(output),
+             "--recipe", str(recipe), "--calibration", str(DATA / "wikitext2-valid.txt"), *again],
+            check=True,
+        )  # fmt: skip
     record = json.loads((output / "lillama.json").read_text())
     return {
-        "recipe": recipe,
-        "options": extra,
-        "seconds": round(seconds, 1),
-        "seconds_by_phase": record["seconds"],
-        "peak_resident_mb": round(peak / 1e6),
+        "seconds": {phase: round(seconds, 1) for phase, seconds in record["seconds"].items()},
+        "threads": torch.get_num_threads(),
+        "peak_memory_mb": round(record["peak_memory_bytes"] / 1e6),
+        "compute": record["compute"],
         "parameters": [record["parameters"]["parameters_before"], record["parameters"]["parameters_after"]],
         "bytes": record["bytes"],
         "perplexity": text_perplexities(str(output)),
@@ -138,7 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--only", nargs="+", default=["quality", "speed"])
-    parser.add_argument("--recipes", nargs="+", default=["fast", "default", "lillama"])
+    parser.add_argument("--methods", nargs="+", default=["fast", "default", "lillama"])
+    parser.add_argument("--reductions", nargs="+", type=float, default=[0.2])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lillama-figures")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -148,14 +143,17 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def keep(key: str, value: Any) -> None:
-        results[key] = value
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        # Read again: another process may be at other methods.
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**known, key: value}, indent=1) + "\n")
         print(key, json.dumps(value, indent=1), flush=True)
 
     if "quality" in options.only:
-        keep("dense", {"perplexity": text_perplexities(options.model)})
-        for recipe in options.recipes:
-            keep(f"quality {recipe}", quality(options.model, recipe, options.work, []))
+        if "dense" not in results:
+            keep("dense", {"perplexity": text_perplexities(options.model)})
+        for reduction in options.reductions:
+            for method in find_methods(tuple(options.methods)):
+                keep(f"{method.name} {reduction:.0%}", quality(options.model, method, reduction, options.work))
     if "speed" in options.only:
         compressed = {}
         for format_ in ("factored", "pivoted"):

@@ -40,6 +40,12 @@ class QuantizedRecord:
     seconds: float
     group: int = GROUP
     """Columns that share a scale at 4 bits; at 8 a row shares one."""
+    with_feedback: int = 0
+    """How many matrices were rounded for what they read, see `lillama_core.quantization.feedback`."""
+    calibration: dict[str, Any] | None = None
+    """The data that they read then."""
+    target_size: int | None = None
+    """Bytes that were asked for in place of bits."""
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def publish_dense(
         .render(
             card_data=data.to_yaml(),
             name=code(record.model),
-            bits=record.bits,
+            bits=" and ".join(record.matrices) if record.target_size else record.bits,
             rows=quantization_rows(record.to_dict()),
             auto_class=architecture.auto_class,
             processor_class=modality_of(architecture).processor_class,

@@ -15,6 +15,7 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Modality, SampleRequest, Samples, as_dtype, modality_of
 from lillama_core.data.objects import given_data
+from lillama_core.data.self_generated.sampling import converted
 from lillama_core.data.sharing import shared_samples
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import LillamaError, UserError, in_one_line
@@ -117,7 +118,9 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
         teacher = None
         if teacher_source is not None:
             progress.line(f"Loading {request.teacher}")
-            teacher = _open(teacher_source, request, autocast or torch.float32, device)
+            # Converted from what is stored, as a compression does it: text that was sampled then is the same text.
+            stored: Any = torch.float16 if teacher_source.gguf_file is not None else "auto"
+            teacher = converted(_open(teacher_source, request, stored, device), autocast or torch.float32)
         progress.line(f"Loading {request.model}")
         student = _open(source, request, torch.float32, device)
         check_finite(student)
@@ -184,7 +187,7 @@ def _teacher(request: FinetuneRequest, config: Any, objective: Objective) -> Mod
     return source
 
 
-def _open(source: ModelSource, request: FinetuneRequest, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _open(source: ModelSource, request: FinetuneRequest, dtype: Any, device: torch.device) -> nn.Module:
     config = load_config(source, allow_compressed=True)
     found = find_architecture(config, request.architecture, request.trust_remote_code)
     return load_model(source, found, dtype).to(device)

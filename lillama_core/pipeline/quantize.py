@@ -17,7 +17,8 @@ from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.experts import ExpertsTarget, fused_experts
 from lillama_core.architecture.targets.linear_map import matches_any
 from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
-from lillama_core.data.modality import as_dtype, modality_of
+from lillama_core.data.modality import SampleRequest, as_dtype, modality_of
+from lillama_core.data.objects import given_data
 from lillama_core.errors import UserError, in_one_line, nearest
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.healing.factors import balanced
@@ -33,9 +34,13 @@ from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
 from lillama_core.output.record import read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
+from lillama_core.pipeline.calibrated import FEEDBACK_BITS, Calibration, plain, round_by_blocks
+from lillama_core.pipeline.fitting import bits_within, check_target
+from lillama_core.quantization.options import TOKENS
 from lillama_core.quantization.packing import BITS, packing_of
-from lillama_core.quantization.rounding import quantize as rounded
+from lillama_core.recipe.model import COMMAND_LINE, Recipe
 from lillama_core.runtime.modules import replace_module
+from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_core.system.quiet import quiet
 
@@ -49,12 +54,26 @@ class QuantizeRequest:
     bits: int = 8
     table_bits: int = 8
     """Of token embeddings and output heads."""
+    target_size: int | None = None
+    """Bytes that the files of weights may take: what is held in 8 and what in 4 bits follows from it, not from ``bits``
+    and ``table_bits``."""
     exclude: tuple[str, ...] = ()
     """Paths of modules that keep their numbers."""
     architecture: str | Architecture | None = None
     tokenizer: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+    calibration: Recipe | None = None
+    """Of which the `DATA_FIELDS` count: data that weights in 4 bits are rounded for; None: they are rounded plainly."""
+    data: Any = None
+    """Such data as objects, see `lillama_core.data.objects.given_data`; it needs a ``calibration``."""
+    device: str = "auto"
+
+
+def calibration_recipe(given: Mapping[str, Any]) -> Recipe:
+    """The recipe of which the `DATA_FIELDS` count, some of them ``given`` by the user; raises UserError for values."""
+    values = {"tokens": TOKENS, "self_share": 0.0, **given}
+    return Recipe().with_options({k.replace("_", "-"): v for k, v in values.items()}, COMMAND_LINE)
 
 
 def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> QuantizedRecord:
@@ -65,6 +84,9 @@ def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> Quant
     for name, bits in (("--bits", request.bits), ("--embedding-bits", request.table_bits)):
         if bits not in BITS:
             raise UserError(f"{name} must be {' or '.join(map(str, BITS))}, not {bits}")
+    fours = request.target_size is not None or FEEDBACK_BITS in (request.bits, request.table_bits)
+    if request.calibration is not None and not fours:
+        raise UserError("--calibration does nothing in 8 bits, where nothing is lost by plain rounding; add --bits 4")
     with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
         return _quantize(request, verbosity)
 
@@ -79,6 +101,9 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     record = read_record(Path(source.location)) if targets is not None else None
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
     modality = modality_of(architecture)
+    given = None if request.data is None else given_data(request.data)
+    if request.calibration is not None:
+        modality.check(request.calibration) if given is None else modality.check_given(request.calibration, given)
     processor = modality.load_processor(source, request.tokenizer)
     with directory.locked(), Progress(verbosity) as progress:
         progress.line(f"Loading {request.model}")
@@ -87,15 +112,39 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         check_finite(model)
         before = sum(t.numel() * t.element_size() for t in model.parameters())
         sites = {**(targets or {}), **_separated(model)}
-        if request.bits == 4:
+        if request.bits == 4 or request.target_size is not None:
             level_factors(model)
-        chosen = _chosen(model, architecture, request)
+        weights = _weights(model, architecture, request)
+        if request.target_size is not None:
+            check_target(model, weights, request.target_size)
+        data, calibration = None, None
+        if request.calibration is not None:
+            device = choose_device(request.device)
+            autocast = choose_autocast(request.calibration.compute, device)
+            fingerprint = model_fingerprint(source)
+            asked = SampleRequest(
+                request.calibration, model.to(device), processor, fingerprint, device, autocast, progress, given
+            )
+            data = modality.load(asked) if given is None else modality.load_given(asked)
+            size = request.calibration.batch_size
+            batches = [data.part(start, start + size) for start in range(0, len(data), size)]
+            calibration = Calibration(batches, device, autocast, progress)
         directory.open({"model": model_fingerprint(source), "bits": request.bits}, request.overwrite)
         progress.release()
-        progress.phase("Rounding", len(chosen))
-        for path, bits in chosen.items():
-            hold(model, path, bits, lambda weight, packing: rounded(weight, packing.bits)[1])
-            progress.step(path)
+        if request.target_size is None:
+            asked_bits = {path: request.table_bits if table else request.bits for path, table in weights.items()}
+            chosen = {path: packing_of(matrix(model, path), bits).bits for path, bits in asked_bits.items()}
+        else:
+            chosen = bits_within(model, architecture, weights, request.target_size, calibration)
+        with_feedback = 0
+        if calibration is None:
+            progress.phase("Rounding", len(chosen))
+            for path, bits in chosen.items():
+                hold(model, path, bits, plain)
+                progress.step(path)
+        else:
+            with_feedback = round_by_blocks(model, architecture, chosen, calibration)
+        model.to("cpu")
         attach(model, LillamaConfig(sites, quantization=bits_entry(chosen)))
         result = directory.result
         result.mkdir(exist_ok=True)
@@ -118,6 +167,11 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             bytes_before=before,
             bytes_after=sum(file.stat().st_size for file in result.glob("*.safetensors")),
             seconds=round(time.monotonic() - started, 3),
+            with_feedback=with_feedback,
+            calibration=None
+            if data is None
+            else {"sha256": data.sha256, "tokens": data.tokens, "sources": data.description},
+            target_size=request.target_size,
         )
         if record is not None:
             record.quantization = found.to_dict()
@@ -166,8 +220,8 @@ def _separated(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _chosen(model: Any, architecture: Architecture, request: QuantizeRequest) -> dict[str, int]:
-    """Path -> bits of every weight that is held in few; raises UserError when there is none."""
+def _weights(model: Any, architecture: Architecture, request: QuantizeRequest) -> dict[str, bool]:
+    """Path of every weight that is held in few bits -> whether it is a table; raises UserError when there is none."""
     known = {path for path, _ in model.named_modules()}
     for name in request.exclude:
         if name not in known:
@@ -175,8 +229,7 @@ def _chosen(model: Any, architecture: Architecture, request: QuantizeRequest) ->
     weights = weights_of(model, [*request.exclude, *_left_alone(model, architecture)])
     if not weights:
         raise UserError(f"model {request.model!r} has no linear layer or table whose weights could be held in few bits")
-    asked = {path: request.table_bits if table else request.bits for path, table in weights.items()}
-    return {path: packing_of(matrix(model, path), bits).bits for path, bits in asked.items()}
+    return weights
 
 
 def _left_alone(model: Any, architecture: Architecture) -> list[str]:

@@ -97,7 +97,7 @@ def sample_rows(
         "temperature": TEMPERATURE,
         "start": start,
         # The same seed gives other text when rounding differs.
-        "precision": f"{getattr(model, 'dtype', None)}/{place.autocast_dtype}/{place.device.type}",
+        "precision": f"{place.autocast_dtype or torch.float32}/{place.device.type}",
         "sampler": SAMPLER_VERSION,
     }
     cache = BatchCache(place.cache_dir or default_cache_dir(), conditions, (width, sequence_length), vocabulary)
