@@ -104,7 +104,7 @@ def test_pipes_in_place_of_a_model_and_of_other_files(
     assert "is a named pipe" in run_cli("plan", tiny_model, "--machine", tmp_path / "pipe.yaml").error
     assert "is a named pipe" in run_cli("evaluate", tiny_model, "--data", tmp_path / "pipe").error
     assert "no regular file" in run_cli("evaluate", tiny_model, "--json", tmp_path / "pipe").error
-    assert "no regular file" in run_cli("bench", tiny_model, "--json", "/dev/null").error
+    assert "no regular file" in run_cli("bench", tiny_model, "--json", tmp_path / "pipe").error
     (tmp_path / "kept").mkdir()
     os.mkfifo(tmp_path / "kept" / "transcripts.jsonl")
     said = run_cli("evaluate", tiny_model, *EVALUATE, "--baseline-details", tmp_path / "kept").error
@@ -308,7 +308,9 @@ def test_rows_within_rows(refused: Callable[..., str], tmp_path: Path, content: 
              "model.safetensors.index.json"]
 )  # fmt: skip
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000])
-def test_json_of_a_model_that_is_nested_without_end(run_cli: Cli, compressed: Path, tmp_path: Path, name: str, text: str) -> None:
+def test_json_of_a_model_that_is_nested_without_end(
+    run_cli: Cli, compressed: Path, tmp_path: Path, name: str, text: str
+) -> None:
     model = shutil.copytree(compressed, tmp_path / "m")
     (model / name).write_text(text)
     words = ("verify", model) if name == "lillama.json" else ("evaluate", model, *EVALUATE)
@@ -350,7 +352,9 @@ ENDLESS = (
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 @pytest.mark.parametrize("template", ENDLESS)
-def test_chat_templates_without_end(refused: Callable[..., str], tiny_model: Path, tmp_path: Path, template: str) -> None:
+def test_chat_templates_without_end(
+    refused: Callable[..., str], tiny_model: Path, tmp_path: Path, template: str
+) -> None:
     (tiny_model / "chat_template.jinja").write_text(template)
     row = {"messages": [{"role": "user", "content": "hello"}]}
     (tmp_path / "chat.jsonl").write_text(400 * (json.dumps(row) + "\n"))
@@ -414,7 +418,9 @@ def test_what_cannot_be_loaded_is_one_line(run_cli: Cli, tiny_model: Path) -> No
 
 @pytest.mark.parametrize("command_", [("plan",), ("evaluate", *EVALUATE)])
 @pytest.mark.parametrize("name", ["model.bin", "weights", "a.safetensors.pt"])
-def test_an_index_that_names_something_else(run_cli: Cli, tiny_model: Path, name: str, command_: tuple[str, ...]) -> None:
+def test_an_index_that_names_something_else(
+    run_cli: Cli, tiny_model: Path, name: str, command_: tuple[str, ...]
+) -> None:
     """Though what it names is safetensors: by its name, transformers would read it as a pickle."""
     with safe_open(tiny_model / "model.safetensors", "pt") as opened:
         keys = list(opened.keys())

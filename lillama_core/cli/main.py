@@ -97,7 +97,7 @@ def _check_words(arguments: Sequence[str]) -> None:
         try:
             word.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"argument {ascii(word)} is not UTF-8 text; rename what it names") from None
+            raise UserError(f"argument {word!a} is not UTF-8 text; rename what it names") from None
 
 
 def _run(arguments: list[str], known: set[str]) -> int:

@@ -68,8 +68,8 @@ class _Worker:
             rendered, text = self._pipe.recv()
         except (EOFError, OSError):
             raise UserError(
-                f"the chat template takes more than {SECONDS} seconds or {BYTES >> 30} GiB for one conversation; correct"
-                " the tokenizer's chat_template, or give data without conversations"
+                f"the chat template takes more than {SECONDS} seconds or {BYTES >> 30} GiB for one conversation;"
+                " correct the tokenizer's chat_template, or give data without conversations"
             ) from None
         if not rendered:
             raise UnrenderableChatError(text)

@@ -38,8 +38,8 @@ def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
             check_numbers(found, source.spec)
             if "transformers_weights" in found:
                 raise UserError(
-                    f"the config of model {source.spec!r} names weights of its own ('transformers_weights'); remove that,"
-                    " and call them model.safetensors"
+                    f"the config of model {source.spec!r} names weights of its own ('transformers_weights'); remove"
+                    " that, and call them model.safetensors"
                 )
         config = AutoConfig.from_pretrained(source.location, **source.extra)
     except UserError:

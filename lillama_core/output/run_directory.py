@@ -229,7 +229,7 @@ def normal_path(output: Path) -> Path:
     try:
         str(output).encode("utf-8")
     except UnicodeEncodeError:
-        raise UserError(f"output {ascii(str(output))} is not UTF-8 text; choose another name") from None
+        raise UserError(f"output {str(output)!a} is not UTF-8 text; choose another name") from None
     found = Path(os.path.abspath(output))
     if not found.name:
         raise UserError(f"output {str(output)!r} is not the name of a directory to make")

@@ -43,7 +43,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 def too_large(path: Path) -> UserError:
     """The error for a file of which everything is asked for."""
-    return UserError(f"{path} has more than {MOST_BYTES >> 20} MiB of text; ask for a part of it, or give a smaller file")
+    return UserError(
+        f"{path} has more than {MOST_BYTES >> 20} MiB of text; ask for a part of it, or give a smaller file"
+    )
 
 
 def read_text(path: Path, limit: int | None) -> tuple[str, bool]:
