@@ -479,9 +479,9 @@ def test_what_nohup_ignores_stays_ignored(tiny_model: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["lillama_core.errors", "click.core", "lillama_registry.hooks"])
-def test_ctrl_c_while_modules_are_imported(module: str) -> None:
+def test_ctrl_c_while_modules_are_imported(tiny_model: Path, module: str) -> None:
     """Python itself says what it has imported; the signal comes when ``module`` is."""
-    words = [sys.executable, "-X", "importtime", "-m", "lillama_core", "plan", "nowhere"]
+    words = [sys.executable, "-X", "importtime", "-m", "lillama_core", "plan", str(tiny_model)]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         assert process.stderr is not None
         said = []
@@ -505,7 +505,7 @@ def test_mistakes_in_a_check_are_the_users(run_cli: Cli, tiny_model: Path, tmp_p
         return ended.error
 
     assert "no plugin with architectures is named 'nope'" in said("nope")
-    assert "no model at './nowhere'" in said("transformer", "--model", "./nowhere")
+    assert "no model at '/nowhere'" in said("transformer", "--model", "/nowhere")
     assert "--model names nothing" in said("transformer", "--model", "")
     assert "--calibration does nothing without --model" in said("transformer", "--calibration", "a.txt")
     assert "no such file" in said("transformer", "--model", tiny_model, "--calibration", tmp_path / "nowhere.txt")
