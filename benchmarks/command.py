@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lillama_benchmarks.results import Result
     from lillama_benchmarks.suites import Suite
 
+MOST_JOBS = 1000
+"""Models at a time: each is a thread."""
 OF_AN_ENGINE = ("engine", "jobs", "ray_address", "cpus_per_cell", "gpus_per_cell", "retries")
 """Options that a single cell does not read."""
 NOT_READ = {
@@ -69,6 +71,7 @@ def run_benchmark(options: dict[str, Any]) -> int:
     from lillama_benchmarks.suites import SUITES, choose_models
     from lillama_core.errors import UserError
     from lillama_core.system.cache import default_cache_dir
+    from lillama_core.system.devices import choose_device
 
     suite = SUITES[_known(options["suite"], list(SUITES), "suite")]
     _check_options_are_read(options)
@@ -89,6 +92,9 @@ def run_benchmark(options: dict[str, Any]) -> int:
     if options["list"]:
         print("".join(f"{cell.name}\n" for cell in missing), end="")
         return 0
+    if not options["collect"] and options["engine"] != "ray":
+        # Ray's nodes may have what this machine lacks.
+        choose_device(options["device"])
     if options["only"]:
         cell = {c.name: c for c in cells}[_known(options["only"], [c.name for c in cells], "cell")]
         return _run_alone(cell, missing, folder, options)
@@ -169,6 +175,7 @@ def _engine(suite: Suite, folder: Path, options: dict[str, Any]) -> Engine:
     from lillama_benchmarks.engines.in_turns import InTurns
     from lillama_benchmarks.engines.on_ray import OnRay
     from lillama_core.errors import UserError
+    from lillama_core.strategies.validation import shown
 
     device, keep_models = options["device"], options["keep_models"]
     if options["engine"] == "ray":
@@ -178,8 +185,8 @@ def _engine(suite: Suite, folder: Path, options: dict[str, Any]) -> Engine:
         engine.check()
         return engine
     jobs = suite.jobs if options["jobs"] is None else options["jobs"]
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise UserError(f"--jobs must be from 1 to {MOST_JOBS:,}, not {shown(jobs)}")
     threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
     return InTurns(SuiteRunner(folder, device, keep_models, threads), jobs)
 

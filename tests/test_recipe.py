@@ -121,7 +121,7 @@ def test_command_line_over_file_over_base(tmp_path: Path) -> None:
 
 
 def test_named_recipes() -> None:
-    assert {"default", "fast", "lillama"} <= set(recipe_names())
+    assert {"best", "default", "fast", "lillama"} <= set(recipe_names())
     assert load_recipe("default") == Recipe()
     for name in recipe_names():
         assert load_recipe(name).name == name
@@ -152,7 +152,10 @@ def test_named_recipes() -> None:
         ("calibration: {a: 1}", "calibration must be a string or a list of strings"),
         ("dtype: 16", "dtype must be one of float32, bfloat16, float16, not 16"),
         ("recipe: 3", "recipe must be the name of its base, not 3"),
-        ("recipe: lilama", "no recipe named 'lilama' (there are: default, fast, lillama); did you mean 'lillama'?"),
+        (
+            "recipe: lilama",
+            "no recipe named 'lilama' (there are: best, default, fast, lillama); did you mean 'lillama'?",
+        ),
         ("recipe: gone.yaml", "no recipe file 'gone.yaml'"),
         ("recipe: r.yaml", "is based on itself"),
         ("steps: -1", "recipe 'r.yaml': steps must be at least 0, not -1"),

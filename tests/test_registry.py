@@ -12,7 +12,7 @@ from conftest import QUICK, Ended, environment, run_process, tree
 
 from lillama_core import Architecture, hookimpl
 from lillama_core.allocation import Uniform
-from lillama_registry import LazyCommand, Registry, registry
+from lillama_registry import API_VERSION, LazyCommand, Registry, registry
 
 WORKING = """
 import lillama_core
@@ -167,6 +167,8 @@ def test_plain_listing(run_cli: Callable[..., Ended]) -> None:
 class Plugin:
     """A plugin as an object: pluggy takes anything with attributes."""
 
+    LILLAMA_API: Any = API_VERSION
+
     def __init__(self, **hooks: Any) -> None:
         for name, give in hooks.items():
             setattr(self, name, hookimpl(give))
@@ -215,6 +217,21 @@ def test_plugins_that_give_something_else(hooks: dict[str, Any], reason: str) ->
     found.add(Plugin(lillama_losses=lambda: {"mine": object()}), "good")
     assert found.names("losses") == ["mine"]
     assert found.architectures == []
+
+
+@pytest.mark.parametrize("stated", [0, 2, "1", None, True])
+def test_a_plugin_for_another_interface_is_skipped(stated: Any) -> None:
+    """Before its hooks are asked, whose meaning may be another; one that states this version, or none, is loaded."""
+    asked: list[str] = []
+    odd = Plugin(lillama_losses=lambda: asked.append("odd") or {})
+    odd.LILLAMA_API = stated
+    fine = Plugin(lillama_losses=lambda: {"mine": object()})
+    fine.LILLAMA_API = API_VERSION
+    found = Registry()
+    found.add(odd, "odd")
+    found.add(fine, "fine")
+    assert ([p.name for p in found.loaded], asked) == (["fine"], [])
+    assert f"it is made for version {stated!r} of the plugin interface" in found.failures[0].reason
 
 
 @pytest.fixture

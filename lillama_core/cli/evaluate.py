@@ -18,9 +18,14 @@ from lillama_core.cli.options import (
     tokenizer_option,
 )
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.errors import UserError
 
 
-def _path(value: str | None) -> Path | None:
+def _path(options: dict[str, Any], name: str) -> Path | None:
+    value = options[name]
+    if value == "":
+        # Path("") is the current directory.
+        raise UserError(f"--{name.replace('_', '-')} names nothing; give a path")
     return None if value is None else Path(value)
 
 
@@ -97,15 +102,15 @@ def run(options: dict[str, Any]) -> int:
             windows=options["windows"],
             limit=options["limit"],
             seed=options["seed"],
-            details=_path(options["details"]),
+            details=_path(options, "details"),
         ),
-        baseline_details=_path(options["baseline_details"]),
+        baseline_details=_path(options, "baseline_details"),
         architecture=options["architecture"],
         tokenizer=options["tokenizer"],
         device=options["device"],
         dtype=options["dtype"],
         trust_remote_code=options["trust_remote_code"],
-        json_file=_path(options["json"]),
+        json_file=_path(options, "json"),
         quiet=options["quiet"],
     )
     print(show_comparison(compare(request)))

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known: set[str] = set()
     try:
         with noting_interrupts(), contextlib.nullcontext() if debug else silence():
+            _check_words(arguments)
             status = _run(list(arguments), known)
             # Now, so that a closed pipe is noticed here.
             sys.stdout.flush()
@@ -88,6 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         where = f"in {found}; " if (found := blamed(error)) else ""
         return _complain(f"{type(error).__name__}: {error} ({where}--debug shows where)", 1)
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """Raise UserError for an argument that is no text: no record could name it, and no terminal show it."""
+    for word in arguments:
+        try:
+            word.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(f"argument {word!a} is not UTF-8 text; rename what it names") from None
 
 
 def _run(arguments: list[str], known: set[str]) -> int:

@@ -36,6 +36,9 @@ COLUMNS = (
 )
 """Every column that can contribute to a document."""
 
+DEEPEST_PARTS = 8
+"""Of content in parts, which are one deep in all data that is known."""
+
 # Some templates print today's date; the same data must not change from one day to the next.
 _FIXED_DATE = "26 Jul 2024"
 
@@ -92,14 +95,16 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _string(value: Any, where: str) -> str:
+def _string(value: Any, where: str, depth: int = 0) -> str:
+    if depth > DEEPEST_PARTS:
+        raise UserError(f"{where}: its parts lie in one another deeper than {DEEPEST_PARTS}; write the text alone")
     if value is None:
         return ""
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, list):  # content in parts; parts other than text cannot be used here
         return "".join(
-            _string(part.get("text"), where) if isinstance(part, dict) else _string(part, where) for part in value
+            _string(part.get("text") if isinstance(part, dict) else part, where, depth + 1) for part in value
         )
     raise UserError(f"{where}: expected text, found {type(value).__name__}")
 

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from lillama_core.errors import UserError, nearest, one_line
 from lillama_core.estimates.work import Work
 from lillama_core.strategies.validation import Validated, explain, shown
+from lillama_core.system.regular import check_regular
 
 NAMED = Path(__file__).with_name("machines.yaml")
 LARGEST_FILE = 100_000
@@ -106,6 +107,7 @@ def _entries(path: Path, where: str) -> dict[str, dict[str, Any]]:
 
 
 def _mapping(path: Path, where: str) -> dict[str, Any]:
+    check_regular(path)
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise UserError(f"{where} is no list of rates: {path.stat().st_size:,} bytes")

@@ -73,6 +73,9 @@ def check_gguf(path: Path) -> None:
         end = max(int(t.data_offset + t.n_bytes) for t in reader.tensors)
         if end > size:
             raise ValueError(f"it has {size} bytes where its tensors need {end}")
+        blocks = [int(f.contents()) for name, f in reader.fields.items() if name.endswith(".block_count")]
+        if blocks and not 0 <= max(blocks) <= len(reader.tensors):
+            raise ValueError(f"it claims {max(blocks):,} blocks and has {len(reader.tensors):,} tensors")
     # The reader indexes into a memory map with whatever numbers the file holds.
     except Exception as error:
         raise UserError(f"GGUF file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None

@@ -14,10 +14,12 @@ from torch import nn
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.models.complete import check_complete
 from lillama_core.models.gguf_header import forget_header
+from lillama_core.models.sizes import allowed_by, check_numbers, no_larger_than
 from lillama_core.models.source import QUANT_METHOD, ModelSource
 from lillama_core.models.transformers_adapter import detach_quantizer, from_config
 from lillama_core.models.unclaimed import no_plugin
 from lillama_core.system.quiet import quiet
+from lillama_core.system.regular import check_folder
 
 if TYPE_CHECKING:
     from lillama_core.architecture.base import Architecture
@@ -27,10 +29,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_config(source: ModelSource, allow_compressed: bool = False) -> Any:
     """The model's transformers config; raises UserError when there is none, or for an unsuitable model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
+        if source.gguf_file is None:
+            # As it stands: a config may make lists of the length that it names.
+            found, _ = PretrainedConfig.get_config_dict(source.location)
+            check_numbers(found, source.spec)
+            if "transformers_weights" in found:
+                raise UserError(
+                    f"the config of model {source.spec!r} names weights of its own ('transformers_weights'); remove"
+                    " that, and call them model.safetensors"
+                )
         config = AutoConfig.from_pretrained(source.location, **source.extra)
+    except UserError:
+        raise
     except Exception as error:
         raise _bad_config(source, error) from None
     quantization = getattr(config, "quantization_config", None)
@@ -73,7 +86,7 @@ def auto_class(architecture: Architecture) -> Any:
 def meta_model(config: Any, architecture: Architecture, trust_remote_code: bool = False) -> nn.Module:
     """The model without weights, on the meta device: shapes and names only."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_larger_than(allowed_by(config.name_or_path)):
             model = from_config(auto_class(architecture), config, trust_remote_code)
     except Exception as error:
         raise UserError(f"cannot build a {config.model_type!r} model from its config: {one_line(error)}") from None
@@ -92,6 +105,7 @@ def load_tokenizer(source: ModelSource, spec: str | None = None) -> Any:
     """The tokenizer at ``spec``, or the model's own; raises UserError when there is none."""
     from transformers import AutoTokenizer
 
+    check_folder(Path(spec or source.location))
     try:
         if spec is None:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **source.extra)
@@ -110,7 +124,8 @@ def load_model(source: ModelSource, architecture: Architecture, dtype: torch.dty
     """The dense model on the CPU in eval mode; ``dtype`` may be ``auto``. Raises UserError when it cannot load."""
     try:
         # Its bars for the conversion of GGUF have no switch.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        allowed = allowed_by(source.location)
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), no_larger_than(allowed):
             model: Any
             model, notes = auto_class(architecture).from_pretrained(
                 source.location,

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from lillama_core.errors import UserError, one_line
 from lillama_core.models.integrity import check_gguf, check_safetensors
+from lillama_core.system.regular import check_folder, check_regular
 
 QUANT_METHOD = "lillama"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -115,6 +116,7 @@ def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
 
 
 def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
+    check_regular(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise UserError(
@@ -125,6 +127,7 @@ def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
     if path.is_dir():
         from lillama_core import strategies
 
+        check_folder(path)
         for name in strategies.names("checkpoints"):
             reader: CheckpointReader = strategies.make("checkpoints", name)
             if reader.accepts(path):
@@ -184,12 +187,18 @@ def _read_index(index: Path) -> dict[str, str]:
     """Name on disk -> name of the file, of an index that may not be trusted."""
     try:
         named = {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"weight index {str(index)!r} is corrupt: {one_line(error)}") from None
     # By the names alone: in the cache of the hub the files are links to elsewhere.
     outside = sorted(n for n in named.values() if Path(n).is_absolute() or ".." in Path(n).parts)
     if outside:
         raise UserError(f"weight index {str(index)!r} names {outside[0]!r}, which is outside of the model directory")
+    other = sorted(n for n in named.values() if not n.endswith(".safetensors"))
+    if other:
+        raise UserError(
+            f"weight index {str(index)!r} names {other[0]!r}: weights are read from .safetensors files alone; convert"
+            " them first"
+        )
     return named
 
 

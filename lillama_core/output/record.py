@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from lillama_core.errors import UserError, one_line
+from lillama_core.system.regular import check_regular
 
 
 def peak_memory_bytes() -> int:
@@ -135,6 +136,7 @@ class RunRecord:
 def read_record(folder: Path) -> RunRecord:
     """The record of a finished directory, as it was published; raises UserError where it is missing or broken."""
     path = folder / "lillama.json"
+    check_regular(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         known = {f.name: f for f in fields(RunRecord) if f.name != "started"}
@@ -147,6 +149,6 @@ def read_record(folder: Path) -> RunRecord:
         ]
         if wrong:
             raise ValueError(f"{wrong[0]} is not what it should be")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
     return record

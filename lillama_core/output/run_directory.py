@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.system.files import read_json, write_json
+from lillama_core.system.regular import check_writable
 
 OWN_ENTRIES = frozenset(
     name + end
@@ -88,8 +89,7 @@ class RunDirectory:
         parent = output.parent
         while not os.path.lexists(parent):
             parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"output {shown} cannot be written: {str(parent)!r} is not a writable directory")
+        check_writable(parent, f"output {shown} cannot be written")
 
     def _check_partial(self, overwrite: bool, resume: bool) -> None:
         if not self.path.exists():
@@ -226,6 +226,10 @@ def differences(found: dict[str, Any], known: dict[str, Any]) -> list[str]:
 
 def normal_path(output: Path) -> Path:
     """``output`` as an absolute path with a name of its own; raises UserError for the root of a file system."""
+    try:
+        str(output).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"output {str(output)!a} is not UTF-8 text; choose another name") from None
     found = Path(os.path.abspath(output))
     if not found.name:
         raise UserError(f"output {str(output)!r} is not the name of a directory to make")

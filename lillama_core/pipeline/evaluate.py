@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import DTYPES, load_config, load_model
 from lillama_core.models.source import locate
+from lillama_core.strategies.validation import LARGEST, shown
 from lillama_core.system.devices import choose_device
 from lillama_core.system.files import write_json
 from lillama_core.system.memory import release_memory
 from lillama_core.system.names import safe_file_stem
 from lillama_core.system.progress import Progress
+from lillama_core.system.regular import check_folder, check_new_file, check_new_folder
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,23 @@ class EvaluationRequest:
 def _check(request: EvaluationRequest) -> None:
     """Raise UserError for what is wrong with the request whatever the models are."""
     options = request.options
-    if options.sequence_length < 2:
-        raise UserError(f"--sequence-length must be at least 2, not {options.sequence_length}")
     for name, value, least in (
+        ("--sequence-length", options.sequence_length, 2),
         ("--windows", options.windows, 0),
         ("--limit", options.limit, 1),
         ("--seed", options.seed, 0),
     ):
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
+        if value is not None and value > LARGEST:
+            raise UserError(f"{name} must be at most 10^15, not {shown(value)}")
     if request.dtype not in (None, "auto", *DTYPES):
         raise UserError(f"--dtype must be auto, {', '.join(DTYPES)}, not {request.dtype!r}")
-    path = request.json_file
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UserError(f"{str(path)!r} cannot be written")
-    folder = options.details
-    if folder is not None:
+    if request.json_file is not None:
+        check_new_file(request.json_file, "--json")
+    if options.details is not None:
         # It is made when there is something to write.
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"--details {str(folder)!r} cannot be made: {str(there)!r} is not a writable directory")
+        check_new_folder(options.details, "--details")
 
 
 def _dtype(request: EvaluationRequest, device: torch.device) -> torch.dtype | str:
@@ -81,6 +79,7 @@ def _recalled(folder: Path, architecture: Architecture, device: torch.device) ->
     """The model of which an earlier evaluation left its details in ``folder``."""
     if not folder.is_dir():
         raise UserError(f"--baseline-details {str(folder)!r} is not a directory")
+    check_folder(folder)
     try:
         notes = architecture.evaluation.load_saved(folder)
     except (OSError, ValueError) as error:
@@ -120,8 +119,9 @@ def _compare(request: EvaluationRequest) -> list[Evaluated]:
     with Progress("quiet" if request.quiet else "normal") as progress:
         progress.release()
         for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
-            progress.line(f"Measuring {spec}")
             model: Any = load_model(source, architecture, _dtype(request, device))
+            # Not before: what cannot be loaded ends in the one line that says so.
+            progress.line(f"Measuring {spec}")
             model.to(device)
             subject = Subject(source.short_name, model, processor, device, baseline=baseline)
             own = options

@@ -11,6 +11,7 @@ from lillama_core.errors import UserError, nearest, one_line
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import get, names
 from lillama_core.strategies.validation import shown
+from lillama_core.system.regular import check_regular
 
 
 def recipe_names() -> list[str]:
@@ -26,6 +27,7 @@ def load_recipe(name_or_file: str) -> Recipe:
 def _load(name_or_file: str, folder: Path | None, chain: tuple[str, ...]) -> Recipe:
     """``folder`` is that of the file that names this recipe as its base: paths in it start there."""
     path = Path(name_or_file) if folder is None else folder / name_or_file
+    check_regular(path)
     try:
         is_file = name_or_file.endswith((".yaml", ".yml")) or path.is_file()
         key = str(path.resolve()) if is_file else name_or_file

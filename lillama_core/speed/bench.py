@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from lillama_core.system.devices import choose_device
 from lillama_core.system.files import write_json
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
+from lillama_core.system.regular import check_new_file
 
 SAME_CONFIG = "a dense model of the same config, random weights"
 MOST = 1_000_000
@@ -67,9 +67,8 @@ def check(request: BenchRequest) -> None:
                 raise UserError(f"{name} must be from {least} to {MOST:,}, not {value}")
     if request.dtype != "auto" and request.dtype not in DTYPES:
         raise UserError(f"--dtype must be auto, {', '.join(DTYPES)}, not {request.dtype!r}")
-    path = request.json_file
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UserError(f"{str(path)!r} cannot be written")
+    if request.json_file is not None:
+        check_new_file(request.json_file, "--json")
 
 
 def bench(request: BenchRequest) -> Bench:

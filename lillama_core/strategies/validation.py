@@ -16,6 +16,9 @@ from lillama_core.errors import nearest
 NOUNS = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
 
 
+LARGEST = 10**15
+"""Of all whole numbers that are counts or sizes: beyond 2^63 libraries fail, each in its own way."""
+
 NOT_READ = ("int_parsing", "float_parsing", "bool_parsing", "wrong_type")
 """Errors of pydantic for which a value is shown as it was written."""
 
@@ -38,6 +41,13 @@ class Validated(BaseModel):
             kind is bool and not isinstance(value, bool | str)
         ):
             raise PydanticCustomError("wrong_type", "wrong type")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise PydanticCustomError("too_large", "too large")
         return value
 
 
@@ -92,6 +102,8 @@ def expectation(model: type[BaseModel], name: str, error: Any) -> str:
         case "less_than":
             limit = error["ctx"]["lt"]
             return f"less than {f'2^{limit.bit_length() - 1}' if limit == 2**32 else limit}"
+        case "too_large":
+            return "at most 10^15"
         case "finite_number":
             return "a finite number"
         case "value_error" | "assertion_error":

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lillama_core.errors import LillamaError
+from lillama_core.system.regular import check_regular
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -28,11 +29,12 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path, default: Any = None) -> Any:
     """Read a JSON file of the run; ``default`` when it does not exist."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return default
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LillamaError(f"{str(path)!r} is damaged ({error}); start anew with --overwrite") from None
 
 

@@ -1,7 +1,8 @@
-"""Ctrl-C that cannot get lost.
+"""Ctrl-C that cannot get lost, and the other signals that ask a program to end, which do the same.
 
 Python raises KeyboardInterrupt wherever the program happens to be; in a destructor or a callback from native code it is
-printed and forgotten. The command line therefore also takes a note, which long work looks at between its steps.
+printed and forgotten, and a library may turn it into an error of its own. The command line therefore also takes a note,
+which long work looks at between its steps.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+# What ends a job on a cluster, and what a terminal sends that is closed; not every system has the latter.
+_ALSO = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 _noted = threading.Event()
 
@@ -23,7 +27,10 @@ def raise_if_interrupted() -> None:
 
 @contextlib.contextmanager
 def noting_interrupts() -> Iterator[None]:
-    """While open, Ctrl-C raises KeyboardInterrupt as ever, and is noted; only in the main thread."""
+    """While open, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and are noted; only in the main thread.
+
+    What fails after one of them was noted failed because of it, and is a KeyboardInterrupt as well.
+    """
 
     def handler(number: int, frame: FrameType | None) -> None:
         _noted.set()
@@ -33,9 +40,16 @@ def noting_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    # What is ignored stays so: nohup asks for it.
+    asked = [signal.SIGINT, *(number for number in _ALSO if signal.getsignal(number) is not signal.SIG_IGN)]
+    before = {number: signal.signal(number, handler) for number in asked}
     try:
         yield
+    except Exception as error:
+        if _noted.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, former in before.items():
+            signal.signal(number, former)
         _noted.clear()

@@ -20,6 +20,7 @@ from lillama_core.data.text.modality import next_tokens, random_tokens
 from lillama_core.data.workload import Meter, Workload, WorkloadOptions, in_batches, placed
 from lillama_core.errors import UserError
 from lillama_core.recipe.model import Recipe
+from lillama_core.system.regular import check_folder
 
 from .ctranslate2 import save_processor
 from .languages import is_multilingual, language_code, prompt, usual_language
@@ -56,6 +57,7 @@ class Speech(Modality):
 
         from lillama_core.errors import one_line
 
+        check_folder(Path(spec or source.location))
         try:
             return AutoProcessor.from_pretrained(spec or source.location, trust_remote_code=source.trust_remote_code)
         except Exception as error:

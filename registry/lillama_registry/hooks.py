@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from lillama_core.pipeline import Stage
 
 ENTRY_POINT_GROUP = "lillama"
+API_VERSION = 1
+"""Of this interface; raised when plugins that were made for the one before would fail or do wrong. A plugin may state
+the one that it is made for as ``LILLAMA_API``."""
 
 hookspec = pluggy.HookspecMarker("lillama")
 hookimpl = pluggy.HookimplMarker("lillama")

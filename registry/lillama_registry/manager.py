@@ -119,6 +119,7 @@ class Registry:
         try:
             self.manager.register(module, name=registered)
             self.manager.check_pending()
+            _check_version(module)
             self._check_marked(module)
             named = {kind: _named(module, kind) for kind in NAMED_HOOKS}
             plugin = LoadedPlugin(name, distribution, version, _architectures(module), named)
@@ -211,6 +212,16 @@ class Registry:
         found = {"architectures": sorted({a.name for a in plugin.architectures}), "model types": types}
         found |= {kind: sorted(named) for kind, named in plugin.named.items()}
         return {kind: names for kind, names in found.items() if names}
+
+
+def _check_version(module: Any) -> None:
+    """Raise TypeError for a plugin that says that it is made for another interface."""
+    stated = getattr(module, "LILLAMA_API", hooks.API_VERSION)
+    if stated != hooks.API_VERSION or isinstance(stated, bool):
+        raise TypeError(
+            f"it is made for version {stated!r} of the plugin interface (LILLAMA_API), and this lillama has version"
+            f" {hooks.API_VERSION}: install versions that belong together"
+        )
 
 
 def _architectures(module: Any) -> tuple[Architecture, ...]:

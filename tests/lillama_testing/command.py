@@ -66,6 +66,11 @@ def run_plugin_check(options: dict[str, Any]) -> int:
     from lillama_testing.checks import CHECKS, Outcome, run_check
     from lillama_testing.tiny import make_tiny_model, specimen_at
 
+    if options["model"] == "":
+        # Path("") is the current directory.
+        raise UserError("--model names nothing; give a directory")
+    if options["calibration"] and options["model"] is None:
+        raise UserError("--calibration does nothing without --model: tiny models take data of the kit")
     found = lillama_registry.registry()
     chosen = [a for a in found.architectures if options["name"] in (a.name, found.plugin_of(a).name)]
     if not chosen and not (options["name"] == AUTO and options["model"] is not None):

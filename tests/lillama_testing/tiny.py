@@ -84,12 +84,20 @@ class TinyModel:
 
 
 def specimen_at(folder: Path, architecture: str | None, calibration: tuple[str, ...]) -> TinyModel:
-    """A model of the user's as a specimen; raises UserError when it is none, or no architecture claims it."""
-    config = load_config(locate(str(folder)))
+    """A model of the user's as a specimen.
+
+    Raises UserError when it is none, when no architecture claims it, and when it lacks a tokenizer or the data is none.
+    """
+    source = locate(str(folder))
+    config = load_config(source)
     found = find_architecture(config, architecture)
     tiny = TinyModel(found, str(config.model_type), folder, calibration or _materials(found).calibration)
     try:
+        modality_of(found).check(tiny.recipe())
+        modality_of(found).load_processor(source, None)
         model = tiny.load()
+    except UserError:
+        raise
     except Exception:  # what the architecture makes of a loaded model may raise anything: each check says it
         return tiny
     check_runs(model, found)

@@ -15,6 +15,7 @@ from lillama_core.data.modality import Inputs, SampleRequest, Samples
 from lillama_core.data.sources import SELF, Source
 from lillama_core.errors import UserError, is_out_of_memory, one_line
 from lillama_core.recipe.model import Recipe
+from lillama_core.system.regular import check_folder
 
 if TYPE_CHECKING:
     from lillama_core.evaluation.base import EvaluationOptions
@@ -46,6 +47,7 @@ class Images(ComparableModality):
         from transformers import AutoImageProcessor
 
         need_pillow()
+        check_folder(Path(spec or source.location))
         try:
             if spec is None:
                 return AutoImageProcessor.from_pretrained(source.location, **source.extra)

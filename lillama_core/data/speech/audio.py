@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lillama_core.errors import UserError, one_line
+from lillama_core.system.regular import check_regular
 
 RATE = 16_000
 """Samples a second of everything that `read_audio` returns."""
@@ -38,6 +39,7 @@ def read_audio(path: Path) -> Sound:
     Channels are averaged. Raises UserError when the file is missing, empty, damaged, no sound, silent (all zeros) or
     longer than ``LONGEST``.
     """
+    check_regular(path)
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty; give a WAV, FLAC or OGG file")

@@ -20,6 +20,7 @@ from lillama_core.data.documents import replace_surrogates
 from lillama_core.data.sources import Purpose
 from lillama_core.data.speech.audio import LONGEST, SUFFIXES, Sound, decode_audio, read_audio, require_extra
 from lillama_core.errors import UserError, nearest, one_line
+from lillama_core.system.regular import check_regular
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def read_speech(source: str | Path, limit: int | None = None, purpose: Purpose =
     """
     # os.path: pathlib raises for what no file can be called.
     path = Path(os.path.expanduser(source))
+    check_regular(path)
     if os.path.isdir(path):
         manifest = path / "manifest.jsonl"
         found = list(_manifest(manifest) if manifest.is_file() else _folder(path))
@@ -158,6 +160,7 @@ def _own_text(path: Path) -> str | None:
 
 
 def _text(path: Path) -> str:
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from lillama_core.data.sources import SELF, LocalFile, Source, locate
 from lillama_core.data.text.files import check_json, check_parquet, check_text
 from lillama_core.data.text.options import CalibrationOptions
 from lillama_core.errors import UserError
+from lillama_core.system.regular import check_regular
 
 
 def check_sources(options: CalibrationOptions) -> None:
@@ -51,8 +52,7 @@ def _check_weight(source: Source) -> None:
 
 
 def _check_file(file: LocalFile) -> None:
-    if not file.path.is_file():
-        raise UserError(f"{file.path} is not a regular file; save the text to a file first")
+    check_regular(file.path)
     if file.path.stat().st_size == 0:
         raise UserError(f"{file.path} is empty; calibration needs text")
     match file.format:

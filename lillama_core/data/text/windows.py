@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lillama_core.data.documents import Document, UnrenderableChatError, render_chat
+from lillama_core.data.documents import Document, UnrenderableChatError
+from lillama_core.data.rendering import Render, chat_renderer
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -77,17 +78,26 @@ class JoinedDocuments:
 
 def join(tokenizer: Any, documents: Iterable[Document], tokens: int | None) -> JoinedDocuments:
     """Encode ``documents`` until there are ``tokens`` tokens, or all of them for None."""
+    with chat_renderer(tokenizer) as render:
+        return _join(tokenizer, documents, tokens, render)
+
+
+def _join(tokenizer: Any, documents: Iterable[Document], tokens: int | None, render: Render) -> JoinedDocuments:
     joined = JoinedDocuments()
     end = getattr(tokenizer, "eos_token_id", None)
     between = encode(tokenizer, "\n\n") if end is None else [end]
     for document in documents:
         try:
-            text = document if isinstance(document, str) else render_chat(tokenizer, document)
+            text = document if isinstance(document, str) else render(document)
         except UnrenderableChatError as error:
             joined.skipped += 1
             joined.refusal = joined.refusal or str(error)
             continue
-        ids = encode(tokenizer, text)
+        ids = list[int]()
+        for piece in parts(text):
+            ids += encode(tokenizer, piece)
+            if tokens is not None and len(joined.ids) + len(ids) >= tokens:
+                break
         if not ids:
             continue
         # A chat template may have ended the document already.
