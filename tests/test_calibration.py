@@ -334,6 +334,15 @@ def test_a_long_text_is_encoded_in_parts_and_gives_the_same_rows_in_order(
     assert found.description["parts_encoded"] < found.description["parts"] / 2
 
 
+def test_a_long_document_is_encoded_in_parts_as_far_as_it_is_needed(tokenizer: Any, small_parts: None) -> None:
+    text = numbered(1000)
+    whole = plain_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert windows.join(plain_tokenizer(), [text], None).ids == whole
+    some = windows.join(plain_tokenizer(), [text], 100).ids
+    assert 100 <= len(some) < 200
+    assert some == whole[: len(some)]
+
+
 def test_random_rows_of_a_long_text_come_from_all_over_it(tmp_path: Path, tokenizer: Any, small_parts: None) -> None:
     path = tmp_path / "a.txt"
     # So that eight words in a row are found at one place.

@@ -148,6 +148,19 @@ def test_models_in_few_bits_are_verified_too(sound: Path, tiny_model: Path, tmp_
         assert verify(str(tmp_path / name), quiet=True).hashed == 1
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_scales_of_few_bits_are_finite(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    lillama_core.quantize(str(tiny_model), str(small), bits=4)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][:2] = torch.tensor([float("inf")], dtype=torch.bfloat16).view(torch.uint8)
+
+    edit_weights(small, change)
+    with pytest.raises(LillamaError, match=rf"{name.removesuffix('.weight')} is held in few bits, by scales"):
+        verify(str(small), quiet=True)
+
+
 def test_a_record_that_is_broken_or_gone(sound: Path) -> None:
     (sound / "lillama.json").write_text('{"sha256": 3}')
     with pytest.raises(UserError, match="sha256 is no mapping of file to hash"):

@@ -11,8 +11,11 @@ def quantization_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if found is None:
         return []
     held = ", ".join(f"{count} in {bits} bits" for bits, count in found["matrices"].items())
+    data = found.get("calibration")
+    with_feedback = f"{found['with_feedback']} matrices, on {data['tokens']:,} tokens or frames" if data else "none"
     return [
         ("matrices", held),
+        ("rounded for what they read", with_feedback),
         ("scales", f"bfloat16; one a row at 8 bits, one for {found['group']} columns at 4"),
         ("parameters before", f"{found['bytes_before']:,} bytes"),
         ("files of weights", f"{found['bytes_after']:,} bytes"),

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lillama_core.errors import LillamaError
+from lillama_core.quantization.packing import Packing
 
 
 def check_orders(model: nn.Module, path: str = "") -> None:
@@ -27,7 +28,7 @@ def check_orders(model: nn.Module, path: str = "") -> None:
 
 
 def check_finite(model: nn.Module, path: str = "") -> None:
-    """Raise LillamaError for a parameter or buffer with an infinite number, or one that is none.
+    """Raise LillamaError for a parameter or buffer with an infinite number, or one that is none, scales included.
 
     What is on the meta device is passed over.
     """
@@ -35,3 +36,11 @@ def check_finite(model: nn.Module, path: str = "") -> None:
     for name, tensor in model.state_dict(prefix=prefix, keep_vars=True).items():
         if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise LillamaError(f"{name} holds numbers that are infinite or none")
+    for name, module in model.named_modules(prefix=path):
+        packing = getattr(module, "packing", None)
+        if not isinstance(packing, Packing):
+            continue
+        packed = getattr(module, "packed", None)
+        packed = module.weight if packed is None else packed
+        if not packed.is_meta and not bool(torch.isfinite(packing.scales(packed)).all()):
+            raise LillamaError(f"{name} is held in few bits, by scales that are infinite or none")

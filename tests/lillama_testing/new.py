@@ -14,7 +14,7 @@ from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, nearest, one_line
 from lillama_core.evaluation.base import language_model_evaluation
 from lillama_core.models.transformers_adapter import causal_classes
-from lillama_registry import registry
+from lillama_registry import API_VERSION, registry
 from lillama_testing.tiny import merged, tiny_sizes
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -48,6 +48,8 @@ py-modules = ["$module"]
 
 from lillama_core import Architecture, hookimpl, language_model_evaluation
 
+LILLAMA_API = $api  # the version of lillama's plugin interface that this is made for
+
 
 class $class_name(Architecture):
     """Every linear map of every block; `exclude` takes some out, `maps` names those to take."""
@@ -65,7 +67,7 @@ def lillama_architectures():
     "tests/test_conformance.py": """\
 from $module import $class_name
 
-from lillama_registry import registry
+from lillama_registry import API_VERSION, registry
 from lillama_testing import parametrize_with_checks
 
 
@@ -127,6 +129,7 @@ def new_plugin(name: str, model_type: str | None, folder: Path) -> Architecture:
         "module": f"lillama_{name.replace('-', '_')}",
         "class_name": "".join(part.capitalize() for part in name.split("-")),
         "model_type": found,
+        "api": API_VERSION,
         "stacks": repr(dict(described.stacks)).replace("'", '"'),
     }
     if folder.exists():
