@@ -166,6 +166,23 @@ def test_plan_needs_the_config_and_shapes_alone(run_cli: Cli, tiny_model: Path) 
     assert "note: allocation 'spectrum'" in before.stdout
 
 
+def test_a_dry_run_checks_everything_and_writes_nothing(
+    run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path
+) -> None:
+    words = ("compress", tiny_model, "--output", tmp_path / "new", "--calibration", calibration_text, "--dry-run")
+    done = run_cli(*words, "--reduction", "0.3")
+    assert done.status == 0, done
+    planned = run_cli("plan", tiny_model, "--reduction", "0.3", "--calibration", calibration_text)
+    assert done.stdout.splitlines()[:3] == planned.stdout.splitlines()[:3]
+    for wrong, said in (
+        (("--calibration", tmp_path / "none.txt"), "none.txt"),
+        (("--output", compressed), "exists"),
+        (("--tokenizer", tmp_path / "none"), "tokenizer"),
+    ):
+        assert said in run_cli(*words, *wrong).error
+    assert list(tmp_path.iterdir()) == [tiny_model]
+
+
 def test_evaluate(run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = run_cli(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,9 @@ from lillama_core.cli.options import (
 )
 from lillama_core.cli.silence import silence_transformers
 
+if TYPE_CHECKING:
+    from lillama_core.pipeline import Request
+
 
 @click.command(cls=RecipeCommand, help=f"Make a model smaller. {MODEL}")
 @model_options
@@ -29,6 +32,12 @@ from lillama_core.cli.silence import silence_transformers
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR, and forget an unfinished run")
 @option("--resume", is_flag=True, group="output", help="go on from the last finished block")
+@option(
+    "--dry-run",
+    is_flag=True,
+    group="output",
+    help="check the model, the data and the output, and print what 'lillama plan' does; nothing is written",
+)
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @recipe_options
@@ -63,6 +72,8 @@ def run(options: dict[str, Any]) -> int:
         overwrite=options["overwrite"],
         resume=options["resume"],
     )
+    if options["dry_run"]:
+        return show(request)
     record = compress_model(request, "quiet" if options["quiet"] else "verbose" if options["verbose"] else "normal")
     if not record.bytes:
         # Of several processes only one writes the result, and says so.
@@ -84,4 +95,24 @@ def run(options: dict[str, Any]) -> int:
         )
     print(f"time        {record.seconds['total']:.0f} s, peak memory {record.peak_memory_bytes / 1e6:,.0f} MB")
     print(f"report      {Path(options['output']) / 'report.html'}")
+    return 0
+
+
+def show(request: Request) -> int:
+    """Check all of a request that can be checked without weights, and print its plan."""
+    from lillama_core.models.gguf_header import parsed_once
+    from lillama_core.pipeline.dry_run import dry_run, show_plan
+    from lillama_core.pipeline.pipeline import check
+
+    with parsed_once(request.model):
+        check(request)
+        found = dry_run(
+            request.model,
+            request.recipe,
+            request.architecture,
+            request.trust_remote_code,
+            stream=request.stream,
+            max_memory=request.max_memory,
+        )
+    print(show_plan(found))
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama_core.allocation.plan import describe_plan, parameters_of, rank_range
+from lillama_core.architecture.base import Architecture
 from lillama_core.errors import UserError
 from lillama_core.estimates.estimate import show_estimate
 from lillama_core.estimates.machine import named_machine
@@ -25,7 +26,7 @@ from lillama_core.system.devices import choose_autocast, choose_device
 def dry_run(
     model: str,
     recipe: Recipe,
-    architecture: str | None = None,
+    architecture: str | Architecture | None = None,
     trust_remote_code: bool = False,
     *,
     machine: str | None = None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lillama_core import strategies
-from lillama_core.data.modality import modality_of
+from lillama_core.data.modality import Modality, modality_of
 from lillama_core.data.objects import given_data
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.models.gguf_header import parsed_once
@@ -18,14 +20,14 @@ from lillama_core.output.run_directory import RunDirectory, differences
 from lillama_core.pipeline.context import Context
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.residency import choose_streaming
-from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.pipeline.stage import Stage
 from lillama_core.recipe.model import Recipe
 from lillama_core.recipe.reading import make_stage
 from lillama_core.runtime.recording import Recorder
 from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.memory import limit_kernel_caches
-from lillama_core.system.processes import World, joined
+from lillama_core.system.processes import ALONE, World, joined
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_registry import registry
 
@@ -103,13 +105,23 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
         return _compress(request, verbosity, world)
 
 
-def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord:
+@dataclass(frozen=True)
+class Checked:
+    """A request that nothing speaks against, as far as can be told without weights."""
+
+    request: Request
+    directory: RunDirectory
+    device: torch.device
+    spec: CompressionSpec
+    pipeline: CompressionPipeline
+    modality: Modality
+    processor: Any
+
+
+def check(request: Request, world: World = ALONE) -> Checked:
+    """Find out what can be known of ``request`` before the weights are read, and raise UserError for what is wrong."""
     recipe = request.recipe
-    if recipe.healing_epochs <= 0:
-        # In a step of healing all blocks run, forward and back: kernels that are not kept are made anew each time.
-        limit_kernel_caches()
     given = None if request.data is None else given_data(request.data)
-    request = replace(request, data=given)
     directory = RunDirectory(request.output)
     if world.is_main:
         directory.check(request.overwrite, request.resume)
@@ -125,6 +137,16 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
     else:
         modality.check_given(recipe, given)
     processor = modality.load_processor(spec.source, request.tokenizer)
+    return Checked(replace(request, data=given), directory, device, spec, pipeline, modality, processor)
+
+
+def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord:
+    recipe = request.recipe
+    if recipe.healing_epochs <= 0:
+        # In a step of healing all blocks run, forward and back: kernels that are not kept are made anew each time.
+        limit_kernel_caches()
+    checked = check(request, world)
+    request, directory, device, spec = checked.request, checked.directory, checked.device, checked.spec
     advice = "what was finished is kept, and --resume goes on from there"
     with contextlib.ExitStack() as held:
         if world.is_main:
@@ -166,8 +188,8 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
             recipe=recipe,
             spec=spec,
             architecture=spec.architecture,
-            modality=modality,
-            processor=processor,
+            modality=checked.modality,
+            processor=checked.processor,
             device=device,
             streams=residency.streamed,
             autocast=autocast,
@@ -180,7 +202,7 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
             world=world,
         )
         check_alike(world, context.fingerprint(None))
-        return pipeline.run(context)
+        return checked.pipeline.run(context)
 
 
 def check_alike(world: World, fingerprint: dict[str, Any]) -> None:
