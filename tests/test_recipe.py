@@ -154,7 +154,8 @@ def test_named_recipes() -> None:
         ("recipe: 3", "recipe must be the name of its base, not 3"),
         (
             "recipe: lilama",
-            "no recipe named 'lilama' (there are: best, default, fast, lillama, lillama-repaired); did you mean 'lillama'?",
+            "no recipe named 'lilama' (there are: best, default, fast, lillama, lillama-repaired);"
+            " did you mean 'lillama'?",
         ),
         ("recipe: gone.yaml", "no recipe file 'gone.yaml'"),
         ("recipe: r.yaml", "is based on itself"),
