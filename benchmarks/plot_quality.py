@@ -1,46 +1,45 @@
-"""Draws docs/assets/quality.svg, quality against size of SmolLM2, from the table of benchmarks/RESULTS.md.
+"""Draws docs/assets/quality.svg, quality against size of SmolLM2, from benchmarks/results/figures.json.
 
     python benchmarks/plot_quality.py
 
-``svd`` and ``lillama`` are off the scale by two to six orders of magnitude, and are left to the table.
+What is off the scale is left to the table.
 """
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MODEL = "smollm2-135m"
-METHODS = {"fast": "fast (no training)", "default": "default"}
+TEXT = "wikitext2-test"
+LINE = "fast"
+DOTS = {"skipcat": "SkipCat", "obd-llm": "OBD-LLM", "svd-llm": "SVD-LLM"}
+"""Methods that were measured at some sizes alone."""
 TITLE = "SmolLM2-135M-Instruct, perplexity on WikiText-2 (lower is better)"
 WIDTH, HEIGHT = 680, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 172, 44, 52
-TICKS = (20, 30, 40, 50, 60, 70)
+TICKS = (20, 30, 40, 50, 60, 70, 80)
 REMOVED = (0, 10, 20, 30, 40)
 
 STYLE = """
     .bg { fill: #ffffff } text { fill: #1d2733; font-size: 13px } .title { font-size: 15px; font-weight: 600 }
     .grid { stroke: #d8dee5 } .axis { stroke: #5b6b7b } .line { fill: none; stroke-width: 2.5 }
-    .fast { stroke: #b35900 } .default { stroke: #1565a8 } .dense { stroke: #5b6b7b; stroke-dasharray: 5 4 }
-    .dot-fast { fill: #b35900 } .dot-default { fill: #1565a8 }
+    .own { stroke: #b35900 } .dense { stroke: #5b6b7b; stroke-dasharray: 5 4 }
+    .dot-own { fill: #b35900 } .dot-other { fill: #1565a8 }
     @media (prefers-color-scheme: dark) {
       .bg { fill: #14181d } text { fill: #e3e8ee } .grid { stroke: #2e3843 } .axis { stroke: #8796a5 }
-      .fast { stroke: #f0a04b } .default { stroke: #62b0ee } .dense { stroke: #8796a5 }
-      .dot-fast { fill: #f0a04b } .dot-default { fill: #62b0ee }
+      .own { stroke: #f0a04b } .dense { stroke: #8796a5 } .dot-own { fill: #f0a04b } .dot-other { fill: #62b0ee }
     }
 """
 
 
 def read_results(text: str) -> dict[str, dict[int, float]]:
-    """Perplexity by method and per cent removed, from the model's table; ``dense`` has 0 removed."""
-    section = text.split(f"## {MODEL}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    column = next(i for i, name in enumerate(rows[0]) if name.startswith("perplexity"))
+    """Perplexity by method and per cent removed, from the figures; ``dense`` has 0 removed."""
     found: dict[str, dict[int, float]] = {}
-    for row in rows[2:]:
-        removed = int(re.sub(r"\D", "", row[1]) or 0)
-        found.setdefault(row[0], {})[removed] = float(row[column].split("±")[0].replace(",", ""))
+    for key, value in json.loads(text).items():
+        name, _, removed = key.partition(" ")
+        if "perplexity" in value:
+            found.setdefault(name, {})[int(removed.rstrip("%") or 0)] = value["perplexity"][TEXT]
     return found
 
 
@@ -73,25 +72,28 @@ def draw(results: dict[str, dict[int, float]]) -> str:
         f'<line class="dense" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(dense):.1f}" y2="{y(dense):.1f}"/>',
         f'<text x="{WIDTH - RIGHT + 8}" y="{y(dense) + 4:.1f}">dense {dense:.1f}</text>',
     ]
-    for method, label in METHODS.items():
-        points = [(0, dense), *sorted(results[method].items())]
-        line = " ".join(f"{x(r):.1f},{y(p):.1f}" for r, p in points)
-        parts.append(f'<polyline class="line {method}" points="{line}"/>')
-        for removed, perplexity in points[1:]:
-            parts.append(f'<circle class="dot-{method}" cx="{x(removed):.1f}" cy="{y(perplexity):.1f}" r="4"/>')
-            # Left of the upper line, below the lower one.
-            left, down = (6, -9) if method == "fast" else (0, 20)
-            anchor = "end" if method == "fast" else "middle"
-            place = f'x="{x(removed) - left:.1f}" y="{y(perplexity) + down:.1f}" text-anchor="{anchor}"'
-            parts.append(f"<text {place}>{perplexity:.1f}</text>")
-        last = points[-1]
-        parts.append(f'<text x="{x(last[0]) + 24:.1f}" y="{y(last[1]) + 4:.1f}">{label}</text>')
+    points = [(0, dense), *sorted(results[LINE].items())]
+    line = " ".join(f"{x(r):.1f},{y(p):.1f}" for r, p in points)
+    parts.append(f'<polyline class="line own" points="{line}"/>')
+    for removed, perplexity in points[1:]:
+        parts.append(f'<circle class="dot-own" cx="{x(removed):.1f}" cy="{y(perplexity):.1f}" r="4"/>')
+        place = f'x="{x(removed):.1f}" y="{y(perplexity) + 20:.1f}" text-anchor="middle"'
+        parts.append(f"<text {place}>{perplexity:.1f}</text>")
+    last = points[-1]
+    parts.append(f'<text x="{x(last[0]) + 12:.1f}" y="{y(last[1]) + 4:.1f}">{LINE} (no training)</text>')
+    for method, label in DOTS.items():
+        for removed, perplexity in results.get(method, {}).items():
+            if perplexity <= TICKS[-1]:
+                parts.append(f'<circle class="dot-other" cx="{x(removed):.1f}" cy="{y(perplexity):.1f}" r="4"/>')
+                place = f'x="{x(removed) - 10:.1f}" y="{y(perplexity) + 4:.1f}" text-anchor="end"'
+                parts.append(f"<text {place}>{label} {perplexity:.1f}</text>")
     return "\n".join([*parts, "</svg>", ""])
 
 
 def main() -> None:
     target = HERE.parent / "docs" / "assets" / "quality.svg"
-    target.write_text(draw(read_results((HERE / "RESULTS.md").read_text(encoding="utf-8"))), encoding="utf-8")
+    results = read_results((HERE / "results" / "figures.json").read_text(encoding="utf-8"))
+    target.write_text(draw(results), encoding="utf-8")
     print(target)
 
 

@@ -188,7 +188,10 @@ def test_the_dense_model_itself_promises_nothing(tiny_model: Path) -> None:
         (["--repeats", "0"], "--repeats must be from 1 to 1,000,000, not 0"),
         (["--threads", "0"], "--threads must be from 1 to 1,000,000, not 0"),
         (["--dtype", "int3"], "--dtype must be auto, float32, bfloat16, float16, not 'int3'"),
-        (["--json", "/no/such/folder/x.json"], "'/no/such/folder/x.json' cannot be written"),
+        (
+            ["--json", "/no/such/folder/x.json"],
+            "--json '/no/such/folder/x.json' cannot be written: '/no/such/folder' is no directory",
+        ),
         (["--baseline", "/no/such/model"], "no model at '/no/such/model'"),
     ],
 )

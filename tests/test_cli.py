@@ -69,7 +69,7 @@ def test_promised_options(run_cli: Cli, option: str) -> None:
         (("evaluate", "m", "--json", "nowhere/at/all.json"), "cannot be written"),
         (("evaluate", "./nowhere"), "no model at './nowhere'"),
         (("evaluate", "./nowhere", "--details", "transcripts"), "no model at './nowhere'"),
-        (("evaluate", "m", "--details", "/dev/null/transcripts"), "'/dev/null' is not a writable directory"),
+        (("evaluate", "m", "--details", "/dev/null/transcripts"), "'/dev/null' is no directory"),
         (("evaluate", "m", "--baseline", "./nowhere"), "no model at './nowhere'"),
         (("evaluate", "m", "--device", "gpu"), "--device must be"),
         (("plugins", "all"), "unknown argument 'all'"),

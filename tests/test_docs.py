@@ -184,17 +184,24 @@ def test_python_interface(tmp_path: Path, tiny_model: Path, calibration_text: Pa
     torch.testing.assert_close(loaded(input_ids=ids).logits, made.model(input_ids=ids).logits)
 
 
-def test_the_plot_is_of_the_results() -> None:
+def test_the_plot_and_the_tables_are_of_the_results() -> None:
     from lillama_benchmarks.plot_quality import HERE, draw, read_results
 
-    results = read_results((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+    text = (HERE / "results" / "figures.json").read_text(encoding="utf-8")
+    results = read_results(text)
     assert (DOCS / "assets" / "quality.svg").read_text(encoding="utf-8") == draw(results)
-    # The README's rows are of the same table.
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for removed in (10, 30, 40):
-        assert re.search(
-            rf"\| {removed} % \|.* {results['fast'][removed]} \| \*\*{results['default'][removed]}\*\* \|", readme
+    measured = {key: value["perplexity"] for key, value in json.loads(text).items() if "perplexity" in value}
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md"))
+    for key, perplexity in measured.items():
+        name, _, removed = key.partition(" ")
+        home, tales = (
+            f"{number:.1f}" if number < 1000 else f"{number:,.0f}"
+            for number in (perplexity["wikitext2-test"], perplexity["tales-grimm"])
         )
+        row = rf"\| `?{name}`?[^|]*\| *{removed.replace('%', ' %')} *\| \**{home}\** \| \**{tales}\** \|"
+        assert re.search(row, page), f"docs/results.md has no row of {key}: {home}, {tales}"
+        if removed in ("20%", ""):
+            assert re.search(row, readme), f"README.md has no row of {key}: {home}, {tales}"
 
 
 def test_options(install: Callable[[str], Installed], tiny_model: Path, calibration_text: Path) -> None:

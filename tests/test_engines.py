@@ -69,7 +69,7 @@ def rows_of(folder: Path) -> dict[tuple[str, str, float], dict[str, Any]]:
         (["--retries", "0"], "--retries does nothing with the engine in-turns: it is for --engine ray"),
         (["--engine", "in-turns", "--ray-address", "a:1"], "--ray-address does nothing with the engine in-turns"),
         (["--engine", "ray", "--jobs", "2"], "--jobs does nothing with the engine ray: it is for --engine in-turns"),
-        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--jobs", "0"], "--jobs must be from 1 to 1,000, not 0"),
         (["--only", "tiny-llama/dense", "--engine", "ray"], "--engine does nothing with --only"),
         (["--list", "--device", "cpu"], "--device does nothing with --list"),
         (["--collect", "--resume"], "--resume does nothing with --collect"),

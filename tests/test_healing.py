@@ -174,7 +174,7 @@ def test_the_command_makes_a_better_model(
     out = tmp_path / "healed"
     ended = run_cli(
         "finetune", str(model), "--teacher", str(dense), "--data", str(calibration_text), "-o", str(out), *TRAINING,
-        "--learning-rate", "1e-2", "--epochs", "3", "--train", "all",
+        "--learning-rate", "3e-3", "--epochs", "3", "--train", "all",
     )  # fmt: skip
     assert ended.status == 0, ended
     assert "loss " in ended.stdout
@@ -234,7 +234,7 @@ def test_a_recipe_heals_at_the_end(
         "compress", str(dense), "--calibration", str(calibration_text), *QUICK, "--reduction", "0.4", "--steps", "0",
     )  # fmt: skip
     settings = tmp_path / "heal.yaml"
-    settings.write_text("healing_epochs: 4\nstages: {heal: {learning_rate: 1e-2, train: all}}\n")
+    settings.write_text("healing_epochs: 4\nstages: {heal: {learning_rate: 3e-3, train: all}}\n")
     ended = run_cli(*arguments, "-o", str(tmp_path / "out"), "--recipe", str(settings))
     assert ended.status == 0, ended
     record = json.loads((tmp_path / "out" / "lillama.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
@@ -482,7 +483,9 @@ def test_what_nohup_ignores_stays_ignored(tiny_model: Path) -> None:
 def test_ctrl_c_while_modules_are_imported(tiny_model: Path, module: str) -> None:
     """Python itself says what it has imported; the signal comes when ``module`` is."""
     words = [sys.executable, "-X", "importtime", "-m", "lillama_core", "plan", str(tiny_model)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    # A job in the background ignores Ctrl-C, and what it starts as well.
+    attentive = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=attentive) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:
