@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ended
+from conftest import WEIGHTS_ONLY, Ended
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama_core
@@ -251,6 +251,30 @@ def test_files_fit_into_a_size(
     assert set(roomy.matrices) == {"8"}
 
 
+def test_a_low_rank_model_fits_into_a_size(
+    make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "dense", hidden_size=96, intermediate_size=160, dtype=torch.float16)
+    options = dict(zip([o[2:].replace("-", "_") for o in WEIGHTS_ONLY[::2]], WEIGHTS_ONLY[1::2], strict=True))
+    lillama_core.compress(
+        folder, tmp_path / "low", calibration=calibration_text, quiet=True,
+        **{**options, "recipe": "fast", "format": "factored", "reduction": 0.3},
+    )  # fmt: skip
+    sizes = {}
+    for bits in (8, 4):
+        lillama_core.quantize(tmp_path / "low", tmp_path / str(bits), bits=bits, quiet=True)
+        sizes[bits] = (tmp_path / str(bits) / "model.safetensors").stat().st_size
+    # What is said of the headers beforehand is an upper bound.
+    target = sizes[4] + 6000
+    assert target < sizes[8]
+    found = lillama_core.quantize(
+        tmp_path / "low", tmp_path / "fits", target_size=target, calibration=calibration_text, quiet=True, **DATA
+    )
+    assert found.bytes_after <= target
+    assert found.with_feedback > 0
+    assert set(found.matrices) == {"4", "8"}
+
+
 def test_tables_are_the_last_to_go(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model(tmp_path / "dense", hidden_size=96, intermediate_size=160, dtype=torch.float16)
     lillama_core.quantize(folder, tmp_path / "least", bits=4, embedding_bits=4, quiet=True)
@@ -286,6 +310,7 @@ def test_what_rounding_costs_is_relative_to_what_is_read() -> None:
         (["--device", "cpu"], "--device does nothing without --calibration"),
         (["--calibration", "no-such-file.txt", "--bits", "4"], "no-such-file.txt"),
         (["--calibration", "TEXT"], "--calibration does nothing in 8 bits"),
+        (["--calibration", "TEXT", "--embedding-bits", "4"], "--calibration does nothing in 8 bits"),
         (["--calibration", "TEXT", "--bits", "4", "--tokens", "0"], "tokens"),
         (["--target-size", "1MB", "--bits", "4"], "--bits is not allowed with --target-size"),
         (["--target-size", "1MB", "--embedding-bits", "4"], "--embedding-bits is not allowed with --target-size"),

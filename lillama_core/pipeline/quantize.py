@@ -84,8 +84,7 @@ def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> Quant
     for name, bits in (("--bits", request.bits), ("--embedding-bits", request.table_bits)):
         if bits not in BITS:
             raise UserError(f"{name} must be {' or '.join(map(str, BITS))}, not {bits}")
-    fours = request.target_size is not None or FEEDBACK_BITS in (request.bits, request.table_bits)
-    if request.calibration is not None and not fours:
+    if request.calibration is not None and request.target_size is None and request.bits != FEEDBACK_BITS:
         raise UserError("--calibration does nothing in 8 bits, where nothing is lost by plain rounding; add --bits 4")
     with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
         return _quantize(request, verbosity)
