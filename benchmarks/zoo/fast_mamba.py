@@ -24,24 +24,27 @@ from lillama_core.errors import UserError
 from lillama_core.system.cache import default_cache_dir
 
 SOURCE = Path(__file__).with_name("scan.cpp")
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-mprefer-vector-width=512")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-mprefer-vector-width=512")
+LINKED = ("-shared", "-fopenmp")
+"""Without -ffast-math: a library that is linked with it lets the whole process round small numbers to zero."""
 
 
 @functools.cache
 def library(states: int) -> ctypes.CDLL:
     """The compiled kernels for a state of ``states`` numbers a channel; raises UserError without a compiler."""
-    command = ["g++", *FLAGS, f"-DSTATES={states}", str(SOURCE)]
+    command = ["g++", *FLAGS, f"-DSTATES={states}", "-c", str(SOURCE)]
     # -march=native: what was built for another processor must not be loaded here.
     host = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").is_file() else ""
     flags = next((line for line in host.splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256(f"{command[:-1]} {SOURCE.read_text()} {flags}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{command[:-1]} {LINKED} {SOURCE.read_text()} {flags}".encode()).hexdigest()[:16]
     path = default_cache_dir() / "zoo" / f"scan-{key}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
+            compiled, built = Path(folder) / "scan.o", Path(folder) / path.name
             try:
-                subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
+                for words in ([*command, "-o", str(compiled)], ["g++", *LINKED, str(compiled), "-o", str(built)]):
+                    subprocess.run(words, check=True, capture_output=True, text=True)
             except FileNotFoundError:
                 raise UserError("training a Mamba needs the compiler g++, which is not installed") from None
             except subprocess.CalledProcessError as error:
