@@ -6,23 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from lillama_core.recipe.model import DATA_FIELDS as OF_DATA
 from lillama_core.strategies import StrategyOptions
 
 TOKENS = 131072
 """Of data by default: four times what the recipe `default` calibrates on."""
 EPOCHS = 2.0
 """By default, how often the training goes through the data."""
-DATA_FIELDS = (
-    "self_share",
-    "tokens",
-    "sequence_length",
-    "samples",
-    "use_all_tokens",
-    "held_out",
-    "batch_size",
-    "compute",
-    "seed",
-)
+DATA_FIELDS = (*OF_DATA, "held_out")
 """Fields of a recipe that say on which data a model is trained, and in what arithmetic, besides its sources."""
 
 

@@ -47,6 +47,10 @@ def chosen(default: str, group: str, help: str) -> Any:
     return option(StrategyChoice(name=default), group, help)
 
 
+DATA_FIELDS = ("self_share", "tokens", "sequence_length", "samples", "use_all_tokens", "batch_size", "compute", "seed")
+"""Fields that say which data a model is run on, and in what arithmetic, besides its sources."""
+
+
 class Recipe(Validated):
     """What to remove, from what data, and how. The defaults are the recipe ``default``.
 
