@@ -7,6 +7,9 @@ import errno
 import re
 from collections.abc import Iterator
 
+LONGEST = 2000
+"""Characters of an error's message; of a longer one the middle is left out."""
+
 
 class LillamaError(Exception):
     """Something failed after work had begun; the message is one line that says what, and what to do.
@@ -15,6 +18,10 @@ class LillamaError(Exception):
     """
 
     exit_status = 1
+
+    def __init__(self, message: str = "") -> None:
+        # It may name what stands in a file from outside, however long that is.
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 500]} … {message[-400:]}")
 
 
 class UserError(LillamaError):

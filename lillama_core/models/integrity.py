@@ -44,7 +44,9 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
         end = max(t.end for t in found.values())
         if end != size:
             raise ValueError(f"it has {size} bytes where its header promises {end}")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError, struct.error),
+    ) as error:
         raise UserError(f"weight file {str(path)!r} is corrupt or truncated: {one_line(error)}") from None
     return found
 

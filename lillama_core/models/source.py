@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -167,7 +168,8 @@ def check_index(index: Path) -> dict[str, Path]:
     tensor that its file does not hold, and when two files hold a tensor of one name.
     """
     folder, named = index.parent, _read_index(index)
-    absent = sorted(n for n in named.values() if not (folder / n).is_file())
+    # os.path: pathlib raises for what no file can be called.
+    absent = sorted(n for n in named.values() if not os.path.isfile(folder / n))
     if absent:
         raise UserError(f"model directory {str(folder)!r} lacks {absent[0]}, which its weight index names")
     found: dict[str, Path] = {}

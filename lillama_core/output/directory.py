@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from lillama_core.data.modality import Inputs, as_dtype, modality_of
-from lillama_core.errors import LillamaError, UserError
+from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import ModelSource, local_file
 from lillama_core.output.card import public_name, public_recipe, write_card
@@ -112,12 +113,35 @@ def publish(record: RunRecord, origin: Origin, directory: RunDirectory) -> None:
     """Write the record, the card and the report beside the weights, and let the output directory appear."""
     result = directory.result
     record.sha256 = weight_hashes(result)
-    write_json(result / "lillama.json", published(record))
-    write_card(result, record, origin)
-    write_report(result, record)
+    _tell(record, origin, result)
     # safetensors makes its files readable for their owner alone.
     apply_umask(result)
     directory.publish()
+
+
+def _tell(record: RunRecord, origin: Origin, folder: Path) -> None:
+    """Write the record, the card and the report into ``folder``."""
+    write_json(folder / "lillama.json", published(record))
+    write_card(folder, record, origin)
+    write_report(folder, record)
+
+
+def check_publishable(record: RunRecord, origin: Origin, model: str) -> None:
+    """Raise UserError unless a card and a report can be made of a record that was read.
+
+    Hours of work on the directory ``model`` are not to end with an error in its lillama.json.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _tell(record, origin, Path(folder))
+        except OSError:
+            raise
+        # Whatever the numbers in it are taken for.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"the lillama.json of {model!r} is damaged: no report can be made of it ({what})") from None
 
 
 def copy_processors(source: ModelSource, result: Path) -> None:

@@ -26,7 +26,7 @@ from lillama_core.models.loading import check_dtype, check_finite, load_config, 
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.card import public_name
-from lillama_core.output.directory import check_reload, copy_processors, publish
+from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
@@ -101,6 +101,7 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
     source, config = _compressed(request.model, request.trust_remote_code)
     record = read_record(Path(source.location))
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
     objective = Objective.named(options.objective)
     teacher_source = _teacher(request, config, objective)
     modality = modality_of(architecture)

@@ -27,7 +27,7 @@ from lillama_core.models.loading import check_finite, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.card import public_name
-from lillama_core.output.directory import check_reload, copy_processors, publish
+from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
@@ -99,6 +99,8 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     targets = _targets(request.model, source, config)
     record = read_record(Path(source.location)) if targets is not None else None
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    if record is not None:
+        check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
     modality = modality_of(architecture)
     given = None if request.data is None else given_data(request.data)
     if request.calibration is not None:

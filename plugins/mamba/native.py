@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from lillama_core.errors import UserError, is_out_of_memory, one_line
-from lillama_core.models.sizes import Allowed, no_larger_than
+from lillama_core.models.sizes import Allowed, check_numbers, no_larger_than
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
 
@@ -74,6 +74,8 @@ def read_config(path: Path) -> Any:
         return UserError(f"mamba-ssm config {str(path)!r} {why}")
 
     given = json.loads(path.read_text(encoding="utf-8"))
+    # Before a config makes a list of so many layers.
+    check_numbers(given, str(path.parent))
     mixer = given.get("ssm_cfg") or {}
     if not isinstance(mixer, dict):
         raise unsuitable(f"has an ssm_cfg that is not a table: {mixer!r}")
