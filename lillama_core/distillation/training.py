@@ -233,6 +233,9 @@ def distill_block(
             nn.utils.clip_grad_norm_(parameters, options.gradient_clip)
         optimizer.step()
         if step + 1 in eval_steps:
+            if not all(bool(torch.isfinite(p).all()) for p in parameters):
+                # Factors of nearly nothing may be large and small numbers, which a step tears apart.
+                break
             now, _ = evaluate(data.choose)
             if now < best:
                 best, kept_step = now, step + 1

@@ -1,0 +1,80 @@
+"""Compress a tiny model again and again in one process: memory, open files and temporary files must stay level.
+
+    python benchmarks/soak.py --runs 200 --json results/soak.json
+
+Exit status 1 says that one did not: more files or temporary files after the last run than after the first tenth,
+or resident memory more than `GROWTH` above what it was then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+GROWTH = 0.05
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compress a tiny model many times in one process.")
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    # Processes that load the result again are forked, as in the tests.
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import warm
+
+    warm.fork_from_now_on()
+    with tempfile.TemporaryDirectory() as work:
+        # What is made in the system's temporary folder is then seen here.
+        tempfile.tempdir = f"{work}/temporary"
+        Path(tempfile.tempdir).mkdir()
+        started = time.monotonic()
+        looks = list(soak(Path(work), options.runs))
+        tempfile.tempdir = None
+    settled = max(1, options.runs // 10)
+    first, last = looks[settled - 1], looks[-1]
+    level = last["files"] <= first["files"] and last["temporary"] <= first["temporary"]
+    level = level and last["memory"] <= (1 + GROWTH) * first["memory"]
+    found = {"runs": options.runs, "settled": settled, "first": first, "last": last, "level": level}
+    found["seconds"] = round(time.monotonic() - started)
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(not level)
+
+
+def soak(work: Path, runs: int) -> Any:
+    """After each of ``runs`` compressions: resident bytes, open files, entries of the temporary folder."""
+    import shutil
+
+    import psutil
+
+    from lillama_core.pipeline import Request, compress
+    from lillama_registry import registry
+    from lillama_testing.tiny import make_tiny_model
+
+    (architecture,) = registry().architectures_for("llama")
+    tiny = make_tiny_model(architecture, "llama", work / "model")
+    process = psutil.Process()
+    temporary = Path(tempfile.gettempdir())
+    for _ in range(runs):
+        compress(Request(str(tiny.folder), work / "out", tiny.recipe()), "quiet")
+        left = len(list(work.iterdir())) - len({"model", "out", "temporary"})
+        shutil.rmtree(work / "out")
+        yield {
+            "memory": process.memory_info().rss,
+            "files": process.num_fds(),
+            "temporary": left + len(list(temporary.iterdir())),
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Runs in one process leave neither files open nor temporary files behind; ``benchmarks/soak.py`` does 200."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from lillama_benchmarks.soak import soak
+
+
+def test_a_few_runs_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    looks = list(soak(tmp_path, 6))
+    assert looks[-1]["files"] <= looks[1]["files"]
+    assert {look["temporary"] for look in looks} == {0}
+    # The first runs fill caches of the libraries.
+    assert looks[-1]["memory"] - looks[2]["memory"] < 100_000_000
