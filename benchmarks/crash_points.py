@@ -11,6 +11,7 @@ with the bytes of the undisturbed one. Exit status 1 says that something did not
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -32,12 +33,10 @@ def main() -> int:
     options = parser.parse_args()
     # Processes that load the result again are forked, as in the tests.
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import warm
-
     from lillama_registry import registry
     from lillama_testing.crashing import Trial, killed, no_space, read_only
 
-    warm.fork_from_now_on()
+    importlib.import_module("warm").fork_from_now_on()
     figures, wrong = {}, 0
     for model_type in options.models:
         started = time.monotonic()

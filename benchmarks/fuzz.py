@@ -90,7 +90,7 @@ def apart(reader: Any, first: int, count: int) -> dict[str, Any]:
         found: dict[str, Any] = receive.recv()
     except EOFError:
         process.join()
-        number, status = current.value, process.exitcode  # type: ignore[attr-defined]
+        number, status = current.value, process.exitcode
         found = {"inputs": number - first + 1, "refused": 0, "seconds": 0.0, "slowest": 0.0, "memory": 0}
         found["defects"] = [(number, f"the process ended with status {status}")]
     process.join()

@@ -9,6 +9,7 @@ or resident memory more than `GROWTH` above what it was then.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -29,9 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     # Processes that load the result again are forked, as in the tests.
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import warm
-
-    warm.fork_from_now_on()
+    importlib.import_module("warm").fork_from_now_on()
     with tempfile.TemporaryDirectory() as work:
         # What is made in the system's temporary folder is then seen here.
         tempfile.tempdir = f"{work}/temporary"

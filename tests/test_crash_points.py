@@ -10,7 +10,7 @@ import pytest
 from lillama_registry import registry
 from lillama_testing.crashing import Trial, killed, no_space, read_only
 
-PARTS = 5
+PARTS = 4
 """Points that are tried of each fault, even parts of a run apart."""
 
 
@@ -26,9 +26,9 @@ def points(trial: Trial) -> list[str]:
 
 
 def test_the_operations_of_a_run_are_seen(points: list[str]) -> None:
-    for part in ("mkdir counted/out.partial", "replace counted/out.partial/run.json", "save counted/", "fsync"):
+    for part in ("mkdir out.partial", "replace out.partial/run.json", "save out.partial/", "fsync"):
         assert any(point.startswith(part) for point in points), part
-    assert points[-1].endswith("rename counted/out") or "rename counted/out" in points
+    assert points[-1] == "rename out"
 
 
 @pytest.mark.parametrize("part", range(PARTS))
