@@ -36,7 +36,11 @@ def main() -> int:
         tempfile.tempdir = f"{work}/temporary"
         Path(tempfile.tempdir).mkdir()
         started = time.monotonic()
-        looks = list(soak(Path(work), options.runs))
+        looks = []
+        for look in soak(Path(work), options.runs):
+            looks.append(look)
+            if len(looks) % 10 == 0:
+                print(len(looks), look, flush=True)
         tempfile.tempdir = None
     settled = max(1, options.runs // 10)
     first, last = looks[settled - 1], looks[-1]
