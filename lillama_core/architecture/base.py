@@ -96,7 +96,7 @@ class Architecture:
     ) -> torch.Tensor:
         """Run one block on ``hidden`` [batch, length, width] with its recorded other arguments."""
         output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def adapt(self, model: nn.Module) -> None:
         """Choose how the modules of ``model`` run, when it was loaded: dense, or compressed, or without its head.

@@ -57,7 +57,7 @@ class StackHarness:
         self._without_earlier: bool | None = None if earlier else False
         """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
         self._extra_outputs: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
-        """What a block returns besides the hidden states, by their shape; None: it returns no tuple."""
+        """What a block returns besides the hidden states, by their shape; None: it returns them alone."""
         self.idle_maps: tuple[str, ...] | None = None
         """Paths from the model of the maps that multiply rows in vain, of those chosen; None: not looked yet."""
         self._caching = _caching_configs(model)
@@ -187,7 +187,7 @@ class StackHarness:
                     # What a block returns besides is its own business: see once what it does.
                     with torch.no_grad():
                         result = self.source.block(self.blocks[index])(*args, **kwargs)
-                    self._extra_outputs[shape] = result[1:] if isinstance(result, tuple) else None
+                    self._extra_outputs[shape] = tuple(result[1:]) if isinstance(result, tuple | list) else None
                 if "hidden_states" in kwargs:
                     rest = dict(kwargs)
                     hidden = bypass(index, rest.pop("hidden_states"), args, rest)
