@@ -123,7 +123,7 @@ def test_working_plugin(
     assert record["recipe"]["name"] == "hasty"
 
     # Without it, the same model is refused, and the plugin that might have helped is named.
-    without = run_with(target, "plan", tmp_path / "olmo", LILLAMA_PLUGINS="transformer,broken")
+    without = run_with(target, "plan", tmp_path / "olmo", LILLAMA_PLUGINS="mamba,broken")
     assert "no plugin handles model type 'olmo'" in without.error
     assert "not loaded: broken" in without.error
 
@@ -153,6 +153,57 @@ def test_choosing_between_two(
     assert "is claimed by the plugins" in run_cli("plan", tiny_model).error
     done = run_cli("plan", tiny_model, "--architecture", choice, "--json")
     assert json.loads(done.stdout)["architecture"] == name
+
+
+def claim(name: str, *model_types: str, fallback: bool = False) -> Plugin:
+    """A plugin of one architecture of this name."""
+    made = Architecture(name=name, model_types=model_types, stacks={"decoder": "model.layers"})
+    made.fallback = fallback
+    return Plugin(lillama_architectures=lambda: [made])
+
+
+@pytest.mark.parametrize("fallback_first", [True, False])
+def test_a_fallback_gives_way(fallback_first: bool) -> None:
+    """In silence, whichever is loaded first; what no other claims is its own, and LILLAMA_PLUGINS leaves it out."""
+    found = Registry()
+    plugins = {"low": claim("low", "one", "two", fallback=True), "high": claim("high", "one")}
+    for name in plugins if fallback_first else reversed(plugins):
+        found.add(plugins[name], name)
+    assert [a.name for a in found.architectures_for("one")] == ["high"]
+    assert [a.name for a in found.architectures_for("two")] == ["low"]
+    assert not found.conflicts
+    listed = {p.name: found.provides(p) for p in found.loaded}
+    assert listed["high"]["model types"] == ["one"]
+    assert listed["low"] == {"architectures": ["low"], "model types, unless another plugin claims them": ["one", "two"]}
+
+
+def test_only_two_explicit_claims_conflict() -> None:
+    found = Registry()
+    for name in ("first", "second"):
+        found.add(claim(name, "one", fallback=True), name)
+    assert [a.name for a in found.architectures_for("one")] == ["first"]
+    assert not found.conflicts
+    for name in ("third", "fourth"):
+        found.add(claim(name, "one"), name)
+    assert [a.name for a in found.architectures_for("one")] == ["third", "fourth"]
+    (conflict,) = found.conflicts
+    assert [p.name for p in conflict.plugins] == ["third", "fourth"]
+
+
+def test_a_fallback_can_be_chosen_by_name(
+    added: Registry, run_cli: Callable[..., Ended], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "olmo", family="olmo")
+
+    def used(*options: str) -> str:
+        done = run_cli("plan", tmp_path / "olmo", "--json", *options)
+        assert done.status == 0, done
+        return str(json.loads(done.stdout)["architecture"])
+
+    assert used() == "transformer"
+    added.add(claim("mine", "olmo"), "rival")
+    assert used() == "mine"
+    assert used("--architecture", "transformer") == "transformer"
 
 
 def test_plain_listing(run_cli: Callable[..., Ended]) -> None:
@@ -198,6 +249,7 @@ def test_attributes_of_its_own_are_a_plugins_affair() -> None:
         ({"lillama_architectures": lambda: [declared(pined=("mlp.*",))]}, "'pined'; did you mean 'pinned'?"),
         ({"lillama_architectures": lambda: [declared(call_blok=len)]}, "'call_blok'; did you mean 'call_block'?"),
         ({"lillama_architectures": lambda: [declared(stacks=["model.layers"])]}, "must be a dict of name to path"),
+        ({"lillama_architectures": lambda: [declared(fallback="yes")]}, "must be True or False, not 'yes'"),
         ({"lillama_architectures": lambda: [declared(stacks={})]}, "architecture 'mine' has no stacks"),
         ({"lillama_architectures": lambda: 1 / 0}, "ZeroDivisionError"),
         ({"lillama_allocators": lambda: ["uniform"]}, "must give a dict"),

@@ -28,6 +28,8 @@ class Architecture:
     """What ``--architecture`` takes; defaults to the class name in lower case."""
     model_types: tuple[str, ...] = ()
     """Values of ``config.model_type`` that this architecture claims."""
+    fallback: bool = False
+    """Whether the claim is of the lowest rank: any other architecture that claims a model type wins over this one."""
     stacks: Mapping[str, str] = {}
     """Name of a stack -> path of its ``nn.ModuleList`` from the model, in the order of the forward pass."""
     maps: tuple[str, ...] = ()
@@ -73,6 +75,8 @@ class Architecture:
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
                 raise TypeError(f"{name} of architecture {self.name!r} must be a tuple of strings, not {value!r}")
+        if not isinstance(self.fallback, bool):
+            raise TypeError(f"fallback of architecture {self.name!r} must be True or False, not {self.fallback!r}")
         stacks = self.stacks
         if not isinstance(stacks, Mapping) or not all(
             isinstance(part, str) for item in stacks.items() for part in item

@@ -38,8 +38,9 @@ def find_architecture(
         if not named:
             known = sorted({n for a in found.architectures for n in (a.name, found.plugin_of(a).name)} | {"auto"})
             raise UserError(f"no architecture named {name!r} (there are: {', '.join(known)}){nearest(name, known)}")
-        claiming = [a for a in named if model_type in a.model_types]
+        claiming = found.architectures_for(model_type, named)
         if not claiming:
+            named = [a for a in named if not a.fallback] or named
             return next((a for a in named if _fits(a, config)), named[0])
     if len(claiming) > 1:
         plugins = [found.plugin_of(a) for a in claiming]

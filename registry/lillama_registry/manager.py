@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,9 +148,13 @@ class Registry:
         """All architectures, in the order of registration."""
         return [a for plugin in self.loaded for a in plugin.architectures]
 
-    def architectures_for(self, model_type: str) -> list[Architecture]:
-        """The architectures that claim ``config.model_type``: one when all is well."""
-        return [a for a in self.architectures if model_type in a.model_types]
+    def architectures_for(self, model_type: str, among: Sequence[Architecture] | None = None) -> list[Architecture]:
+        """The architectures (of those ``among``) that claim ``config.model_type``: one when all is well.
+
+        A fallback counts only where nothing else claims the model type, and then the first alone.
+        """
+        found = [a for a in (self.architectures if among is None else among) if model_type in a.model_types]
+        return [a for a in found if not is_fallback(a)] or found[:1]
 
     def plugin_of(self, architecture: Architecture) -> LoadedPlugin:
         """The plugin that brought ``architecture``."""
@@ -196,11 +200,11 @@ class Registry:
 
     @property
     def conflicts(self) -> list[Conflict]:
-        """Every name and model type that more than one plugin claims."""
+        """Every name and model type that more than one plugin claims; the claim of a fallback is none of them."""
         claims: dict[tuple[str, str], list[LoadedPlugin]] = {}
         for plugin in self.loaded:
             own = {(kind, name) for kind, names in plugin.named.items() for name in names}
-            own |= {("model types", t) for a in plugin.architectures for t in a.model_types}
+            own |= {("model types", t) for a in plugin.architectures if not is_fallback(a) for t in a.model_types}
             own |= {("architectures", a.name) for a in plugin.architectures}
             for key in own:
                 claims.setdefault(key, []).append(plugin)
@@ -208,10 +212,17 @@ class Registry:
 
     def provides(self, plugin: LoadedPlugin) -> dict[str, list[str]]:
         """What one plugin brings: kind -> names."""
-        types = sorted({t for a in plugin.architectures for t in a.model_types})
-        found = {"architectures": sorted({a.name for a in plugin.architectures}), "model types": types}
+        found = {"architectures": sorted({a.name for a in plugin.architectures})}
+        for kind, fallback in (("model types", False), ("model types, unless another plugin claims them", True)):
+            of_rank = [a for a in plugin.architectures if is_fallback(a) is fallback]
+            found[kind] = sorted({t for a in of_rank for t in a.model_types})
         found |= {kind: sorted(named) for kind, named in plugin.named.items()}
         return {kind: names for kind, names in found.items() if names}
+
+
+def is_fallback(architecture: Architecture) -> bool:
+    """Whether ``architecture`` claims its model types only where no other does."""
+    return bool(getattr(architecture, "fallback", False))
 
 
 def _check_version(module: Any) -> None:

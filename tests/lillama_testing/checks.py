@@ -425,6 +425,7 @@ def check_compression(tiny: TinyModel) -> None:
         require(counted == promised, f"the plan promised {promised} parameters, the loaded model has {counted}")
         require(counted < record.parameters["parameters_before"], "the model did not become smaller")
         inputs = modality_of(tiny.architecture).dummy_inputs(loaded.config)
+        require(output_of(loaded, inputs).isfinite().all(), "the compressed model gives what is no number")
         prompt = prompt_of(loaded, tiny)
         written = None if prompt is None else generate(loaded, prompt)
         again_at = Path(scratch) / "again"

@@ -94,6 +94,8 @@ def run_plugin_check(options: dict[str, Any]) -> int:
         for name in CHECKS:
             tell(run_check(name, tiny, options["debug"]))
     else:
+        # A table of many model types is tried where it is made.
+        chosen = [a for a in chosen if not a.fallback] or chosen
         types = [(a, t) for a in chosen for t in a.model_types]
         if not types:
             raise UserError(f"architecture {options['name']!r} claims no model type; name a model with --model")

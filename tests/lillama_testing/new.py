@@ -161,7 +161,7 @@ def describe(name: str, model_type: str, given: bool = True) -> Architecture:
             else "is not known to transformers"
         )
         raise UserError(f"the model type {model_type!r} {what}{nearest(model_type, list(known))}{hint}")
-    taken = [a.name for a in registry().architectures_for(model_type)]
+    taken = [a.name for a in registry().architectures_for(model_type) if not a.fallback]
     if taken:
         raise UserError(f"the model type {model_type!r} is described already, by the architecture {taken[0]!r}")
     default = CONFIG_MAPPING[model_type]()

@@ -144,13 +144,22 @@ def check_runs(model: Any, architecture: Architecture) -> None:
 
 def tiny_sizes(default: Any) -> dict[str, Any]:
     """The dimensions of SIZES that the config ``default`` knows, and those of the configs in it."""
-    # An alias and the name that it stands for are one setting.
-    found: dict[str, Any] = {n: SIZES[n] for n in SIZES if hasattr(default, n) and n not in default.attribute_map}
+    found: dict[str, Any] = {n: SIZES[n] for n in SIZES if _is_setting(default, n)}
     for name in default.sub_configs:
         inner = getattr(default, name, None)
         if inner is not None:
             found[name] = {"model_type": inner.model_type, **tiny_sizes(inner)}
     return found
+
+
+def _is_setting(config: Any, name: str) -> bool:
+    """Whether ``name`` is a setting of ``config`` by itself: no alias of one, nothing computed, one for all layers."""
+    if name in config.attribute_map or isinstance(getattr(type(config), name, None), property):
+        return False
+    try:
+        return hasattr(config, name)
+    except Exception:  # what is not the same in all layers is refused by an error of transformers' own
+        return False
 
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
