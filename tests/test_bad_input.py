@@ -154,9 +154,9 @@ def test_weights_that_are_not_finite(
 
 
 def test_no_plugin(refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path) -> None:
-    make_model(tmp_path / "other", family="olmo")
+    make_model(tmp_path / "other", family="bert")
     said = refused(model="other")
-    assert "no plugin handles model type 'olmo'" in said
+    assert "no plugin handles model type 'bert'" in said
     assert "nearest: " in said
     assert "llama" in said
     assert "add a plugin: see 'Add an architecture' in the README" in said
@@ -172,7 +172,8 @@ def test_model_type_that_transformers_does_not_know(refused: Callable[..., str],
 
 def test_a_known_architecture_serves_a_stranger(run_cli: Cli, make_model: Callable[..., Path], tmp_path: Path) -> None:
     """What the message of `test_no_plugin` advises works, wherever the blocks are."""
-    for family, config in (("olmo", {}), ("codegen", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4})):
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    for family, config in (("olmo", {}), ("bart", sizes)):
         make_model(tmp_path / family, family=family, **config)
         ended = run_cli("plan", tmp_path / family, "--architecture", "transformer", "--reduction", "0.1", "--json")
         assert ended.status == 0, ended
@@ -182,13 +183,13 @@ def test_a_known_architecture_serves_a_stranger(run_cli: Cli, make_model: Callab
 def test_architecture_that_does_not_fit(
     refused: Callable[..., str], make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that would have the model double its hidden states; MPT, which has its blocks elsewhere."""
+    """One that would have the model double its hidden states; BERT, which has its blocks elsewhere."""
     with monkeypatch.context() as changed:
         (architecture,) = registry().architectures_for("llama")
         changed.setattr(architecture, "between_blocks", lambda index, hidden: 2 * hidden)
         assert "architecture 'transformer' does not describe this model" in refused()
-    make_model(tmp_path / "mpt", family="mpt", d_model=32, n_heads=2, n_layers=2)
-    said = refused("--architecture", "transformer", model="mpt")
+    make_model(tmp_path / "bert", family="bert")
+    said = refused("--architecture", "transformer", model="bert")
     assert "architecture 'transformer' expects the decoder blocks at" in said
     said = refused("--architecture", "transformers")
     assert "no architecture named 'transformers'" in said

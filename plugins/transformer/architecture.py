@@ -25,4 +25,6 @@ FAMILIES = {
 
 @hookimpl
 def lillama_architectures() -> list[Architecture]:
-    return [Transformer(model_types=types, stacks={"decoder": path}) for path, types in FAMILIES.items()]
+    from .declared import declared
+
+    return [*(Transformer(model_types=t, stacks={"decoder": path}) for path, t in FAMILIES.items()), *declared()]

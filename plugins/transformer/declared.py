@@ -1,0 +1,25 @@
+"""The claims of a table: where the decoders of model types that no plugin names keep their blocks."""
+
+from .architecture import Transformer
+from .coverage import WORKS
+
+
+class Declared(Transformer):
+    """A decoder of which every linear map is compressed but for those below."""
+
+    fallback = True
+    exclude = (
+        # What decides which expert, or which position, a token goes to.
+        *("mlp.gate.*", "mlp.router.*", "mlp.shared_expert_gate", "self_attn.indexer.*"),
+        # Weights that are read instead of called.
+        *("mamba.dt_proj", "temporal_block.rg_lru.*"),
+    )
+
+
+def declared() -> list[Declared]:
+    """Return an architecture for each place where the table has blocks."""
+    paths = dict.fromkeys(WORKS.values())
+    return [
+        Declared(model_types=tuple(t for t, where in WORKS.items() if where == path), stacks={"decoder": path})
+        for path in paths
+    ]
