@@ -196,7 +196,7 @@ def test_a_run_corrects_and_says_by_how_much(
     options: dict[str, Any] = {
         **{"reduction": 0.4, "tokens": 2048, "sequence_length": 32, "sensitivity_tokens": 512, "rescaling_tokens": 0},
         **{"calibration": (str(calibration_text),), "self_share": 0.0, "held_out": 0.25, "compute": "float32"},
-        "steps": 0,
+        **{"steps": 0, "remove_channels": False},
     }
 
     def run(name: str, **changes: Any) -> list[dict[str, Any]]:

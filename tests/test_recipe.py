@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "exclude": ("mlp.*",),
     "share_experts": True,
     "compress_embeddings": True,
+    "remove_channels": True,
     "calibration": ("wikitext2", "self@2"),
     "self_share": 0.25,
     "tokens": 4096,
@@ -337,7 +338,9 @@ lists = st.lists(words, max_size=3).map(tuple)
         optional={
             **dict.fromkeys(SLOTS, choices),
             **dict.fromkeys(("stacks", "include", "exclude", "calibration"), lists),
-            **dict.fromkeys(("share_experts", "compress_embeddings", "use_all_tokens"), st.booleans()),
+            **dict.fromkeys(
+                ("share_experts", "compress_embeddings", "remove_channels", "use_all_tokens"), st.booleans()
+            ),
             **dict.fromkeys(("tokens", "samples", "sequence_length", "batch_size"), st.integers(2, 10**9)),
             **dict.fromkeys(("steps", "correction_tokens", "rescaling_tokens", "seed"), st.integers(0, 2**32 - 1)),
             **dict.fromkeys(("self_share", "warmup", "weight_decay", "reduction"), st.floats(0, 1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lillama_core.allocation.base import AllocationRequest, Allocator, Spectrum, spend_remainder
+from lillama_core.allocation.base import AllocationRequest, Allocator, ChannelCurve, Spectrum, spend_remainder
 from lillama_core.allocation.depth import BottomFirst, TopFirst
 from lillama_core.allocation.spectrum import SpectrumAllocator
 from lillama_core.allocation.uniform import Uniform
@@ -11,6 +11,7 @@ __all__ = [
     "AllocationRequest",
     "Allocator",
     "BottomFirst",
+    "ChannelCurve",
     "Spectrum",
     "SpectrumAllocator",
     "TopFirst",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lillama_core.architecture.targets.block import Block
@@ -25,30 +25,61 @@ class PlannedMap:
     stack: str
     block: int
     map: TargetLinear
+    writes: str = ""
+    """The channels that its outputs are, by their path from the model, where such may be taken out."""
+    reads: str = ""
+    """Likewise of its inputs."""
+    has_bias: bool = False
 
     @property
     def dense_parameters(self) -> int:
         return self.map.parameters
 
+    def without(self, channels: Mapping[str, int]) -> PlannedMap:
+        """The map that is left when of some ``channels`` only so many stay."""
+        if self.writes not in channels and self.reads not in channels:
+            return self
+        outputs = channels.get(self.writes, self.map.out_features)
+        inputs = channels.get(self.reads, self.map.in_features)
+        return replace(self, map=replace(self.map, out_features=outputs, in_features=inputs))
+
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Map name -> rank; a map that is not listed stays dense."""
+    """Map name -> rank; a map that is not listed has a matrix of full rank."""
 
     format: str
     ranks: Mapping[str, int]
+    channels: Mapping[str, int] = field(default_factory=dict)
+    """Path of channels -> how many of them stay; of those that are not listed all do."""
 
     def of(self, block: Block) -> dict[str, int]:
         """The ranks of a block's maps by the names that they have there."""
         return {m.name: self.ranks[block.full_name(m)] for m in block.maps if block.full_name(m) in self.ranks}
 
+    def shapes_of(self, block: Block) -> dict[str, tuple[int, int]]:
+        """(out, in) of a block's maps that have fewer rows or columns than in the dense model, by their names there."""
+        counts = self.channels_of(block)
+        found: dict[str, tuple[int, int]] = {}
+        for channels in block.channels:
+            if channels.name in counts:
+                count = counts[channels.name]
+                found |= {m.name: (count, m.in_features) for m in channels.sources}
+                found[channels.sink.name] = (channels.sink.out_features, count)
+        return found
+
+    def channels_of(self, block: Block) -> dict[str, int]:
+        """How many of a block's channels stay, by the names that they have there; without those that all stay."""
+        found = {c.name: block.path_of(c.name) for c in block.channels}
+        return {name: self.channels[path] for name, path in found.items() if path in self.channels}
+
 
 def parameters_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> int:
     """Parameters of one map under ``plan``, its bias left out."""
-    rank = plan.ranks.get(map_.name)
+    rank, left = plan.ranks.get(map_.name), map_.without(plan.channels)
     if rank is None:
-        return map_.dense_parameters
-    return format_.parameters(map_.map.out_features, map_.map.in_features, rank)
+        return left.dense_parameters
+    return format_.parameters(left.map.out_features, left.map.in_features, rank)
 
 
 def multiply_adds_of(map_: PlannedMap, plan: RankPlan, format_: Format) -> float:
@@ -115,7 +146,9 @@ def describe_plan(
     """What a plan means before anything is computed: parameters, multiply-adds a token, bytes."""
     kept = kept_parameters(maps, plan, format_)
     dense = sum(m.dense_parameters for m in maps)
-    after = total - dense + kept
+    # A channel that is taken out takes its biases with it, which are in no map.
+    biases = sum(m.map.out_features - m.without(plan.channels).map.out_features for m in maps if m.has_bias)
+    after = total - dense + kept - biases
     return {
         "parameters_before": total,
         "parameters_after": after,

@@ -3,19 +3,20 @@
 With e_i(r) the error of map i at rank r and c_i(r) its parameters: minimise sum e_i(r_i), sum c_i(r_i) within budget.
 The lower convex hull of each map's points (c_i(r), e_i(r)), its dense state included, makes the greedy choice by slope
 optimal up to the last segment (the Lagrangian relaxation of a multiple-choice knapsack), for costs that grow
-linearly in the rank as well as for those that do not.
+linearly in the rank as well as for those that do not. Maps between which channels may be taken out have one hull
+together.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import Field
 
 from lillama_core.allocation.base import AllocationRequest, Allocator, RankOptions, Spectrum, spend_remainder
+from lillama_core.allocation.nets import Point, lower_hull, net_points
 from lillama_core.allocation.plan import PlannedMap, RankPlan
 from lillama_core.errors import UserError
 from lillama_core.strategies import ChosenStrategies
@@ -34,15 +35,6 @@ class SpectrumOptions(RankOptions):
     )
 
 
-@dataclass(frozen=True)
-class Point:
-    """A state that a map may be in; rank None is dense."""
-
-    cost: int
-    error: float
-    rank: int | None
-
-
 def tail_errors(spectrum: Spectrum) -> list[float]:
     """Return the truncation error at rank 0, 1, …, k: the sum of the squared singular values that are left out.
 
@@ -55,19 +47,6 @@ def tail_errors(spectrum: Spectrum) -> list[float]:
     return [*tails, 0.0]
 
 
-def lower_hull(points: list[Point]) -> list[Point]:
-    """The lower convex hull of points sorted by cost."""
-    hull: list[Point] = []
-    for p in points:
-        while len(hull) >= 2:
-            a, b = hull[-2], hull[-1]
-            if (b.error - a.error) * (p.cost - a.cost) < (p.error - a.error) * (b.cost - a.cost):
-                break
-            hull.pop()
-        hull.append(p)
-    return hull
-
-
 class SpectrumAllocator(Allocator):
     """Give each parameter to the map where it saves the most error, as its spectrum tells."""
 
@@ -75,6 +54,7 @@ class SpectrumAllocator(Allocator):
     options: SpectrumOptions
     name = "spectrum"
     needs_spectra = True
+    removes_channels = True
 
     def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
         if getattr(chosen.init, "needs_gradients", False):
@@ -82,11 +62,53 @@ class SpectrumAllocator(Allocator):
         return {}
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
+        hulls = list(self._hulls(request))
+        used = sum(hull[0].cost for hull in hulls)
+        if used > request.budget.maps_kept:
+            raise UserError(
+                f"ranks of at least {self.rank_multiple} keep {used:,} parameters of the maps,"
+                f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
+            )
+        states = [hull[0] for hull in hulls]
+        steps = [
+            ((a.error - b.error) / (b.cost - a.cost), index, b)
+            for index, hull in enumerate(hulls)
+            for a, b in itertools.pairwise(hull)
+        ]
+        # Steepest first; on one hull the slopes fall, so a map's own steps come in order.
+        steps.sort(key=lambda s: (-s[0], s[1], s[2].cost))
+        blocked: dict[int, None] = {}
+        for _, index, point in steps:
+            if index in blocked:
+                continue
+            extra = point.cost - states[index].cost
+            if used + extra > request.budget.maps_kept:
+                blocked[index] = None
+                continue
+            used += extra
+            states[index] = point
+        ranks = {name: rank for state in states for name, rank in state.ranks.items() if rank is not None}
+        channels = {name: count for state in states for name, count in state.channels.items()}
+        maps = {m.name: m for m in request.maps}
+        reached = [maps[name] for index in blocked for name in states[index].ranks]
+        return spend_remainder(request, ranks, reached, functools.partial(self._choices, request), channels)
+
+    def _hulls(self, request: AllocationRequest) -> Iterator[list[Point]]:
+        """The lower hull of every map in no net, and of every net, in forward order."""
         fraction = request.budget.maps_kept / request.budget.maps_dense
-        ranks: dict[str, int | None] = {}
-        segments: list[tuple[float, int, Point, PlannedMap]] = []
-        used = 0
-        for index, map_ in enumerate(request.maps):
+        nets: dict[str, list[PlannedMap]] = {}
+        for map_ in request.maps:
+            for name in {map_.writes, map_.reads} & request.channels.keys():
+                nets.setdefault(name, []).append(map_)
+        of_net = {m.name for members in nets.values() for m in members}
+        for map_ in request.maps:
+            if map_.name in of_net:
+                if map_.reads in nets:
+                    members = nets[map_.reads]
+                    tails = {m.name: tail_errors(request.spectra[m.name]) for m in members}
+                    curve = request.channels[map_.reads]
+                    yield net_points(request, map_.reads, curve, members, tails, self.rank_multiple)
+                continue
             spectrum = request.spectra[map_.name]
             lowest = 1
             if not spectrum.comparable:
@@ -94,34 +116,12 @@ class SpectrumAllocator(Allocator):
                 lowest = max(1, int(self.options.rank_floor * even))
             errors = tail_errors(spectrum)
             choices = self._choices(request, map_)
-            points = [Point(request.cost(map_, r), errors[r], r) for r in choices if r >= lowest or r == choices[-1]]
-            hull = lower_hull([*points, Point(map_.dense_parameters, 0.0, None)])
-            used += hull[0].cost
-            ranks[map_.name] = hull[0].rank
-            for a, b in itertools.pairwise(hull):
-                segments.append(((a.error - b.error) / (b.cost - a.cost), index, b, map_))
-
-        if used > request.budget.maps_kept:
-            raise UserError(
-                f"ranks of at least {self.rank_multiple} keep {used:,} parameters of the maps,"
-                f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
-            )
-        # Steepest first; on one hull the slopes fall, so a map's own segments come in order.
-        segments.sort(key=lambda s: (-s[0], s[1], s[2].cost))
-        blocked: set[str] = set()
-        reached: list[PlannedMap] = []
-        for _, _, point, map_ in segments:
-            if map_.name in blocked:
-                continue
-            extra = point.cost - request.cost(map_, ranks[map_.name])
-            if used + extra > request.budget.maps_kept:
-                blocked.add(map_.name)
-                reached.append(map_)
-                continue
-            used += extra
-            ranks[map_.name] = point.rank
-        chosen = {name: rank for name, rank in ranks.items() if rank is not None}
-        return spend_remainder(request, chosen, reached, functools.partial(self._choices, request))
+            points = [
+                Point(request.cost(map_, r), errors[r], {map_.name: r}, {})
+                for r in choices
+                if r >= lowest or r == choices[-1]
+            ]
+            yield lower_hull([*points, Point(map_.dense_parameters, 0.0, {map_.name: None}, {})])
 
     def _choices(self, request: AllocationRequest, map_: PlannedMap) -> Sequence[int]:
         return request.ranks(map_, self.rank_multiple)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lillama_core.architecture.targets.base import TargetModule
 from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.distillation.training import BlockData
 from lillama_core.formats import Factored
@@ -35,9 +35,9 @@ from lillama_core.system.processes import ALONE, World
 
 @dataclass(frozen=True)
 class LastMap:
-    """The map that ends a block, as it is in the dense model."""
+    """The map that ends a block, at full rank."""
 
-    target: TargetModule
+    target: LinearTarget
     map: TargetLinear
     weight: torch.Tensor
     """W [out, in], fp32."""
@@ -45,8 +45,8 @@ class LastMap:
     """b [out], fp32."""
 
     @classmethod
-    def of(cls, target: TargetModule, map_: TargetLinear, block: nn.Module) -> LastMap:
-        """Copies from a dense block, whose maps may be replaced afterwards."""
+    def of(cls, target: LinearTarget, map_: TargetLinear, block: nn.Module) -> LastMap:
+        """Copies from a block of matrices of full rank, which may be replaced afterwards."""
         weight, bias = target.weight(block, map_), target.bias(block, map_)
         copied = None if bias is None else bias.detach().float().clone()
         return cls(target, map_, weight.detach().float().clone(), copied)

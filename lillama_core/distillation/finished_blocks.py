@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.channels import bias_of, take_out, weight_of
 from lillama_core.errors import LillamaError
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.formats.base import Format
-from lillama_core.initialization import Decomposition, Initializer
-from lillama_core.runtime.modules import exact
+from lillama_core.initialization import Initializer
+from lillama_core.runtime.modules import exact, shared_copy
+from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.files import read_json, write_json, write_tensors
 from lillama_core.system.names import safe_file_stem
 
@@ -93,16 +95,35 @@ def generator_of(block: Block, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 100_003 + block.index)
 
 
+def narrowed(block: Block, module: nn.Module, counts: Mapping[str, int], store: DecompositionStore) -> nn.Module:
+    """A dense block without the channels of which ``counts``, by name, says how many stay; ``module`` stays as it is.
+
+    The maps that read them are refitted, in fp32.
+    """
+    found = shared_copy(module) if counts else module
+    for channels in (c for c in block.channels if c.name in counts):
+        eliminated, count = store.elimination(block, channels.name), counts[channels.name]
+        weight, bias = weight_of(block, module, channels.sink), bias_of(block, module, channels.sink)
+        take_out(block, found, channels, eliminated.kept(count), *eliminated.refit(weight, bias, count))
+    return found
+
+
 def factored_layers(
     block: Block,
     module: nn.Module,
     ranks: Mapping[str, int],
-    found: Mapping[str, Decomposition],
+    counts: Mapping[str, int],
+    store: DecompositionStore,
     initializer: Initializer,
     seed: int,
 ) -> dict[str, nn.Module]:
-    """Untrained factors, by map, of the maps of a dense block that have ``ranks``."""
-    generator = generator_of(block, seed)
+    """Untrained factors, by map, of the maps of a block that have ``ranks``; ``module`` has no more than ``counts``."""
+    generator, found = generator_of(block, seed), store.load(block, ranks)
+    for channels in (c for c in block.channels if c.name in counts and c.sink.name in found):
+        own = found[channels.sink.name]
+        if own.center is not None:
+            kept = store.elimination(block, channels.name).kept(counts[channels.name])
+            found[channels.sink.name] = replace(own, center=own.center[kept])
     layers: dict[str, nn.Module] = {}
     for target in block.targets:
         for map_ in target.maps:

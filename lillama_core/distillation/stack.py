@@ -12,10 +12,16 @@ from torch import nn
 
 from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
-from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.distillation.correction import LastMap, correct
-from lillama_core.distillation.finished_blocks import FinishedBlocks, factored_layers, generator_of, put_layers
+from lillama_core.distillation.finished_blocks import (
+    FinishedBlocks,
+    factored_layers,
+    generator_of,
+    narrowed,
+    put_layers,
+)
 from lillama_core.distillation.losses import MSE
 from lillama_core.distillation.training import BlockData, RoutingReplay, TrainingOptions, distill_block
 from lillama_core.initialization import Initializer, root
@@ -103,7 +109,7 @@ class StackCompressor:
         shares = roles.shares(masks, student.hidden, self.world)
         self.progress.phase(f"Compressing {harness.stack}", len(harness.blocks))
         for block in harness.blocks:
-            ranks = self.plan.of(block)
+            ranks, counts = self.plan.of(block), self.plan.channels_of(block)
             if not self.world.from_main(functools.partial(self.finished.has, block)):
                 entering, leaving = (self.states.read(block.stack, block.index + i, numbers) for i in (0, 1))
                 dense = self.source.block(block)
@@ -115,35 +121,37 @@ class StackCompressor:
                 before: Sequence[torch.Tensor] = entering if self.training.follows_teacher else ()
                 data = BlockData(before, student.hidden, leaving, masks, roles.choose, roles.report)
                 data = replace(data, train=roles.train, shares=shares, pinned=routing)
-                self._compress_block(block, dense, ranks, student.runner, data, roles.correct)
+                self._compress_block(block, dense, ranks, counts, student.runner, data, roles.correct)
                 # Only what the main process has written is the block.
                 self.world.barrier()
             note = self.finished.note(block)
             self.note(note)
             student.advance(self.finished.read(block), block)
             release_memory()
-            self.progress.step(
-                f"{block.name}: loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks else block.name
-            )
+            losses = f": loss {note['loss_before']:.4g} -> {note['loss_after']:.4g}" if ranks or counts else ""
+            self.progress.step(f"{block.name}{losses}")
 
     def _compress_block(
         self,
         block: Block,
         dense: nn.Module,
         ranks: dict[str, int],
+        counts: dict[str, int],
         runner: BlockRunner,
         data: BlockData,
         correct_on: list[int],
     ) -> None:
         """Factor, correct, train, convert and write a block, made of ``dense``."""
-        name = self.store.last_map(block) if self.corrects and ranks else None
-        last = None if name not in ranks else LastMap.of(*find_map(block, name), dense)
-        gradient_moment = self.store.metric(block) if ranks or self.store.has(block) else None
-        student = dense
-        found = self.store.load(block, ranks) if ranks else {}
-        put_layers(block, student, factored_layers(block, student, ranks, found, self.initializer, self.seed))
+        student = narrowed(block, dense, counts, self.store)
+        # What comes from below is not what it was, even where this block stays as it is.
+        name = self.store.last_map(block) if self.corrects and block.targets else None
+        last = None if name is None else LastMap.of(*find_map(block, name), student)
+        gradient_moment = self.store.metric(block) if ranks or counts or self.store.has(block) else None
+        if ranks:
+            factors = factored_layers(block, student, ranks, counts, self.store, self.initializer, self.seed)
+            put_layers(block, student, factors)
         student.to(self.recorder.device)
-        training = self.training if ranks else replace(self.training, steps=0)
+        training = self.training if ranks or counts else replace(self.training, steps=0)
         fisher_factor = None
         if training.loss.needs_sensitivity and gradient_moment is None:
             # Nothing is trained, and nothing else needed the backward pass: the loss is only reported, and named so.
@@ -157,15 +165,20 @@ class StackCompressor:
             )
             shrinkage, name = corrected.shrinkage, last.map.name
             if shrinkage > 0:
-                seen, generator = self.store.gradients(block, name), generator_of(block, self.seed)
-                layer = corrected.factored(ranks[name], self.initializer, *seen, generator)
+                if name in ranks:
+                    seen, generator = self.store.gradients(block, name), generator_of(block, self.seed)
+                    layer = corrected.factored(ranks[name], self.initializer, *seen, generator)
+                else:
+                    layer = last.target.rewritten(student, corrected.weight, corrected.bias)
                 last.target.replace(student, {name: layer.to(self.recorder.device)})
         # The same weights to begin with, on whatever processors they were found.
         self.world.copy_([tensor for tensor in student.state_dict().values() if tensor.is_floating_point()])
-        result = distill_block(student, block, runner, data, fisher_factor, training, self.world)
+        narrow = [m.name for c in block.channels if c.name in counts for m in (*c.sources, c.sink)]
+        result = distill_block(student, block, runner, data, fisher_factor, training, self.world, narrow)
         note = {
             "name": block.path,
             "ranks": ranks,
+            "channels": counts,
             "correction": shrinkage,
             "loss": training.loss.name,
             "loss_before": result.loss_before,
@@ -185,6 +198,7 @@ def loss_factor(gradient_moment: torch.Tensor, damping: float) -> torch.Tensor:
     return root(moment, damping).float()
 
 
-def find_map(block: Block, name: str) -> tuple[TargetModule, TargetLinear]:
-    """The target and the map of a block that has this name."""
-    return next((target, map_) for target in block.targets for map_ in target.maps if map_.name == name)
+def find_map(block: Block, name: str) -> tuple[LinearTarget, TargetLinear]:
+    """The target and the map of the linear layer of a block that has this name."""
+    linear = (target for target in block.targets if isinstance(target, LinearTarget))
+    return next((target, map_) for target in linear for map_ in target.maps if map_.name == name)

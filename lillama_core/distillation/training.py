@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,17 +136,20 @@ def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str) ->
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def trained_parameters(student: nn.Module, train: str) -> list[nn.Parameter]:
-    """The factors of the student block, or with ``train`` = ``block`` its norms, biases and dense maps as well."""
+def trained_parameters(student: nn.Module, train: str, narrow: Collection[str] = ()) -> list[nn.Parameter]:
+    """The factors of the student block, or with ``train`` = ``block`` its norms, biases and dense maps as well.
+
+    With the factors go matrices that have fewer rows or columns than in the dense block: those at the paths ``narrow``.
+    """
     if train == "block":
         return [p for p in student.parameters() if p.is_floating_point()]
-    return [
-        p
-        for module in student.modules()
-        if isinstance(module, FactoredLinear)
-        for p in (module.down.weight, module.up.weight)
-        if isinstance(p, nn.Parameter)
-    ]
+    found: list[nn.Parameter] = []
+    for name, module in student.named_modules():
+        if isinstance(module, FactoredLinear):
+            found += [p for p in (module.down.weight, module.up.weight) if isinstance(p, nn.Parameter)]
+        elif name in narrow and isinstance(module, nn.Linear):
+            found += module.parameters(recurse=False)
+    return found
 
 
 def distill_block(
@@ -157,11 +160,12 @@ def distill_block(
     fisher_factor: torch.Tensor | None,
     options: TrainingOptions,
     world: World = ALONE,
+    narrow: Collection[str] = (),
 ) -> BlockResult:
     """Train ``student`` in place; it ends in eval mode with the weights that did best on the batches that choose.
 
     Of several processes, which begin with the same weights, each brings its rows of every batch; they end
-    alike. Raises LillamaError when the loss is not a finite number.
+    alike. ``narrow`` as in `trained_parameters`. Raises LillamaError when the loss is not a finite number.
     """
 
     def loss_of(batch: int, stream: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +204,7 @@ def distill_block(
 
     student.eval()
     before, error_before = evaluate(data.report)
-    parameters = trained_parameters(student, options.train)
+    parameters = trained_parameters(student, options.train, narrow)
     if options.steps == 0 or not parameters:
         return BlockResult(before, before, error_before, error_before, 0, 0)
 

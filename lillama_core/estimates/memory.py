@@ -99,8 +99,16 @@ class Memory:
     def decomposing(self, block: BlockShape) -> Held:
         """Vectors of all maps, and the fp64 matrices of the one that needs most; then their copies for the file."""
         largest = max(self.exact(m.out, m.inputs) for m in block.maps)
-        vectors = 8.0 * block.side_squares
+        # Four matrices of a net's channels at a time while they are put in order; of each one is kept.
+        nets = [8.0 * (4 * n * n + 2 * n * block.width) for n in block.channels]
+        largest = max([largest, *nets])
+        vectors = 8.0 * block.side_squares + self.roots(block)
         return self.here(vectors) + most(self.here(largest), Held(vectors))
+
+    @staticmethod
+    def roots(block: BlockShape) -> float:
+        """Bytes of what refits the maps behind channels."""
+        return 4.0 * sum(n * n for n in block.channels)
 
     @staticmethod
     def exact(out: int, inputs: int) -> float:
@@ -138,7 +146,7 @@ class Memory:
         """A stream for every variant, the block, and a copy of it with factors."""
         runs, kinds = Phases(self.model, self.job, self.streamed, self.accelerator).variants()
         streams = (runs + kinds + 1) * self.stream(block, self.job.rescaling)
-        factors = 4.0 * block.factors + 8.0 * block.side_squares
+        factors = 4.0 * block.factors + 8.0 * block.side_squares + self.roots(block)
         held = self.weights(block) + Held(streams) + self.here(self.run(block, ROWS_WITH_GRADIENTS))
         return held + (self.here(factors) if block.maps else Held())
 
@@ -150,7 +158,7 @@ class Memory:
         finished = self.here(4.0 * block.kept) + Held(2 * written)
         if not block.maps:
             return held + finished
-        vectors = 8.0 * block.side_squares
+        vectors = 8.0 * block.side_squares + self.roots(block)
         # Dense weights go as factors come.
         factoring = self.here(factors + vectors)
         metric = self.here(4.0 * 3 * block.width**2 if job.weighs else 0.0)
@@ -187,7 +195,9 @@ class Memory:
         moments, vectors = 0.0, sum(8.0 * band.side**2 for band in model.embedding)
         for b in model.blocks:
             if b.maps:
-                vectors += b.count * (8.0 * b.side_squares + (4.0 * b.width**2 if job.sensitivity else 0.0))
+                vectors += b.count * (
+                    self.roots(b) + 8.0 * b.side_squares + (4.0 * b.width**2 if job.sensitivity else 0.0)
+                )
                 moments += b.count * 4.0 * b.input_squares if job.sensitivity and not self.accelerator else 0.0
         result = float(model.written * model.kept)
         return states + max(moments, vectors + 2 * result)

@@ -144,6 +144,10 @@ class Phases:
         """Taking the maps of a block apart in fp64, and writing the vectors."""
         found = total([self.decomposition(m) for m in block.maps])
         size = 8.0 * block.side_squares + 4.0 * block.width**2
+        for n in block.channels:
+            # A product, two roots, an inverse, an update for every step, and the root times the map.
+            found += Work(exact=5.0 * n**3 + 4.0 * block.width * n * n, moved=8.0 * 48 * n * n)
+            size += 4.0 * n * n
         return found + Work(written=size, moved=3 * size, crossed=size)
 
     def decomposition(self, m: MapShape) -> Work:
@@ -187,7 +191,7 @@ class Phases:
         shapes = [b for b in self.model.blocks if b.stack == stack and b.maps]
         widest = max(shapes, key=lambda b: len(b.maps))
         experts = {(m.out, m.inputs) for m in widest.maps if m.fraction < 1}
-        return sum(m.fraction == 1 for m in widest.maps) + len(experts)
+        return sum(m.fraction == 1 for m in widest.maps) + len(experts) + len(widest.channels)
 
     def measure(self) -> Work:
         """The loss calibration: runs of blocks join halfway on average, kinds of maps at the first block."""

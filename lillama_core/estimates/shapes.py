@@ -56,6 +56,8 @@ class BlockShape:
     cost: BlockCost
     groups: bool
     """Whether some maps are experts, so that the teacher's routing is noted."""
+    channels: tuple[int, ...] = ()
+    """Of nets whose channels may be taken out, how many there are."""
 
     @property
     def input_squares(self) -> int:
@@ -207,11 +209,12 @@ def shape_of(
     stored: int,
     written: int,
     embedding: Block | None = None,
+    removes_channels: bool = False,
 ) -> ModelShape:
     """The shape of ``model``, which is on the meta device, for rows like those of ``inputs``.
 
     ``stacks`` are all its stacks in the order of the forward pass; ``ranks`` those of maps by their paths;
-    ``embedding`` the token embedding, when it is compressed.
+    ``embedding`` the token embedding, when it is compressed. ``removes_channels``: what that costs is found out.
     """
     # Which kernels run is chosen when a model is loaded.
     model = copy_sharing_configs(model)
@@ -227,6 +230,8 @@ def shape_of(
             if kind not in known:
                 known[kind] = stack.blocks.get(i) or by_parameters(block, module, stack.length, stack.width)
             shape = _block_shape(block, module, ranks, format_, stack.length, stack.width, known[kind])
+            if removes_channels:
+                shape = replace(shape, channels=tuple(c.size for c in block.channels))
             same = [j for j, other in enumerate(found) if replace(other, count=1) == shape]
             if same:
                 found[same[0]] = replace(found[same[0]], count=found[same[0]].count + 1)

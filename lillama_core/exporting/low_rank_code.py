@@ -99,7 +99,13 @@ def put_linear(model: Any, path: str, how: dict[str, Any]) -> None:
         # Conv1D of transformers stores its matrix the other way round.
         out_features, in_features = in_features, out_features
     bias = getattr(dense, "bias", None) is not None
-    model.set_submodule(path, FORMATS[how["format"]](out_features, in_features, how["rank"], bias))
+    # Inner features of a net may be fewer than in the dense model.
+    out_features, in_features = how.get("shape", (out_features, in_features))
+    if "rank" in how:
+        layer = FORMATS[how["format"]](out_features, in_features, how["rank"], bias)
+    else:
+        layer = nn.Linear(in_features, out_features, bias=bias)
+    model.set_submodule(path, layer)
 
 
 def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def states(model: CompressedModel) -> torch.Tensor:
 def used(model: CompressedModel) -> tuple[set[str], set[str]]:
     """The kinds of target and the formats that occur in ``model``."""
     entries = model.targets.parsed.values()
-    return {entry.kind for entry in entries}, {entry.format for entry in entries}
+    return {entry.kind for entry in entries}, {entry.format for entry in entries if entry.ranks}
 
 
 def model_classes(model: CompressedModel) -> list[type]:

@@ -27,7 +27,8 @@ class HealingOptions(StrategyOptions):
     )
     train: Literal["factors", "norms", "all"] = Field(
         default="factors",
-        description="what is trained: the low-rank maps; the vectors outside of them, norms and biases; or all"
+        description="what is trained: the low-rank maps, and what lost channels; the vectors outside of them, norms and"
+        " biases; or all"
         " parameters, the embedding included",
     )
     learning_rate: float = Field(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,8 @@ class Healing:
     folder: Path | None = None
     """Where an interrupted run finds what it had."""
     world: World = ALONE
+    narrow: Collection[str] = ()
+    """Paths of layers of the student whose matrices are smaller than in the dense model: they go with the factors."""
 
     @property
     def objective(self) -> Objective:
@@ -106,7 +108,7 @@ class Healing:
         # In eval mode: without dropout a step is the same in every run.
         self.student.eval().requires_grad_(False)
         formats = {} if options.train == "norms" else unfold(self.student)
-        trained = trained_parameters(self.student, options.train)
+        trained = trained_parameters(self.student, options.train, self.narrow)
         if not trained:
             raise UserError(f"--train {options.train}: the model has no such parameters")
         for parameter in trained.values():
@@ -232,9 +234,10 @@ class Healing:
         return torch.autocast(device.type, self.autocast)
 
 
-def trained_parameters(model: nn.Module, train: str) -> dict[str, nn.Parameter]:
-    """The parameters that ``train`` names, each once, by their paths."""
-    inside = {id(p) for m in model.modules() if isinstance(m, LowRankLinear) for p in m.parameters()}
+def trained_parameters(model: nn.Module, train: str, narrow: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that ``train`` names, each once, by their paths; layers ``narrow`` count as low-rank ones do."""
+    smaller = [m for name, m in model.named_modules() if isinstance(m, LowRankLinear) or name in narrow]
+    inside = {id(p) for m in smaller for p in m.parameters()}
     chosen: Callable[[nn.Parameter], bool] = {
         "factors": lambda p: id(p) in inside,
         "norms": lambda p: id(p) not in inside and p.dim() == 1,

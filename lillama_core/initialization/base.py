@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lillama_core.allocation import Spectrum
+from lillama_core.initialization.elimination import Elimination
 from lillama_core.strategies import Strategy
 
 
@@ -85,6 +86,13 @@ class Initializer(Strategy, ABC):
     needs_gradients: bool = False
     corrects: bool = False
     """Whether W may be replaced by a corrected map, see `lillama_core.distillation.correction`, and decomposed then."""
+
+    def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
+        """Order the channels that W [out, in] reads by what they matter, with errors in the unit of `decompose`.
+
+        None: this initialiser does not say, and no channel is taken out.
+        """
+        return None
 
     @abstractmethod
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:

@@ -19,6 +19,7 @@ from pydantic import Field
 from lillama_core.allocation import Spectrum
 from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics
 from lillama_core.initialization.eigen import descending_eigenpairs, symmetric_product
+from lillama_core.initialization.elimination import Elimination, eliminate
 from lillama_core.strategies import StrategyOptions
 
 
@@ -90,13 +91,7 @@ class Whitened(Initializer):
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         W = weight.double()
-        G = None if statistics.inputs is None else statistics.inputs.double()
-        center = statistics.center if statistics.has_bias else None
-        if G is not None and center is not None:
-            G = G - torch.outer(center, center).double()
-        if G is None or not G.diagonal().sum() > 0:
-            # Nothing came by: the weights alone decide.
-            G = torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
+        G, center = self.input_moment(W, statistics)
         damping = self.options.input_damping
         if W.shape[0] <= W.shape[1]:
             L = self.output_root(statistics, W)
@@ -120,6 +115,30 @@ class Whitened(Initializer):
             W.shape[0] <= W.shape[1],
             center,
         )
+
+    def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
+        W = weight.double()
+        if statistics.inputs is None or W.shape[0] > W.shape[1]:
+            return None
+        G, center = self.input_moment(W, statistics)
+        C = root(G, self.options.input_damping)
+        # With its ridge, whatever that had to be.
+        G = symmetric_product(C, C.T)
+        del C
+        L = self.output_root(statistics, W)
+        return eliminate(W, G, W if L is None else L.T @ W, center)
+
+    @staticmethod
+    def input_moment(W: torch.Tensor, statistics: MapStatistics) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """E[x x^T] [in, in] in fp64, about E[x] where a bias takes up what that is; and that E[x]."""
+        G = None if statistics.inputs is None else statistics.inputs.double()
+        center = statistics.center if statistics.has_bias else None
+        if G is not None and center is not None:
+            G = G - torch.outer(center, center).double()
+        if G is None or not G.diagonal().sum() > 0:
+            # Nothing came by: the weights alone decide.
+            G = torch.eye(W.shape[1], dtype=torch.float64, device=W.device)
+        return G, center
 
     def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
         """L [out, out], or None for the identity."""
@@ -146,10 +165,20 @@ class Fisher(Whitened):
 
     def decompose(self, weight: torch.Tensor, statistics: MapStatistics) -> Decomposition:
         found = super().decompose(weight, statistics)
-        # A map that no gradient reached has no effect on the loss: any rank is as good as another. And an error counts
-        # as often as the map is used.
-        rows = statistics.rows if statistics.gradient_scale > 0 else 0.0
-        return replace(found, spectrum=Spectrum(found.spectrum.squared_singular_values * rows, comparable=True))
+        scaled = found.spectrum.squared_singular_values * self.uses(statistics)
+        return replace(found, spectrum=Spectrum(scaled, comparable=True))
+
+    def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
+        found = super().eliminate(weight, statistics)
+        return None if found is None else replace(found, curve=found.curve.scaled(self.uses(statistics)))
+
+    @staticmethod
+    def uses(statistics: MapStatistics) -> float:
+        """How often an error counts: as often as the map is used.
+
+        A map that no gradient reached has no effect on the loss: any rank is as good as another.
+        """
+        return statistics.rows if statistics.gradient_scale > 0 else 0.0
 
     def output_root(self, statistics: MapStatistics, W: torch.Tensor) -> torch.Tensor | None:
         return None if statistics.gradients is None else root(statistics.gradients, self.options.gradient_damping)

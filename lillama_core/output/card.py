@@ -74,7 +74,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],
             quantization=quantization_rows(record.quantization),
             whole_blocks=bool(record.recipe.get("steps")) and record.recipe.get("train") == "block",
-            low_rank=len(record.plan["ranks"]),
+            plan=record.plan,
             maps=len(record.shapes),
             format=code(record.plan["format"]),
             auto_class=origin.architecture.auto_class,

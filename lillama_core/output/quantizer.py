@@ -19,9 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama_core.allocation.plan import RankPlan
+from lillama_core.architecture.targets.base import TargetModule
 from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.quantized import hold
 from lillama_core.errors import LillamaError
+from lillama_core.formats.base import empty_linear
 from lillama_core.models.source import QUANT_METHOD
 from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, weight_renaming
 from lillama_core.output.soundness import check_orders
@@ -33,6 +36,9 @@ from lillama_registry import registry
 CONFIG_VERSION = 1
 QUANTIZED_VERSION = 2
 """Of a config that also says which weights are held in few bits: a lillama that does not know of it refuses."""
+NARROW_VERSION = 3
+"""Likewise of one that says which matrices have fewer rows or columns than those of the dense model."""
+VERSIONS = (CONFIG_VERSION, QUANTIZED_VERSION, NARROW_VERSION)
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,11 @@ class TargetConfig:
 
     kind: str
     format: str
+    """Empty where no map has a rank."""
     ranks: Mapping[str, int]
     """By the map's name within its target; empty for the only map of a target."""
+    shape: tuple[int, int] | None = None
+    """(out, in) of the only map of a target where that is less than in the dense model; None: as there."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> TargetConfig:
@@ -50,43 +59,56 @@ class TargetConfig:
         if not isinstance(entry, Mapping) or set(entry) not in (
             {"kind", "format", "rank"},
             {"kind", "format", "ranks"},
+            {"kind", "format", "rank", "shape"},
+            {"kind", "shape"},
         ):
-            raise LillamaError(f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'")
-        kind, format_ = entry["kind"], entry["format"]
+            raise LillamaError(
+                f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'; a 'shape' goes"
+                " with 'rank', or with 'kind' alone"
+            )
+        kind, format_ = entry["kind"], entry.get("format", "")
         if not isinstance(kind, str) or kind not in names("targets"):
             raise LillamaError(
                 f"{name!r} is a target of kind {kind!r}; install the lillama plugin that provides it"
                 f" (known: {', '.join(names('targets'))})"
             )
-        if not isinstance(format_, str) or format_ not in names("formats"):
+        if "format" in entry and (not isinstance(format_, str) or format_ not in names("formats")):
             raise LillamaError(
                 f"{name!r} is stored in format {format_!r}; install the lillama plugin that provides it"
                 f" (known: {', '.join(names('formats'))})"
             )
-        ranks = {"": entry["rank"]} if "rank" in entry else entry["ranks"]
+        ranks = {"": entry["rank"]} if "rank" in entry else entry.get("ranks", {})
         # None at all: experts that are dense, with a matrix for each map.
         if not isinstance(ranks, Mapping):
             raise LillamaError(f"the ranks of {name!r} must be a mapping of map to rank")
         for local, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise LillamaError(f"the rank of {joined(name, local)!r} must be a positive whole number, not {rank!r}")
-        return cls(kind, format_, {str(k): v for k, v in ranks.items()})
+        shape = entry.get("shape")
+        if "shape" in entry and not (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+        ):
+            raise LillamaError(f"the shape of {name!r} must be two positive whole numbers, not {shape!r}")
+        return cls(kind, format_, {str(k): v for k, v in ranks.items()}, None if shape is None else tuple(shape))
 
 
 def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
-    """Return the config's entry of every target that a plan makes low rank, by the path of its module."""
+    """Return the config's entry of every target that a plan makes smaller, by the path of its module."""
     found: dict[str, dict[str, Any]] = {}
     for block in blocks:
+        shapes = plan.shapes_of(block)
         for target in block.targets:
             names = {target.local_name(m): block.full_name(m) for m in target.maps}
             ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
+            entry: dict[str, Any] = {"kind": target.kind}
             if ranks:
-                how = {"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks}
-                found[joined(block.path, target.name) if block.path else target.name] = {
-                    "kind": target.kind,
-                    "format": plan.format,
-                    **how,
-                }
+                entry |= {"format": plan.format, **({"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks})}
+            if target.name in shapes:
+                entry["shape"] = list(shapes[target.name])
+            if len(entry) > 1:
+                found[block.path_of(target.name)] = entry
     return found
 
 
@@ -106,19 +128,20 @@ class LillamaConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
-        if version not in (CONFIG_VERSION, QUANTIZED_VERSION):
+        if version not in VERSIONS:
             raise LillamaError(
-                f"the model was compressed with config version {version!r}; this lillama reads {CONFIG_VERSION} and"
-                f" {QUANTIZED_VERSION}"
+                f"the model was compressed with config version {version!r}; this lillama reads"
+                f" {', '.join(map(str, VERSIONS))}"
             )
         if not isinstance(sites, Mapping):
             raise LillamaError("the quantization_config of a compressed model must list its 'sites'")
-        self.version = version
         self.targets = {str(k): dict(v) if isinstance(v, Mapping) else v for k, v in sites.items()}
         self.parsed = {name: TargetConfig.parse(name, entry) for name, entry in self.targets.items()}
         self.bits = {} if quantization is None else parse_bits(quantization)
         """Path of a module -> the bits that its weight is held in."""
-        self.version = QUANTIZED_VERSION if self.bits else version
+        self.version = QUANTIZED_VERSION if self.bits else CONFIG_VERSION
+        if any(entry.shape is not None for entry in self.parsed.values()):
+            self.version = NARROW_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         said = {"quant_method": self.quant_method, "version": self.version, "sites": self.targets}
@@ -218,7 +241,7 @@ def renamings(model: nn.Module, config: LillamaConfig) -> list[Any]:
     prefix = str(getattr(model, "base_model_prefix", ""))
     for name, entry in config.parsed.items():
         path = own_path(model, name)
-        if path is not None:
+        if path is not None and (entry.ranks or entry.shape is None):
             target = get("targets", entry.kind).at(path, model.get_submodule(path))
             ranks = {joined(path, local): rank for local, rank in entry.ranks.items()}
             pairs = target.renamings(model, ranks, make("formats", entry.format))
@@ -249,6 +272,11 @@ def _as_packed(model: nn.Module, on_disk: str, in_memory: str) -> Any:
 
 def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target = get("targets", entry.kind).at(path, model.get_submodule(path))
+    if entry.shape is not None:
+        _narrow(model, path, target, entry.shape)
+        target = get("targets", entry.kind).at(path, model.get_submodule(path))
+        if not entry.ranks:
+            return
     target.check(make("formats", entry.format))
     maps = {m.name: m for m in target.maps}
     if not entry.ranks:
@@ -270,6 +298,23 @@ def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
             .requires_grad_(weight.requires_grad)
         )
     target.replace(model, layers)
+
+
+def _narrow(model: nn.Module, path: str, target: TargetModule, shape: tuple[int, int]) -> None:
+    """Put a linear layer of ``shape`` in the place of a larger one."""
+    (map_,) = target.maps
+    full = (map_.out_features, map_.in_features)
+    if target.kind != LinearTarget.kind or shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
+        raise LillamaError(f"{path!r} cannot have the shape {list(shape)}: it is smaller than {list(full)} or as it is")
+    weight, bias = target.weight(model, map_), target.bias(model, map_)
+    layer = empty_linear(shape[1], shape[0], bias is not None, weight.dtype, str(weight.device))
+    target.replace(model, {map_.name: layer.requires_grad_(weight.requires_grad)})
+
+
+def narrow_paths(model: Any) -> list[str]:
+    """Paths of the linear layers of a compressed model that have fewer rows or columns than in the dense one."""
+    parsed = model.hf_quantizer.quantization_config.parsed
+    return [name for name, entry in parsed.items() if entry.shape is not None and not entry.ranks]
 
 
 def attach(model: Any, config: LillamaConfig) -> None:

@@ -68,8 +68,8 @@ class Cell:
         self.kept += kept
 
     @property
-    def low_rank(self) -> bool:
-        return any(rank is not None for rank in self.ranks)
+    def smaller(self) -> bool:
+        return self.kept < self.dense
 
     @property
     def kept_fraction(self) -> float:
@@ -94,7 +94,7 @@ class Stack:
 
     @property
     def low_rank(self) -> bool:
-        return any(cell.low_rank for row in self.cells.values() for cell in row.values())
+        return any(cell.smaller for row in self.cells.values() for cell in row.values())
 
     @property
     def trained(self) -> bool:
@@ -193,7 +193,8 @@ def stacks(record: RunRecord) -> list[Stack]:
     for stack, position, inner, name, out, in_ in maps:
         row = kind_of(inner) if stack.name in crowded else inner
         rank = record.plan["ranks"].get(name)
-        kept = out * in_ if rank is None else format_.parameters(out, in_, rank)
+        left = record.plan.get("shapes", {}).get(name, (out, in_))
+        kept = left[0] * left[1] if rank is None else format_.parameters(*left, rank)
         stack.cells.setdefault(row, {}).setdefault(position, Cell()).add(rank, out * in_, kept)
         stack.shapes.setdefault(row, set()).add((out, in_))
     return list(found.values())
@@ -232,7 +233,7 @@ def _rank_map(stack: Stack) -> Figure:
     from matplotlib.patches import Rectangle
 
     names, blocks = list(stack.cells), len(stack.blocks)
-    fractions = [c.kept_fraction for row in stack.cells.values() for c in row.values() if c.low_rank]
+    fractions = [c.kept_fraction for row in stack.cells.values() for c in row.values() if c.smaller]
     # From the next lower tenth, so that neighbours can be told apart; up to all, so that colours keep their meaning.
     lowest = min(math.floor(min(fractions) * 10) / 10, 0.9)
     norm = Normalize(lowest, 1.0)
@@ -242,7 +243,7 @@ def _rank_map(stack: Stack) -> Figure:
     grid = [[math.nan] * blocks for _ in names]
     for y, row in enumerate(stack.cells.values()):
         for x, cell in row.items():
-            if cell.low_rank:
+            if cell.smaller:
                 grid[y][x] = cell.kept_fraction
                 if blocks <= 16:
                     ink = "black" if norm(cell.kept_fraction) > 0.55 else "white"

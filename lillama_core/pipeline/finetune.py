@@ -28,6 +28,7 @@ from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_
 from lillama_core.output.card import public_name
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
+from lillama_core.output.quantizer import narrow_paths
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.shards import quantization_of
@@ -145,7 +146,7 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
         progress.release()
         healing, fidelity = heal(
             student, teacher, split.share(world), options, request.epochs, data.tokens, recipe.seed, autocast,
-            progress, directory.healing, world,
+            progress, directory.healing, world, narrow_paths(student),
         )  # fmt: skip
         record = _described(record, request, healing, fidelity, data, split, world)
         if world.is_main:

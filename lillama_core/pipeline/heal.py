@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,19 @@ def heal(
     progress: Progress,
     folder: Path,
     world: World,
+    narrow: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Train ``student`` in place; return how it went, and how it predicts beside ``teacher`` on rows that report.
 
-    ``split`` has the rows of this process; ``tokens`` are those of all rows of all processes.
+    ``split`` has the rows of this process; ``tokens`` are those of all rows of all processes; ``narrow`` as in
+    `Healing`.
     """
     fit, choose, report = ([split.batches[i] for i in part] for part in (split.fit, split.choose, split.report))
     progress.line("Comparing the models on rows that are not trained on")
     before = None if teacher is None else compare_models(teacher, student, report, autocast, world)
     of_fit = round(tokens * split.fitted_rows / max(1, sum(split.sizes)))
     found = Healing(
-        student, teacher, fit, choose, options, epochs, seed, of_fit, autocast, progress, folder, world
+        student, teacher, fit, choose, options, epochs, seed, of_fit, autocast, progress, folder, world, narrow
     ).run()
     after = None if teacher is None else compare_models(teacher, student, report, autocast, world)
     told = {

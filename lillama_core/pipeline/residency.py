@@ -283,7 +283,8 @@ def _model_shape(spec: CompressionSpec, recipe: Recipe) -> ModelShape:
     stored = stored_dtype(spec)
     written = stored if recipe.dtype is None else getattr(torch, recipe.dtype)
     sizes = stored.itemsize, written.itemsize
-    return shape_of(architecture, spec.meta, stacks, plan.ranks, spec.format, inputs, *sizes, spec.embedding)
+    found = (spec.embedding, spec.removes_channels)
+    return shape_of(architecture, spec.meta, stacks, plan.ranks, spec.format, inputs, *sizes, *found)
 
 
 def stored_dtype(spec: CompressionSpec) -> torch.dtype:

@@ -15,6 +15,7 @@ from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_para
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, check_apart
 from lillama_core.architecture.find import blocks_of, find_architecture
+from lillama_core.architecture.targets.channels import bias_of
 from lillama_core.architecture.targets.embedding import embedding_block
 from lillama_core.architecture.targets.experts import SharedExpertsTarget, fused_experts
 from lillama_core.architecture.targets.linear import LinearTarget
@@ -47,6 +48,8 @@ class CompressionSpec:
     format: Format
     embedding: Block | None = None
     """The token embedding, when it is to be compressed."""
+    removes_channels: bool = False
+    """Whether whole channels may be taken out of blocks."""
 
     @property
     def all_blocks(self) -> list[Block]:
@@ -78,7 +81,10 @@ def prepare(
         target.check(format_)
     if recipe.share_experts and not any(target.kind == SharedExpertsTarget.kind for target in targets):
         raise UserError(f"--share-experts: model {model!r} has no experts")
-    maps = planned_maps(whole)
+    removes_channels = _removes_channels(recipe)
+    if recipe.remove_channels and not any(block.channels for stack in blocks.values() for block in stack):
+        raise UserError(f"--remove-channels: no block of model {model!r} has a net of separate linear layers")
+    maps = planned_maps(whole, meta, removes_channels)
     check_format(format_, {(m.map.out_features, m.map.in_features) for m in maps})
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
     return CompressionSpec(
@@ -92,6 +98,7 @@ def prepare(
         make_budget(maps, reference, recipe.reduction, format_, of_what),
         format_,
         embedding,
+        removes_channels,
     )
 
 
@@ -118,6 +125,14 @@ def _chosen_embedding(recipe: Recipe, model: nn.Module, format_: Format) -> Bloc
     return block
 
 
+def _removes_channels(recipe: Recipe) -> bool:
+    if recipe.remove_channels is not None:
+        return recipe.remove_channels
+    allocator, initializer = make("allocators", recipe.allocation), make("initializers", recipe.init)
+    # A plugin's may be of a class of its own.
+    return getattr(allocator, "removes_channels", False) and getattr(initializer, "needs_gradients", False)
+
+
 def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:
     """Raise UserError for a pattern that no linear map of any block matches, and no module of experts."""
     modules = [block for path in architecture.stacks.values() for block in model.get_submodule(path).children()]
@@ -139,13 +154,22 @@ def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice
                 raise UserError(f"architecture {architecture.name!r} cannot compress {forbidden[0]!r}")
 
 
-def planned_maps(blocks: dict[str, list[Block]]) -> list[PlannedMap]:
-    return [
-        PlannedMap(block.full_name(map_), block.stack, block.index, map_)
-        for stack in blocks.values()
-        for block in stack
-        for map_ in block.maps
-    ]
+def planned_maps(blocks: dict[str, list[Block]], model: nn.Module, with_channels: bool = False) -> list[PlannedMap]:
+    """All maps in forward order, and which of them share what may be channels."""
+    found = []
+    for block in (b for stack in blocks.values() for b in stack):
+        nets = block.channels if with_channels else ()
+        writes = {source.name: block.path_of(c.name) for c in nets for source in c.sources}
+        reads = {c.sink.name: block.path_of(c.name) for c in nets}
+        module = model.get_submodule(block.path)
+        for map_ in block.maps:
+            writes_to, reads_from = writes.get(map_.name, ""), reads.get(map_.name, "")
+            # Only what may lose rows has a bias that matters here.
+            has_bias = bool(writes_to) and bias_of(block, module, map_) is not None
+            found.append(
+                PlannedMap(block.full_name(map_), block.stack, block.index, map_, writes_to, reads_from, has_bias)
+            )
+    return found
 
 
 def make_plan(
@@ -160,7 +184,7 @@ def make_plan(
     average.
     """
     allocator = make("allocators", allocation)
-    spectra = {}
+    spectra, channels = {}, {}
     typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
     if allocator.needs_spectra and store is not None:
         for block in (b for b in prepared.all_blocks if b.targets):
@@ -168,7 +192,9 @@ def make_plan(
             for map_ in block.maps:
                 name = block.full_name(map_)
                 spectra[name] = scaled_spectrum(found[map_.name], scales.get(name, typical))
-    request = AllocationRequest(prepared.maps, prepared.budget, prepared.format, spectra)
+            for own, curve in store.curves(block).items():
+                channels[block.path_of(own)] = curve.scaled(scales.get(block.path_of(own), typical))
+    request = AllocationRequest(prepared.maps, prepared.budget, prepared.format, spectra, channels)
     plan = allocator.allocate(request)
     _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
     return plan
@@ -180,12 +206,16 @@ def _check_plan(plan: RankPlan, request: AllocationRequest, allocation: str) -> 
     for name, rank in plan.ranks.items():
         if name not in maps:
             raise LillamaError(f"allocator {allocation!r} gives a rank to {name!r}, which is no map of this model")
-        largest = request.largest_rank(maps[name], maps[name].dense_parameters - 1)
+        left = maps[name].without(plan.channels)
+        largest = request.largest_rank(left, left.dense_parameters - 1)
         if not 1 <= rank <= largest:
             raise LillamaError(
                 f"allocator {allocation!r} gives {name} the rank {rank}; between 1 and {largest} it would be smaller"
                 " than dense"
             )
+    for name, count in plan.channels.items():
+        if name not in request.channels or count not in request.channels[name].counts.tolist():
+            raise LillamaError(f"allocator {allocation!r} keeps {count} of {name!r}, which is not offered")
     kept = kept_parameters(request.maps, plan, request.format)
     if kept > request.budget.maps_kept:
         raise LillamaError(

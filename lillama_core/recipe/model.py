@@ -79,6 +79,12 @@ class Recipe(Validated):
         "compress the token embedding, and the output head tied to it, as well, in bands of tokens by their frequency;"
         " default: where spectrum shares out losses that fisher predicts, and no stacks are named",
     )
+    remove_channels: bool | None = option(
+        None,
+        "what to remove",
+        "take whole inner features out of blocks' feed-forward nets, too, where that costs less than lower ranks;"
+        " default: where spectrum shares out losses that fisher predicts",
+    )
 
     calibration: tuple[str, ...] = option(
         (),

@@ -60,6 +60,11 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies) -> dict[str, str]:
     if not (gradients or embedding or (recipe.steps > 0 and getattr(chosen.loss, "needs_sensitivity", False))):
         nor = f", nor does the loss {loss!r}" if recipe.steps > 0 else ""
         found["sensitivity_tokens"] = f"the initialiser {init!r} needs no gradients{nor}"
+    if recipe.remove_channels:
+        if not getattr(chosen.allocation, "removes_channels", False):
+            found["remove_channels"] = f"the allocator {allocation!r} shares out ranks alone"
+        elif not gradients:
+            found["remove_channels"] = f"the initialiser {init!r} predicts no losses that could be compared"
     if not getattr(chosen.init, "corrects", False):
         found["correction_tokens"] = f"the initialiser {init!r} makes no correction{_those_that_correct()}"
     if not getattr(chosen.allocation, "needs_spectra", False):

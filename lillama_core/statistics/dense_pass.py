@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.channels import are_channels, weight_of
 from lillama_core.initialization import Initializer, MapStatistics
+from lillama_core.initialization.elimination import Elimination
 from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
@@ -59,10 +61,14 @@ class DensePass:
     """Likewise of those of which an earlier run has kept the moments."""
     finds_last_maps: bool
     """Whether blocks may be corrected by the map that ends them, so that it has to be known."""
+    takes_out: bool
+    """Whether channels may be taken out, so that what that costs has to be known."""
     arithmetic: torch.dtype | None
     """Of matrix products under autocast; None: fp32."""
     progress: Progress
     world: World = ALONE
+    _kept_whole: set[str] = field(default_factory=set)
+    """Names of what turned out to be no channels, said once."""
     _waiting: list[Callable[[], None]] = field(default_factory=list)
     """To decompose the block that this process owns, as soon as the others have one, too."""
 
@@ -178,7 +184,8 @@ class DensePass:
         runner: BlockRunner,
     ) -> None:
         """Keep what was seen of ``block`` until every process has one to decompose; in a job of one that is now."""
-        entering = self.states.read(block.stack, block.index, self.numbers[:1]) if self.finds_last_maps else ()
+        looks = self.finds_last_maps or (self.takes_out and block.channels)
+        entering = self.states.read(block.stack, block.index, self.numbers[:1]) if looks else ()
 
         def decompose() -> None:
             self._decompose(block, module, observer, {} if seen is None else seen.statistics(), runner, entering)
@@ -221,7 +228,7 @@ class DensePass:
     ) -> None:
         """Take the maps of ``block`` apart; ``seen`` is what the backward pass found."""
         device = exact_device(runner.device)
-        found = {}
+        found, seen_of = {}, {}
         for target in block.targets:
             for map_ in target.maps:
                 weight = target.weight(module, map_).to(device)
@@ -232,12 +239,25 @@ class DensePass:
                     else MapStatistics()
                 )
                 found[map_.name] = self.initializer.decompose(weight, statistics)
+                seen_of[map_.name] = statistics
         counts = {} if observer is None else {m.name: observer.count(m.name) for m in block.maps}
         last = None
-        if len(entering):
+        if len(entering) and self.finds_last_maps:
             # How a block ends does not depend on what enters it: one batch will do.
             last = find_last_map(block, module, lambda: runner(module, block, 0, entering[0]))
-        self.store.save(block, found, seen, counts, None if last is None else last[1].name)
+        spare: dict[str, Elimination] = {}
+        for channels in block.channels if len(entering) and self.takes_out else ():
+            if are_channels(block, module, channels, lambda changed: runner(changed, block, 0, entering[0])):
+                weight = weight_of(block, module, channels.sink).to(device)
+                elimination = self.initializer.eliminate(weight, seen_of[channels.sink.name])
+                spare |= {} if elimination is None else {channels.name: elimination}
+            elif channels.name not in self._kept_whole:
+                self._kept_whole.add(channels.name)
+                self.progress.line(
+                    f"{block.name}: all channels of {channels.sink.name} stay, something else depends on them;"
+                    " ranks alone are lowered there"
+                )
+        self.store.save(block, found, seen, counts, None if last is None else last[1].name, spare)
 
 
 def report_undersampled_experts(blocks: list[Block], store: DecompositionStore, progress: Progress) -> dict[str, float]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lillama_core.allocation import Spectrum
+from lillama_core.allocation import ChannelCurve, Spectrum
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.evaluation.fidelity import measure_costs
@@ -30,7 +30,7 @@ from lillama_core.system.progress import Progress
 ByMap = Mapping[str, float]
 """A number for maps of a block, by the names that they have there."""
 Ranks = Mapping[str, int]
-"""Likewise."""
+"""Likewise; and by the names of channels, how many of these stay."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Ablation:
     source: WeightSource
     activations: ActivationStore
     """Of the dense model, for the rows."""
-    factored: Callable[[Block, nn.Module, Ranks], nn.Module]
-    """A dense block with untrained factors of these ranks in it; the module that is given stays as it is."""
+    compressed: Callable[[Block, nn.Module, Ranks], nn.Module]
+    """A dense block with untrained factors of these ranks in it, and without channels; what is given stays as it is."""
     progress: Progress
     world: World = ALONE
     """The processes that have the rows."""
@@ -76,7 +76,7 @@ class Ablation:
                         streams[i] = below.fork()
                     stream = streams[i]
                     if stream is not None:
-                        stream.advance(self.factored(block, module, mine) if mine else module, block)
+                        stream.advance(self.compressed(block, module, mine) if mine else module, block)
                 below.advance(module, block)
                 release_memory()
                 self.progress.step(block.name)
@@ -137,15 +137,24 @@ class StackErrors:
             )
             of_kind[kind] = safe_ratio(cost, expected, 1.0)
         return {
-            block.full_name(map_): of_block[block.name] * of_kind.get(kind_of(map_.name), 1.0)
+            block.path_of(name): of_block[block.name] * of_kind.get(kind_of(name), 1.0)
             for block in self.blocks
-            for map_ in block.maps
+            for name in [*(m.name for m in block.maps), *(c.name for c in block.channels)]
         }
 
 
-def truncation_error(spectra: Mapping[str, Spectrum], ranks: Ranks) -> dict[str, float]:
-    """The energies of a block's maps beyond their ranks."""
-    return {name: spectra[name].squared_singular_values[rank:].sum().item() for name, rank in ranks.items()}
+def predicted_errors(
+    spectra: Mapping[str, Spectrum], curves: Mapping[str, ChannelCurve], ranks: Ranks
+) -> dict[str, float]:
+    """The energies of a block's maps beyond their ranks, and what its channels cost that are taken out."""
+    found = {}
+    for name, number in ranks.items():
+        if name in curves:
+            curve = curves[name]
+            found[name] = float(curve.errors[curve.counts == number])
+        else:
+            found[name] = spectra[name].squared_singular_values[number:].sum().item()
+    return found
 
 
 def safe_ratio(cost: float, predicted: float, otherwise: float) -> float:

@@ -8,14 +8,19 @@ from types import MappingProxyType
 
 import torch
 
-from lillama_core.allocation import Spectrum
+from lillama_core.allocation import ChannelCurve, Spectrum
 from lillama_core.architecture.blocks import Block
 from lillama_core.initialization import Decomposition
+from lillama_core.initialization.elimination import Elimination
 from lillama_core.system.files import read_tensors, write_tensors
 from lillama_core.system.names import safe_file_stem
 
 Gradients = Mapping[str, torch.Tensor]
 """What the backward pass found for a block, as `GradientObserver.statistics` names it."""
+
+
+CURVE = ("counts", "errors", "shares")
+"""The tensors of a `ChannelCurve`, in its order."""
 
 
 class DecompositionStore:
@@ -40,8 +45,9 @@ class DecompositionStore:
         seen: Gradients = MappingProxyType({}),
         counts: Mapping[str, float] = MappingProxyType({}),
         last_map: str | None = None,
+        channels: Mapping[str, Elimination] = MappingProxyType({}),
     ) -> None:
-        """Store what was found of a block's maps, the rows that they saw, and the name of the map that ends the block.
+        """Store what was found of a block's maps and channels, the rows that the maps saw, and what ends the block.
 
         Of what the backward pass has ``seen``, the metric of the block's output is kept, and the gradients at that map.
         """
@@ -60,6 +66,13 @@ class DecompositionStore:
             for kind in ("gradients", "scale"):
                 if f"{kind}.{last_map}" in seen:
                     vectors[f"{kind}.{last_map}"] = seen[f"{kind}.{last_map}"]
+        orders: dict[str, torch.Tensor] = {}
+        for name, e in channels.items():
+            energies |= {f"{k}.{name}": getattr(e.curve, k) for k in CURVE}
+            orders |= {f"order.{name}": e.order, f"root.{name}": e.root}
+            orders |= {} if e.center is None else {f"center.{name}": e.center}
+        if orders:
+            write_tensors(self._file(block, "channels"), orders, durable=False)
         write_tensors(self._file(block, "vectors"), vectors, durable=False)
         # Last: it says that the block is done.
         write_tensors(self._file(block, "energies"), energies, durable=False)
@@ -70,6 +83,22 @@ class DecompositionStore:
         return {
             m.name: Spectrum(tensors[f"energies.{m.name}"], bool(tensors[f"comparable.{m.name}"])) for m in block.maps
         }
+
+    def curves(self, block: Block) -> dict[str, ChannelCurve]:
+        """What taking out a block's channels costs, by their name; none where it cannot be done, or was not asked."""
+        tensors = read_tensors(self._file(block, "energies"))
+        return {
+            c.name: ChannelCurve(*(tensors[f"{k}.{c.name}"] for k in CURVE))
+            for c in block.channels
+            if f"{CURVE[0]}.{c.name}" in tensors
+        }
+
+    def elimination(self, block: Block, name: str) -> Elimination:
+        """The order of the channels ``name`` of a block, and what refits the map behind them."""
+        tensors = read_tensors(self._file(block, "channels"), lambda key: key.endswith(f".{name}"))
+        return Elimination(
+            self.curves(block)[name], tensors[f"order.{name}"], tensors[f"root.{name}"], tensors.get(f"center.{name}")
+        )
 
     def counts(self, block: Block) -> dict[str, float]:
         """How many rows each map of a block saw."""

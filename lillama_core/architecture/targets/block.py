@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.channels import Channels, find_channels
 from lillama_core.architecture.targets.linear_map import TargetLinear
 
 
@@ -26,6 +28,15 @@ class Block:
     def maps(self) -> list[TargetLinear]:
         return [m for target in self.targets for m in target.maps]
 
+    @functools.cached_property
+    def channels(self) -> tuple[Channels, ...]:
+        """What may be channels that can be taken out, by names and shapes."""
+        return find_channels(self.targets)
+
     def full_name(self, map_: TargetLinear) -> str:
         """The map's path from the model."""
-        return f"{self.path}.{map_.name}" if self.path else map_.name
+        return self.path_of(map_.name)
+
+    def path_of(self, name: str) -> str:
+        """``name``, a path from the block, as one from the model."""
+        return f"{self.path}.{name}" if self.path else name

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format, LowRankLinear, dense_weight
+from lillama_core.runtime.modules import shared_copy
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -72,13 +74,26 @@ class LinearTarget(TargetModule):
             parent, _, child = self.name.rpartition(".")
             setattr(block.get_submodule(parent), child, layers[self.name])
 
+    def rewritten(self, block: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """Return a copy of the dense module with W [out, in] and the bias [out], if it has one, in place of its own."""
+        layer = shared_copy(block.get_submodule(self.name))
+        layer.weight = nn.Parameter((weight.T if _is_conv1d(layer) else weight).contiguous(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(self.name)
 
     def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
         weight, bias = dense_weight(self.layer(block, self.maps[0])), self.bias(block, self.maps[0])
-        found = {f"{self.name}.weight": weight.T if _is_conv1d(dense.get_submodule(self.name)) else weight}
-        return found if bias is None else {**found, f"{self.name}.bias": bias.detach()}
+        whole = dense.get_submodule(self.name)
+        (map_,) = LinearTarget(self.name, whole).maps
+        # Of channels that were taken out nothing comes, and nothing is read.
+        missing = (map_.out_features - weight.shape[0], map_.in_features - weight.shape[1])
+        weight = functional.pad(weight, (0, missing[1], 0, missing[0]))
+        found = {f"{self.name}.weight": weight.T if _is_conv1d(whole) else weight}
+        return found if bias is None else {**found, f"{self.name}.bias": functional.pad(bias.detach(), (0, missing[0]))}
 
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
         (map_,) = self.maps

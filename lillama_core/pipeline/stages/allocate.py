@@ -12,7 +12,7 @@ from torch import nn
 from lillama_core.allocation.plan import RankPlan, describe_plan
 from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
-from lillama_core.distillation.finished_blocks import factored_layers, put_layers
+from lillama_core.distillation.finished_blocks import factored_layers, narrowed, put_layers
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
 from lillama_core.pipeline.spec import make_plan
 from lillama_core.pipeline.stage import Stage
@@ -23,7 +23,7 @@ from lillama_core.statistics.loss_calibration import (
     Ablation,
     Ranks,
     StackErrors,
-    truncation_error,
+    predicted_errors,
 )
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
@@ -75,13 +75,17 @@ class AllocateStage(Stage):
             # Read back: a resumed run has to come to the same ranks.
             record.scales = context.world.from_main(lambda: read_json(path))
             plan = self._plan(context, store, record.scales)
-        record.plan = {"format": plan.format, "ranks": dict(plan.ranks)}
+        record.plan = {"format": plan.format, "ranks": dict(plan.ranks), "channels": dict(plan.channels)}
+        record.plan["shapes"] = {
+            b.path_of(name): list(shape) for b in spec.all_blocks for name, shape in plan.shapes_of(b).items()
+        }
         record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in spec.maps}
         bytes_per_parameter = context.get(DenseModel).dtype.itemsize
         record.parameters = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, bytes_per_parameter)
         context.progress.line(
             f"Plan: {len(plan.ranks)} of {len(spec.maps)} maps low rank,"
-            f" {record.parameters['parameters_before']:,} -> {record.parameters['parameters_after']:,} parameters"
+            + (f" {len(plan.channels)} nets with fewer channels," if plan.channels else "")
+            + f" {record.parameters['parameters_before']:,} -> {record.parameters['parameters_after']:,} parameters"
         )
         context.put(plan)
 
@@ -93,7 +97,7 @@ class AllocateStage(Stage):
 
         def make() -> dict[str, Any]:
             found = make_plan(context.spec, context.recipe.allocation, store, scales)
-            return {"format": found.format, "ranks": dict(found.ranks)}
+            return {"format": found.format, "ranks": dict(found.ranks), "channels": dict(found.channels)}
 
         return RankPlan(**context.world.from_main(make))
 
@@ -104,19 +108,21 @@ class AllocateStage(Stage):
         rows = split.rows_for(context.recipe.rescaling_tokens, context.given_tokens)
         fitted = ActivationStore(context.recorder, [split.batches[i] for i in split.here(split.fit)])
 
-        built: dict[str, dict[str, nn.Module]] = {}
+        built: dict[tuple[str, bool], tuple[nn.Module, dict[str, nn.Module]]] = {}
 
-        def factored(block: Block, module: nn.Module, ranks: Ranks) -> nn.Module:
-            if block.name not in built:
+        def compressed(block: Block, module: nn.Module, part: Ranks) -> nn.Module:
+            counts = {name: count for name, count in plan.channels_of(block).items() if name in part}
+            key, ranks = (block.name, bool(counts)), plan.of(block)
+            if key not in built:
                 # All variants of a block are asked for one after the other.
-                built.clear()
-                every = plan.of(block)
-                found = store.load(block, every)
-                built[block.name] = factored_layers(
-                    block, module, every, found, context.initializer, context.recipe.seed
-                )
-            changed = shared_copy(module)
-            put_layers(block, changed, {name: built[block.name][name] for name in ranks})
+                if not any(name == block.name for name, _ in built):
+                    built.clear()
+                narrow = narrowed(block, module, counts, store)
+                seed = context.recipe.seed
+                built[key] = narrow, factored_layers(block, narrow, ranks, counts, store, context.initializer, seed)
+            narrow, layers = built[key]
+            changed = shared_copy(narrow)
+            put_layers(block, changed, {name: layer for name, layer in layers.items() if name in part})
             return changed
 
         scales: dict[str, float] = {}
@@ -125,13 +131,15 @@ class AllocateStage(Stage):
             context.progress.phase("Measuring what each part costs", sum(len(h.blocks) for h in chain))
             errors = []
             for harness in (h for h in chain if h.stack in dense.chosen):
-                ranks = {block.name: r for block in harness.blocks if (r := plan.of(block))}
+                ranks = {b.name: r for b in harness.blocks if (r := {**plan.of(b), **plan.channels_of(b)})}
                 left_out = {
-                    b.name: truncation_error(store.spectra(b), ranks[b.name]) for b in harness.blocks if b.name in ranks
+                    b.name: predicted_errors(store.spectra(b), store.curves(b), ranks[b.name])
+                    for b in harness.blocks
+                    if b.name in ranks
                 }
                 errors.append(StackErrors(harness.blocks, ranks, left_out))
             variants = [found.variants(parts) for found in errors]
-            ablation = Ablation(chain, dense.source, small, factored, context.progress, context.world)
+            ablation = Ablation(chain, dense.source, small, compressed, context.progress, context.world)
             costs = iter(ablation.costs([variant for of_stack in variants for variant in of_stack]))
             for found, of_stack in zip(errors, variants, strict=True):
                 scales |= found.scales(parts, [next(costs) for _ in of_stack])

@@ -10,6 +10,7 @@ import torch
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.healing.options import HealingOptions
 from lillama_core.models.loading import load_model
+from lillama_core.output.quantizer import narrow_paths
 from lillama_core.pipeline.context import CompressedModel, Context, DenseModel
 from lillama_core.pipeline.heal import heal
 from lillama_core.pipeline.stage import Stage
@@ -61,6 +62,7 @@ class HealStage(Stage):
             context.progress,
             context.directory.healing,
             context.world,
+            narrow_paths(found.checkpoint.model),
         )
         del teacher
         release_memory()

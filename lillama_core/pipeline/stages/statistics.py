@@ -98,6 +98,7 @@ class StatisticsStage(Stage):
             done=names_of(context, chain, store.has),
             with_moments=names_of(context, chain, store.has_moments),
             finds_last_maps=context.corrects,
+            takes_out=context.spec.removes_channels,
             arithmetic=context.autocast,
             progress=context.progress,
             world=context.world,
