@@ -134,7 +134,7 @@ def test_a_manifest_is_relative_to_itself_and_text_is_optional(tmp_path: Path) -
         ('{"text": "words"}', r"line 2 names no sound file"),
         ('{"audio": 3}', r"line 2 names no sound file"),
         ('{"audio": "gone.wav", "text": "words"}', r"line 2: gone\.wav does not exist"),
-        ('{"audio": "%s"}' % ("n" * 5000), r"line 2: n+ does not exist"),
+        ('{"audio": "%s"}' % ("n" * 5000), r"line 2: n+ … n+"),
         ('{"audio": "one.wav", "text": 3}', r"line 2: 'text' is a int"),
         ('{"audio": "one.wav", "language": ["fr"]}', r"line 2: 'language' is a list"),
     ],

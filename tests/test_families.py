@@ -110,8 +110,9 @@ def test_compress_load_generate_save_again(
     blocks = model.get_submodule(next(iter(find_architecture(model.config).stacks.values())))
     wanted = 0.2 * count_parameters(blocks)
     assert record.parameters["parameters_before"] - count_parameters(loaded) == pytest.approx(wanted, rel=0.1)
-    ranks = json.loads((out / "lillama.json").read_text())["plan"]["ranks"]
-    assert ranks
+    plan = json.loads((out / "lillama.json").read_text())["plan"]
+    ranks = plan["ranks"]
+    assert ranks or plan["channels"]
     for name, rank in ranks.items():
         assert 1 <= rank < min(record.shapes[name])
 

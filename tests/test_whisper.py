@@ -374,7 +374,7 @@ def test_a_size_is_believed_only_as_far_as_the_file_goes(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"ends within x \(4294967292 bytes needed, 0 left\): it is truncated"):
         read_model_file(path)
     path.write_bytes(header + struct.pack("<B255IBI", 255, *[2**32 - 1] * 255, 0, 16) + bytes(16))
-    with pytest.raises(UserError, match=r"x of shape .* needs"):
+    with pytest.raises(UserError, match="is damaged: x of shape"):
         read_model_file(path)
     path.write_bytes(header + struct.pack("<B4IBI", 4, 0, *[2**32 - 1] * 3, 0, 0))
     with pytest.raises(UserError, match="x has the impossible shape"):
