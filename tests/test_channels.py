@@ -364,6 +364,14 @@ def test_a_config_with_a_wrong_shape_is_refused(entry: dict[str, Any]) -> None:
         TargetConfig.parse("mlp.up_proj", entry)
 
 
+def test_only_a_linear_layer_may_be_smaller(narrow: Path) -> None:
+    config = load_config(locate(str(narrow)), allow_compressed=True)
+    sites = {"model.embed_tokens": {"kind": "banded-embedding", "shape": [8, 8]}}
+    del config.quantization_config
+    with pytest.raises(LillamaError, match="cannot have the shape"):
+        compressed_meta_model(find_architecture(config), config, LillamaConfig(sites, 3))
+
+
 @pytest.mark.parametrize("shape", [[200, 32], [96, 32], [96, 64], [48, 33]])
 def test_a_config_with_a_larger_shape_is_refused(shape: list[int], narrow: Path) -> None:
     config = load_config(locate(str(narrow)), allow_compressed=True)

@@ -302,10 +302,12 @@ def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
 
 def _narrow(model: nn.Module, path: str, target: TargetModule, shape: tuple[int, int]) -> None:
     """Put a linear layer of ``shape`` in the place of a larger one."""
+    if target.kind != LinearTarget.kind:
+        raise LillamaError(f"{path!r} is a target of kind {target.kind!r}, and cannot have the shape {list(shape)}")
     (map_,) = target.maps
     full = (map_.out_features, map_.in_features)
-    if target.kind != LinearTarget.kind or shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
-        raise LillamaError(f"{path!r} cannot have the shape {list(shape)}: it is smaller than {list(full)} or as it is")
+    if shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
+        raise LillamaError(f"{path!r} cannot have the shape {list(shape)}: it has to be smaller than {list(full)}")
     weight, bias = target.weight(model, map_), target.bias(model, map_)
     layer = empty_linear(shape[1], shape[0], bias is not None, weight.dtype, str(weight.device))
     target.replace(model, {map_.name: layer.requires_grad_(weight.requires_grad)})

@@ -78,8 +78,9 @@ class Cell:
 
     @property
     def text(self) -> str:
-        """The rank, the range of several, or "dense"."""
-        return rank_range(self.ranks)
+        """The rank, the range of several, or "dense"; of matrices that lost channels alone the part that is kept."""
+        whole = all(rank is None for rank in self.ranks)
+        return f"{100 * self.kept_fraction:.0f} %" if whole and self.smaller else rank_range(self.ranks)
 
 
 @dataclass
