@@ -30,6 +30,8 @@ OTHER: dict[str, Any] = {
     "share_experts": True,
     "compress_embeddings": True,
     "remove_channels": True,
+    "target_speedup": 1.3,
+    "speedup_work": "decoding",
     "calibration": ("wikitext2", "self@2"),
     "self_share": 0.25,
     "tokens": 4096,

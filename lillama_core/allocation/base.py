@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from pydantic import Field
 
-from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters
+from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan
 from lillama_core.formats import Format
 from lillama_core.strategies import Strategy, StrategyOptions
 
@@ -61,6 +62,19 @@ class ChannelCurve:
         return replace(self, errors=self.errors * scale)
 
 
+class Prices(Protocol):
+    """What maps cost, where that is not their number of parameters."""
+
+    @property
+    def unit(self) -> str:
+        """What they are in, and the budget, too: ``nanoseconds``."""
+        ...
+
+    def of(self, map_: PlannedMap, rank: int | None) -> int:
+        """The cost of ``map_`` at ``rank``, which rises with the rank; None means a matrix of full rank."""
+        ...
+
+
 @dataclass(frozen=True)
 class AllocationRequest:
     """All that an allocator may look at."""
@@ -68,10 +82,13 @@ class AllocationRequest:
     maps: list[PlannedMap]
     """In forward order."""
     budget: Budget
+    """In parameters, or in the unit of ``prices``."""
     format: Format
     spectra: Mapping[str, Spectrum] = field(default_factory=dict)
     channels: Mapping[str, ChannelCurve] = field(default_factory=dict)
     """By the names that maps have for what they write or read: channels that may be taken out."""
+    prices: Prices | None = None
+    """None: maps cost their parameters."""
 
     @property
     def width(self) -> int:
@@ -79,10 +96,21 @@ class AllocationRequest:
         return max(min(m.map.out_features, m.map.in_features) for m in self.maps)
 
     def cost(self, map_: PlannedMap, rank: int | None) -> int:
-        """Parameters of ``map_`` at ``rank``; None means dense."""
+        """What ``map_`` costs at ``rank``, by default in parameters; None means dense."""
+        if self.prices is not None:
+            return self.prices.of(map_, rank)
         if rank is None:
             return map_.dense_parameters
         return self.format.parameters(map_.map.out_features, map_.map.in_features, rank)
+
+    def kept(self, ranks: Mapping[str, int], channels: Mapping[str, int] = MappingProxyType({})) -> int:
+        """What all maps cost at ``ranks``, by name, when of ``channels`` only so many stay."""
+        return sum(self.cost(m.without(channels), ranks.get(m.name)) for m in self.maps)
+
+    @property
+    def unit(self) -> str:
+        """What costs are counted in."""
+        return "parameters" if self.prices is None else self.prices.unit
 
     def largest_rank(self, map_: PlannedMap, parameters: int) -> int:
         """The largest rank of ``map_`` that costs at most ``parameters`` and less than dense; 0: none."""
@@ -105,6 +133,8 @@ class Allocator(Strategy, ABC):
     needs_spectra: bool = False
     removes_channels: bool = False
     """Whether it looks at ``AllocationRequest.channels``."""
+    reads_prices: bool = False
+    """Whether it spends whatever unit the request's costs are in, and not parameters alone."""
 
     @property
     def rank_multiple(self) -> int:
@@ -113,7 +143,7 @@ class Allocator(Strategy, ABC):
 
     @abstractmethod
     def allocate(self, request: AllocationRequest) -> RankPlan:
-        """A plan that keeps at most ``request.budget.maps_kept`` parameters, and as close to it as ranks go."""
+        """A plan whose cost is at most ``request.budget.maps_kept``, and as close to it as ranks go."""
 
 
 def spend_remainder(
@@ -123,26 +153,23 @@ def spend_remainder(
     allowed: Callable[[PlannedMap], Sequence[int]] | None = None,
     channels: Mapping[str, int] = MappingProxyType({}),
 ) -> RankPlan:
-    """Raise ``ranks``, map by map in ``order``, with the parameters that they leave of the budget, and return the plan.
+    """Raise ``ranks``, map by map in ``order``, with what they leave of the budget, and return the plan.
 
     Ranks are whole numbers, so every rule ends below the budget; the first map of ``order`` takes the
     remainder, and what it cannot use goes to the next. ``allowed`` gives a map's ranks, rising; all of them by default.
     ``channels`` says how many of them stay, where some are taken out.
     """
-    left = request.budget.maps_kept - kept_parameters(
-        request.maps, RankPlan(request.format.name, ranks, channels), request.format
-    )
+    left = request.budget.maps_kept - request.kept(ranks, channels)
     for map_ in (m.without(channels) for m in order):
         rank = ranks.get(map_.name)
         if rank is None:
             continue
         spent = request.cost(map_, rank)
-        raised = request.largest_rank(map_, spent + left)
-        if allowed is not None:
-            those = allowed(map_)
-            fitting = bisect.bisect_right(those, raised)
-            raised = those[fitting - 1] if fitting else 0
-        raised = max(rank, raised)
+        those = (
+            range(1, request.largest_rank(map_, map_.dense_parameters - 1) + 1) if allowed is None else allowed(map_)
+        )
+        fitting = bisect.bisect_right(those, spent + left, key=lambda r: request.cost(map_, r))
+        raised = max(rank, those[fitting - 1]) if fitting else rank
         left -= request.cost(map_, raised) - spent
         ranks[map_.name] = raised
     return RankPlan(request.format.name, ranks, dict(channels))

@@ -29,9 +29,11 @@ class Point:
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """The lower convex hull of points sorted by cost."""
+    """The lower convex hull of points, as far as errors fall with the cost."""
     hull: list[Point] = []
-    for p in points:
+    for p in sorted(points, key=lambda p: (p.cost, p.error)):
+        if hull and p.error >= hull[-1].error:
+            continue
         while len(hull) >= 2:
             a, b = hull[-2], hull[-1]
             if (b.error - a.error) * (p.cost - a.cost) < (p.error - a.error) * (b.cost - a.cost):
@@ -57,7 +59,6 @@ def net_points(
         hulls = [_map_hull(request, m.without(channels), tails[m.name], share, multiple) for m in maps]
         # Errors of maps at a low rank are of channels that stay.
         every += [Point(p.cost, p.error + lost, p.ranks, channels) for p in _together(hulls)]
-    every.sort(key=lambda p: (p.cost, p.error))
     return lower_hull(every)
 
 
@@ -69,7 +70,7 @@ def _map_hull(
     # Counted from the largest, which saves little and loses least.
     chosen = ranks[::-1][::step][::-1]
     points = [Point(request.cost(map_, r), tails[r] * share, {map_.name: r}, {}) for r in chosen]
-    return lower_hull([*points, Point(map_.dense_parameters, 0.0, {map_.name: None}, {})])
+    return lower_hull([*points, Point(request.cost(map_, None), 0.0, {map_.name: None}, {})])
 
 
 def _together(hulls: Sequence[Sequence[Point]]) -> Iterator[Point]:

@@ -1,4 +1,4 @@
-"""``spectrum``: give each parameter to the map where it saves the most error.
+"""``spectrum``: give each parameter, or whatever else maps cost, to the map where it saves the most error.
 
 With e_i(r) the error of map i at rank r and c_i(r) its parameters: minimise sum e_i(r_i), sum c_i(r_i) within budget.
 The lower convex hull of each map's points (c_i(r), e_i(r)), its dense state included, makes the greedy choice by slope
@@ -55,6 +55,7 @@ class SpectrumAllocator(Allocator):
     name = "spectrum"
     needs_spectra = True
     removes_channels = True
+    reads_prices = True
 
     def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
         if getattr(chosen.init, "needs_gradients", False):
@@ -66,7 +67,7 @@ class SpectrumAllocator(Allocator):
         used = sum(hull[0].cost for hull in hulls)
         if used > request.budget.maps_kept:
             raise UserError(
-                f"ranks of at least {self.rank_multiple} keep {used:,} parameters of the maps,"
+                f"ranks of at least {self.rank_multiple} keep {used:,} {request.unit} of the maps,"
                 f" {request.budget.maps_kept:,} are allowed; lower --rank-multiple or --reduction"
             )
         states = [hull[0] for hull in hulls]
@@ -121,7 +122,7 @@ class SpectrumAllocator(Allocator):
                 for r in choices
                 if r >= lowest or r == choices[-1]
             ]
-            yield lower_hull([*points, Point(map_.dense_parameters, 0.0, {map_.name: None}, {})])
+            yield lower_hull([*points, Point(request.cost(map_, None), 0.0, {map_.name: None}, {})])
 
     def _choices(self, request: AllocationRequest, map_: PlannedMap) -> Sequence[int]:
         return request.ranks(map_, self.rank_multiple)

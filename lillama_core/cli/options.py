@@ -221,7 +221,7 @@ def _field_option(name: str, field: Any, default: Any) -> Callable[[F], F]:
         settings["help"] += f"; of plugins: {', '.join(others)}" if others else ""
         settings["help"] += f"; its own options as --{name}.OPTION VALUE, see 'lillama strategies'"
     else:
-        settings["metavar"] = "|".join(choices_of(Recipe, name)) or {int: "N", float: "X"}[kind]
+        settings["metavar"] = "|".join(choices_of(Recipe, name)) or {int: "N", float: "X", str: "NAME"}[kind]
     return option(dashed(name), f"{RECIPE}{name}", **settings)
 
 

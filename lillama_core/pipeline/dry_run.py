@@ -54,6 +54,11 @@ def dry_run(
         if measured
         else None
     )
+    if recipe.target_speedup is not None:
+        note = (
+            f"ranks for {recipe.target_speedup:g} times the speed follow times that are measured; shown is what it"
+            " would take if time were parameters of the maps"
+        )
     maps = [
         {
             "name": m.name,

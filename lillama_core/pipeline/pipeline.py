@@ -18,6 +18,7 @@ from lillama_core.models.source import model_fingerprint
 from lillama_core.output.record import RunRecord
 from lillama_core.output.run_directory import RunDirectory, differences
 from lillama_core.pipeline.context import Context
+from lillama_core.pipeline.planning import speed_workload
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.residency import choose_streaming
 from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
@@ -136,6 +137,8 @@ def check(request: Request, world: World = ALONE) -> Checked:
         modality.check(recipe)
     else:
         modality.check_given(recipe, given)
+    if recipe.target_speedup is not None:
+        speed_workload(modality, spec.config, recipe.speedup_work)
     processor = modality.load_processor(spec.source, request.tokenizer)
     return Checked(replace(request, data=given), directory, device, spec, pipeline, modality, processor)
 
@@ -164,6 +167,11 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
                 f"--healing-epochs: the blocks are read from disk one at a time ({residency.reason}), and healing needs"
                 " all of them in memory, of the dense model as well; pass --no-stream, or run 'lillama finetune' on"
                 " the result where there is room"
+            )
+        if residency.streamed and recipe.target_speedup is not None:
+            raise UserError(
+                f"--target-speedup: the blocks are read from disk one at a time ({residency.reason}), and a speed can"
+                " only be measured of a model in memory; pass --no-stream, or give --reduction instead"
             )
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from lillama_core.allocation import AllocationRequest
-from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_parameters, make_budget
+from lillama_core.allocation.base import Prices
+from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, make_budget
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, check_apart
 from lillama_core.architecture.find import blocks_of, find_architecture
@@ -66,6 +67,11 @@ def prepare(
     check_options_are_read(recipe)
     if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
         raise UserError(f"the reduction must be a number between 0 and 1, such as 0.2; got {recipe.reduction:g}")
+    if recipe.target_speedup is not None and not getattr(make("allocators", recipe.allocation), "reads_prices", False):
+        raise UserError(
+            f"--target-speedup: the allocator {recipe.allocation.name!r} shares out parameters, not time;"
+            " 'spectrum' does"
+        )
     source = locate(model, trust_remote_code)
     config = load_config(source)
     found = find_architecture(config, architecture, trust_remote_code)
@@ -95,16 +101,26 @@ def prepare(
         blocks,
         maps,
         count_parameters(meta),
-        make_budget(maps, reference, recipe.reduction, format_, of_what),
+        make_budget(maps, reference, _reduction(recipe, maps, reference, format_), format_, of_what),
         format_,
         embedding,
         removes_channels,
     )
 
 
+def _reduction(recipe: Recipe, maps: list[PlannedMap], reference: int, format_: Format) -> float:
+    """What to remove; for a speed, what would give it if time were parameters of maps, as far as they can give that."""
+    if recipe.target_speedup is None:
+        return recipe.reduction
+    dense = sum(m.dense_parameters for m in maps)
+    most = dense - sum(format_.parameters(m.map.out_features, m.map.in_features, 1) for m in maps)
+    return min((1 - 1 / recipe.target_speedup) * dense, 0.99 * most) / reference
+
+
 def _chosen_embedding(recipe: Recipe, model: nn.Module, format_: Format) -> Block | None:
     """The token embedding if it is to be compressed; UserError if that was asked for and cannot be."""
-    if recipe.compress_embeddings is False:
+    # As an input the embedding is a table, in which nothing is multiplied.
+    if recipe.compress_embeddings is False or recipe.target_speedup is not None:
         return None
     if recipe.compress_embeddings:
         if recipe.stacks:
@@ -177,11 +193,13 @@ def make_plan(
     allocation: str | StrategyChoice,
     store: DecompositionStore | None,
     scales: Mapping[str, float] = MappingProxyType({}),
+    budget: Budget | None = None,
+    prices: Prices | None = None,
 ) -> RankPlan:
-    """The plan of an allocator; ``profile`` gives the spectra to those that want them.
+    """The plan of an allocator; ``store`` gives the spectra to those that want them.
 
     ``scales`` says by the names of maps what their energies count for; one that is not named counts as they do on
-    average.
+    average. ``budget`` and ``prices`` stand in for parameters, see `AllocationRequest`.
     """
     allocator = make("allocators", allocation)
     spectra, channels = {}, {}
@@ -194,7 +212,7 @@ def make_plan(
                 spectra[name] = scaled_spectrum(found[map_.name], scales.get(name, typical))
             for own, curve in store.curves(block).items():
                 channels[block.path_of(own)] = curve.scaled(scales.get(block.path_of(own), typical))
-    request = AllocationRequest(prepared.maps, prepared.budget, prepared.format, spectra, channels)
+    request = AllocationRequest(prepared.maps, budget or prepared.budget, prepared.format, spectra, channels, prices)
     plan = allocator.allocate(request)
     _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
     return plan
@@ -216,8 +234,9 @@ def _check_plan(plan: RankPlan, request: AllocationRequest, allocation: str) -> 
     for name, count in plan.channels.items():
         if name not in request.channels or count not in request.channels[name].counts.tolist():
             raise LillamaError(f"allocator {allocation!r} keeps {count} of {name!r}, which is not offered")
-    kept = kept_parameters(request.maps, plan, request.format)
+    kept = request.kept(plan.ranks, plan.channels)
     if kept > request.budget.maps_kept:
         raise LillamaError(
-            f"allocator {allocation!r} keeps {kept:,} parameters of the maps, {request.budget.maps_kept:,} are allowed"
+            f"allocator {allocation!r} keeps {kept:,} {request.unit} of the maps, {request.budget.maps_kept:,} are"
+            " allowed"
         )

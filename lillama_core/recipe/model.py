@@ -61,6 +61,20 @@ class Recipe(Validated):
 
     name: str = option("default", "recipe", "name under which the recipe is recorded")
     reduction: float = option(0.2, "what to remove", "fraction of the parameters to remove, such as 0.2 or 20%")
+    target_speedup: float | None = option(
+        None,
+        "what to remove",
+        "how many times as fast this machine is to be with the result, such as 1.3: in place of --reduction ranks are"
+        " shared out by time that is measured",
+        gt=1.0,
+        le=100.0,
+    )
+    speedup_work: str | None = option(
+        None,
+        "what to remove",
+        "the work that --target-speedup is about: prompts or decoding of language models, the encoder or decoding of"
+        " speech models; default: the first",
+    )
     stacks: tuple[str, ...] = option(
         (), "what to remove", "stacks to compress, such as 'decoder'; empty: all of the model"
     )

@@ -15,7 +15,14 @@ from lillama_core.strategies import ChosenStrategies, Strategy, StrategyChoice, 
 TRAINING = ("mode", "train", "learning_rate", "schedule", "warmup", "weight_decay", "gradient_clip")
 """Fields that only distillation reads."""
 
-OFF = {"correction_tokens": 0, "rescaling_tokens": 0, "weight_decay": 0.0, "gradient_clip": 0.0, "warmup": 0.0}
+OFF = {
+    "compress_embeddings": False,
+    "correction_tokens": 0,
+    "rescaling_tokens": 0,
+    "weight_decay": 0.0,
+    "gradient_clip": 0.0,
+    "warmup": 0.0,
+}
 """Values by which a field says that something is not to be done: not a mistake where it cannot be done."""
 
 
@@ -60,6 +67,11 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies) -> dict[str, str]:
     if not (gradients or embedding or (recipe.steps > 0 and getattr(chosen.loss, "needs_sensitivity", False))):
         nor = f", nor does the loss {loss!r}" if recipe.steps > 0 else ""
         found["sensitivity_tokens"] = f"the initialiser {init!r} needs no gradients{nor}"
+    if recipe.target_speedup is None:
+        found["speedup_work"] = "it says what --target-speedup is about, which is not given"
+    else:
+        found["reduction"] = "--target-speedup says how much is removed"
+        found["compress_embeddings"] = "a smaller embedding makes nothing faster, and --target-speedup is given"
     if recipe.remove_channels:
         if not getattr(chosen.allocation, "removes_channels", False):
             found["remove_channels"] = f"the allocator {allocation!r} shares out ranks alone"

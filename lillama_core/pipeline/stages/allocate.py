@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -14,7 +12,7 @@ from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.distillation.finished_blocks import factored_layers, narrowed, put_layers
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
-from lillama_core.pipeline.spec import make_plan
+from lillama_core.pipeline.planning import Planner
 from lillama_core.pipeline.stage import Stage
 from lillama_core.pipeline.stages.statistics import ROWS_PER_BATCH
 from lillama_core.runtime.activations import ActivationStore
@@ -25,7 +23,6 @@ from lillama_core.statistics.loss_calibration import (
     StackErrors,
     predicted_errors,
 )
-from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
@@ -63,22 +60,24 @@ class AllocateStage(Stage):
     def run(self, context: Context) -> None:
         spec, recipe, record = context.spec, context.recipe, context.record
         store = context.get(Statistics).store
-        plan = self._plan(context, store)
+        planner = Planner(context, store)
         allocator = make("allocators", recipe.allocation)
         if allocator.needs_spectra and context.initializer.needs_gradients and recipe.rescaling_tokens:
             path = context.directory.store / "scales.json"
             if not context.world.from_main(path.is_file):
-                measured = self._measure_losses(context, plan)
+                measured = self._measure_losses(context, planner.first())
                 if context.world.is_main:
                     write_json(path, measured)
                 release_memory()
             # Read back: a resumed run has to come to the same ranks.
             record.scales = context.world.from_main(lambda: read_json(path))
-            plan = self._plan(context, store, record.scales)
+        plan = planner.final(record.scales)
         record.plan = {"format": plan.format, "ranks": dict(plan.ranks), "channels": dict(plan.channels)}
         record.plan["shapes"] = {
             b.path_of(name): list(shape) for b in spec.all_blocks for name, shape in plan.shapes_of(b).items()
         }
+        if planner.measured is not None:
+            record.plan["speed"] = planner.measured
         record.shapes = {m.name: [m.map.out_features, m.map.in_features] for m in spec.maps}
         bytes_per_parameter = context.get(DenseModel).dtype.itemsize
         record.parameters = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, bytes_per_parameter)
@@ -88,18 +87,6 @@ class AllocateStage(Stage):
             + f" {record.parameters['parameters_before']:,} -> {record.parameters['parameters_after']:,} parameters"
         )
         context.put(plan)
-
-    @staticmethod
-    def _plan(
-        context: Context, store: DecompositionStore, scales: Mapping[str, float] = MappingProxyType({})
-    ) -> RankPlan:
-        """The allocator's plan, of which the main process speaks for all: a last bit may decide a tie."""
-
-        def make() -> dict[str, Any]:
-            found = make_plan(context.spec, context.recipe.allocation, store, scales)
-            return {"format": found.format, "ranks": dict(found.ranks), "channels": dict(found.channels)}
-
-        return RankPlan(**context.world.from_main(make))
 
     def _measure_losses(self, context: Context, plan: RankPlan) -> dict[str, float]:
         """What the predicted loss of each map counts for, measured on some of the rows that are fitted to."""
