@@ -41,6 +41,7 @@ from lillama_core.models.loading import DTYPES, load_config, load_model
 from lillama_core.models.source import locate
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.pipeline.evaluate import EvaluationRequest, compare
+from lillama_core.pipeline.to_size import compress_to_size
 from lillama_core.recipe.model import Recipe
 from lillama_core.system.devices import choose_device
 
@@ -57,6 +58,7 @@ def compress(
     device: str | torch.device = "auto",
     stream: bool | None = None,
     max_memory: int | str | None = None,
+    target_size: int | str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
@@ -75,6 +77,9 @@ def compress(
     ``calibration`` names sources of data as the command line does. ``data`` takes objects: a list of texts, a
     `datasets.Dataset` with a column of texts or messages, or an iterable of batches of the model's inputs. Texts are
     read in their order until there are enough, and may be mixed with named sources; batches are used as they stand.
+
+    ``target_size``, such as "100MB", bounds the files of weights in place of ``reduction``: they are held in 8 and 4
+    bits, and ranks are lowered where that does not suffice.
 
     ``stream`` says whether the model's blocks are read from disk one at a time (True) or all held in memory (False);
     None: as it fits. ``max_memory`` bounds the host's memory, in bytes or as ``"3GB"``.
@@ -105,7 +110,11 @@ def compress(
                 resume=bool(resume),
                 data=given,
             )
-            record = pipeline.compress(request, "quiet" if quiet else "verbose" if verbose else "normal")
+            said: Any = "quiet" if quiet else "verbose" if verbose else "normal"
+            if target_size is None:
+                record = pipeline.compress(request, said)
+            else:
+                record = compress_to_size(request, parse_size(target_size, "target_size"), said)
     return CompressionResult(
         path, record, lambda: load(path, architecture=architecture, trust_remote_code=trust_remote_code)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
     group="output",
     help="check the model, the data and the output, and print what 'lillama plan' does; nothing is written",
 )
+@option(
+    "--target-size",
+    metavar="SIZE",
+    group="what to remove",
+    help="what the files of weights may take, such as 100MB, in place of --reduction: weights are held in 8 bits where"
+    " that suffices, else as many as need be in 4, and where that is too much ranks are lowered first",
+)
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @recipe_options
@@ -58,6 +66,7 @@ def run(options: dict[str, Any]) -> int:
     from lillama_core.estimates.sizes import parse_size
     from lillama_core.pipeline import Request
     from lillama_core.pipeline import compress as compress_model
+    from lillama_core.pipeline.to_size import compress_to_size
 
     request = Request(
         model=options["model"],
@@ -72,9 +81,11 @@ def run(options: dict[str, Any]) -> int:
         overwrite=options["overwrite"],
         resume=options["resume"],
     )
+    target = None if options["target_size"] is None else parse_size(options["target_size"], "--target-size")
     if options["dry_run"]:
-        return show(request)
-    record = compress_model(request, "quiet" if options["quiet"] else "verbose" if options["verbose"] else "normal")
+        return show(request, target)
+    verbosity: Any = "quiet" if options["quiet"] else "verbose" if options["verbose"] else "normal"
+    record = compress_model(request, verbosity) if target is None else compress_to_size(request, target, verbosity)
     if not record.bytes:
         # Of several processes only one writes the result, and says so.
         return 0
@@ -93,18 +104,27 @@ def run(options: dict[str, Any]) -> int:
             f"perplexity  {fidelity['perplexity_before']:.2f} -> {fidelity['perplexity_after']:.2f}"
             f"  (calibration rows that chose nothing, {fidelity['tokens']} tokens)"
         )
-    print(f"time        {record.seconds['total']:.0f} s, peak memory {record.peak_memory_bytes / 1e6:,.0f} MB")
-    print(f"report      {Path(options['output']) / 'report.html'}")
+    memory = f", peak memory {record.peak_memory_bytes / 1e6:,.0f} MB" if record.peak_memory_bytes else ""
+    print(f"time        {record.seconds['total']:.0f} s{memory}")
+    if (Path(options["output"]) / "report.html").is_file():
+        print(f"report      {Path(options['output']) / 'report.html'}")
     return 0
 
 
-def show(request: Request) -> int:
+def show(request: Request, target: int | None) -> int:
     """Check all of a request that can be checked without weights, and print its plan."""
     from lillama_core.models.gguf_header import parsed_once
     from lillama_core.pipeline.dry_run import dry_run, show_plan
     from lillama_core.pipeline.pipeline import check
+    from lillama_core.pipeline.to_size import way_to
 
     with parsed_once(request.model):
+        if target is not None:
+            way = way_to(request, target)
+            print(f"--target-size: weights in 8 and 4 bits, {way.reduction:.1%} of the parameters removed before")
+            if not way.reduction:
+                return 0
+            request = replace(request, recipe=way.recipe)
         check(request)
         found = dry_run(
             request.model,

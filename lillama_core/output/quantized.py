@@ -44,6 +44,8 @@ class QuantizedRecord:
     """How many matrices were rounded for what they read, see `lillama_core.quantization.feedback`."""
     calibration: dict[str, Any] | None = None
     """The data that they read then."""
+    parameters: int = 0
+    """Numbers that the model has, before as after."""
     target_size: int | None = None
     """Bytes that were asked for in place of bits."""
     versions: dict[str, str] = field(default_factory=versions)
@@ -61,7 +63,18 @@ def publish_dense(
 
     result = directory.result
     # The record has the form of a compression's where both say the same.
-    said = {**record.to_dict(), "quantization": record.to_dict(), "sha256": weight_hashes(result)}
+    said = {
+        **record.to_dict(),
+        "recipe": {},
+        "data": {},
+        "plan": {},
+        "dtype": str(getattr(config, "dtype", None)).removeprefix("torch."),
+        "parameters": {"parameters_before": record.parameters, "parameters_after": record.parameters, "reduction": 0.0},
+        "bytes": {"dense": record.bytes_before, "compressed": record.bytes_after},
+        "seconds": {"total": record.seconds},
+        "quantization": record.to_dict(),
+        "sha256": weight_hashes(result),
+    }
     write_json(result / "lillama.json", said)
     causal = architecture.auto_class == "AutoModelForCausalLM"
     data = ModelCardData(

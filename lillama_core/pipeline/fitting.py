@@ -19,18 +19,27 @@ HEADER_BYTES = 160
 
 def check_target(model: Any, weights: Mapping[str, bool], target: int) -> None:
     """Raise UserError where ``target`` bytes are more than the model takes, or less than 4 bits throughout."""
-    now = _fixed(model, ())
+    now = whole_bytes(model)
     if target >= now:
         raise UserError(
             f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} as they are"
         )
-    least = _fixed(model, weights) + sum(packing_of(matrix(model, path), 4).nbytes for path in weights)
+    least = least_bytes(model, weights)
     if target < least:
         raise UserError(
             f"a --target-size of {show_size(target)} cannot be met: in 4 bits throughout the weights take"
-            f" {show_size(least)}; make the model smaller first, by 'lillama compress' with --format factored and a"
-            f" --reduction of {1 - target / least:.2f} or a little more"
+            f" {show_size(least)}; 'lillama compress --target-size' takes ranks away as well"
         )
+
+
+def whole_bytes(model: Any) -> int:
+    """What the files take as the weights are; ``model`` may be on the meta device."""
+    return _fixed(model, ())
+
+
+def least_bytes(model: Any, weights: Iterable[str]) -> int:
+    """What the files take with all ``weights`` in 4 bits; ``model`` may be on the meta device."""
+    return _fixed(model, weights) + sum(packing_of(matrix(model, path), 4).nbytes for path in weights)
 
 
 def bits_within(
@@ -66,6 +75,7 @@ def bits_within(
 def _fixed(model: Any, weights: Iterable[str]) -> int:
     """Bytes of the files beside the ``weights``: other tensors, and what headers say."""
     state = model.state_dict(keep_vars=True)
-    stored = {tensor.data_ptr(): tensor.nbytes for tensor in state.values() if tensor.numel()}
+    # Tied tensors are one; on the meta device all are at the address 0.
+    stored = {tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in state.values() if tensor.numel()}
     header = 1024 + sum(len(name) + HEADER_BYTES for name in state)
     return sum(stored.values()) + header - sum(matrix(model, path).nbytes for path in weights)

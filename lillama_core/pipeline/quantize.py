@@ -23,7 +23,7 @@ from lillama_core.errors import UserError, in_one_line, nearest
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.healing.factors import balanced
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.models.loading import check_finite, load_config, load_model
+from lillama_core.models.loading import check_finite, count_parameters, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.card import public_name
@@ -111,8 +111,9 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
         model: Any = load_model(source, architecture, dtype)
         check_finite(model)
+        parameters = count_parameters(model)
         before = sum(t.numel() * t.element_size() for t in model.parameters())
-        sites = {**(targets or {}), **_separated(model)}
+        sites = {**(targets or {}), **separated(model)}
         if request.bits == 4 or request.target_size is not None:
             level_factors(model)
         weights = _weights(model, architecture, request)
@@ -165,6 +166,7 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             bits=request.bits,
             table_bits=request.table_bits,
             matrices={str(b): n for b, n in sorted(Counter(chosen.values()).items())},
+            parameters=parameters,
             bytes_before=before,
             bytes_after=sum(file.stat().st_size for file in result.glob("*.safetensors")),
             seconds=round(time.monotonic() - started, 3),
@@ -212,7 +214,7 @@ def level_factors(model: nn.Module) -> None:
         replace_module(model, path, Factored().from_factors(B, A, module.bias).requires_grad_(False))
 
 
-def _separated(model: nn.Module) -> dict[str, Any]:
+def separated(model: nn.Module) -> dict[str, Any]:
     """Take fused experts apart into a matrix for each map, and return the config's entries for them."""
     found = {}
     for path in [path for path, known in fused_experts(model).items() if known]:
@@ -227,13 +229,13 @@ def _weights(model: Any, architecture: Architecture, request: QuantizeRequest) -
     for name in request.exclude:
         if name not in known:
             raise UserError(f"--exclude {name}: the model has no such module{nearest(name, sorted(known))}")
-    weights = weights_of(model, [*request.exclude, *_left_alone(model, architecture)])
+    weights = weights_of(model, [*request.exclude, *left_alone(model, architecture)])
     if not weights:
         raise UserError(f"model {request.model!r} has no linear layer or table whose weights could be held in few bits")
     return weights
 
 
-def _left_alone(model: Any, architecture: Architecture) -> list[str]:
+def left_alone(model: Any, architecture: Architecture) -> list[str]:
     """Paths of what decides, whose choices are no numbers that may be a little off, and of what is never compressed."""
     patterns = (*architecture.pinned, *architecture.exclude)
     return [

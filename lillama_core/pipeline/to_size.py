@@ -1,0 +1,161 @@
+"""``lillama compress --target-size``: few bits as far as they go, and ranks for what is still too large.
+
+At equal bytes 8 bits cost less than 4, and 4 less than a low rank (docs/quantize.md): so all is held in 8 bits where
+that fits, else as much in 4 as need be; where even that is too large, ranks take away the rest before it is rounded.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lillama_core.architecture.targets.quantized import weights_of
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.estimates.sizes import show_size
+from lillama_core.models.gguf_header import parsed_once
+from lillama_core.models.loading import check_dtype
+from lillama_core.output.quantizer import LillamaConfig, target_entries
+from lillama_core.output.record import RunRecord, read_record
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.output.shards import compressed_meta_model
+from lillama_core.pipeline.fitting import least_bytes, whole_bytes
+from lillama_core.pipeline.pipeline import compress
+from lillama_core.pipeline.quantize import QuantizeRequest, left_alone, quantize, separated
+from lillama_core.pipeline.request import Request
+from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.quantization.options import DATA_FIELDS, TOKENS
+from lillama_core.quantization.packing import GROUP
+from lillama_core.recipe.model import Recipe
+from lillama_core.strategies import StrategyChoice, make
+from lillama_core.system.processes import world_of_environment
+from lillama_core.system.progress import Verbosity
+
+MARGIN = 0.005
+"""Part of the parameters that is taken away beyond what a plan of even ranks would need: other ranks fill groups of
+columns otherwise."""
+WIDE = 8 * GROUP
+"""Width from which on ranks are multiples of a group; in narrower models there would be few to choose among."""
+TRIES = 8
+"""Reductions that are tried on the shapes alone; each is nearer by what the last one was too large."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a size is reached."""
+
+    reduction: float
+    """Part of the parameters that ranks take away before anything is rounded; 0: none."""
+    recipe: Recipe
+    """That of the compression, where there is one."""
+
+
+def way_to(request: Request, target: int) -> Way:
+    """How a model gets into ``target`` bytes, from its config alone.
+
+    Raises UserError for a size that it has already, one out of reach, and options that leave no choice.
+    """
+    recipe = request.recipe
+    for layer in recipe.layers:
+        for name in ("reduction", "target_speedup", "format"):
+            if name in layer.spelled:
+                raise UserError(f"{layer.spelled[name]} does nothing: --target-size says how much is removed, and how")
+    if world_of_environment().size > 1:
+        raise UserError("--target-size works in one process: start it without torchrun")
+    spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
+    from_gguf = spec.source.gguf_file is not None
+    dtype = check_dtype(recipe.dtype, getattr(spec.config, "dtype", None) or torch.float32, from_gguf)
+    model: Any = spec.meta.to(dtype)
+    separated(model)
+    weights = weights_of(model, left_alone(model, spec.architecture))
+    if target >= (now := whole_bytes(model)):
+        raise UserError(
+            f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} as they are"
+        )
+    least = least_bytes(model, weights)
+    if target >= least:
+        return Way(0.0, recipe)
+    reduction = 1 - target / least
+    for _ in range(TRIES):
+        chosen = _within(request, reduction + MARGIN, target)
+        if (taken := _in_four_bits(request, chosen, dtype)) <= target:
+            break
+        # Just below 1: what cannot be met is told by what the maps can give.
+        reduction = min(reduction + (taken - target) / least, 0.99)
+    return Way(reduction + MARGIN, chosen)
+
+
+def _within(request: Request, reduction: float, target: int) -> Recipe:
+    """The recipe of the compression before all is rounded; raises UserError for a reduction that is out of reach."""
+    recipe = request.recipe
+    options: dict[str, Any] = {"reduction": reduction, "format": "factored"}
+    try:
+        chosen = recipe.with_options(options, "--target-size")
+        spec = prepare(request.model, chosen, request.architecture, request.trust_remote_code)
+        allocator, width = make("allocators", recipe.allocation), max(m.map.full_rank for m in spec.maps)
+        if hasattr(allocator.options, "rank_multiple") and width >= WIDE:
+            # Columns that do not fill a group of codes cost as much as if they did.
+            multiple = math.lcm(GROUP, allocator.rank_multiple)
+            chosen = chosen.with_options({"rank_multiple": multiple}, "--target-size")
+    except UserError as error:
+        raise UserError(f"a --target-size of {show_size(target)} cannot be met: {error}") from None
+    return chosen
+
+
+def _in_four_bits(request: Request, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Bytes of the result with even ranks and all weights in 4 bits, by its shapes."""
+    spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
+    multiple = make("allocators", recipe.allocation).rank_multiple
+    plan = make_plan(spec, StrategyChoice(name="uniform", options={"rank_multiple": multiple}), None)
+    config = copy.deepcopy(spec.config)
+    config.dtype = dtype
+    sites = LillamaConfig(target_entries(spec.all_blocks, plan))
+    model = compressed_meta_model(spec.architecture, config, sites, request.trust_remote_code)
+    separated(model)
+    return least_bytes(model, weights_of(model, left_alone(model, spec.architecture)))
+
+
+def compress_to_size(request: Request, target: int, verbosity: Verbosity = "normal") -> RunRecord:
+    """Make a model that takes at most ``target`` bytes on disk; the output directory appears only when all is done.
+
+    Where ranks are lowered first, that model stands in ``OUTPUT.low-rank`` until the rounded one is there; ``resume``
+    goes on from it. Raises as `compress` and `quantize` do.
+    """
+    with parsed_once(request.model):
+        way = way_to(request, target)
+        RunDirectory(request.output).check(request.overwrite, False)
+        rounding = QuantizeRequest(
+            model=request.model,
+            output=request.output,
+            target_size=target,
+            architecture=request.architecture,
+            tokenizer=request.tokenizer,
+            trust_remote_code=request.trust_remote_code,
+            overwrite=request.overwrite,
+            calibration=_calibration(request.recipe),
+            data=request.data,
+            device=request.device,
+        )
+        if not way.reduction:
+            quantize(rounding, verbosity)
+            return read_record(request.output)
+        low_rank = request.output.with_name(f"{request.output.name}.low-rank")
+        if not (request.resume and (low_rank / "lillama.json").is_file()):
+            compress(replace(request, output=low_rank, recipe=way.recipe), verbosity)
+    try:
+        quantize(replace(rounding, model=str(low_rank), tokenizer=None), verbosity)
+    except LillamaError as error:
+        raise type(error)(f"{error}; the model before it was rounded is in {str(low_rank)!r}") from None
+    shutil.rmtree(low_rank)
+    return read_record(request.output)
+
+
+def _calibration(recipe: Recipe) -> Recipe:
+    """Of the data of a compression as much as rounding looks at."""
+    data = {name: getattr(recipe, name) for name in DATA_FIELDS}
+    data |= {"tokens": min(recipe.tokens, TOKENS), "calibration": list(recipe.calibration) or ["self"]}
+    return Recipe().with_options(data, "--target-size")

@@ -1,0 +1,124 @@
+"""A size in place of a reduction: bits as far as they go, ranks for the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended
+from transformers import AutoModelForCausalLM
+
+import lillama_core
+from lillama_core.errors import UserError
+from lillama_core.pipeline.request import Request
+from lillama_core.pipeline.to_size import Way, way_to
+from lillama_core.recipe.model import Recipe
+
+Cli = Callable[..., Ended]
+
+FEW: dict[str, Any] = {
+    "recipe": "fast", "tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128,
+    "self_share": 0.0, "quiet": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    return make_model(folder, hidden_size=96, intermediate_size=160, dtype=torch.float16)
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def way(model: Path, target: int) -> Way:
+    return way_to(Request(str(model), model / "never", Recipe()), target)
+
+
+def test_ranks_are_lowered_only_below_what_four_bits_take(dense: Path, tmp_path: Path) -> None:
+    lillama_core.quantize(dense, tmp_path / "least", bits=4, embedding_bits=4, quiet=True)
+    least = bytes_of(tmp_path / "least")
+    # Headers are counted from above.
+    assert way(dense, least + 8000).reduction == 0
+    # A quarter less, and what headers and groups that are not full take besides.
+    assert 0.25 < way(dense, int(0.75 * least)).reduction < 0.7
+    assert way(dense, bytes_of(dense) - 1).reduction == 0
+    with pytest.raises(UserError, match="is nothing to do: the weights take"):
+        way(dense, 2 * bytes_of(dense))
+    with pytest.raises(UserError, match=r"cannot be met: a reduction of .* is more than the linear maps .* can give"):
+        way(dense, 12_000)
+
+
+@pytest.mark.parametrize("part", [0.75, 0.9, 1.3])
+def test_what_comes_out_fits(part: float, dense: Path, calibration_text: Path, tmp_path: Path) -> None:
+    lillama_core.quantize(dense, tmp_path / "least", bits=4, embedding_bits=4, quiet=True)
+    target = int(part * bytes_of(tmp_path / "least"))
+    found = lillama_core.compress(dense, tmp_path / "small", calibration=calibration_text, target_size=target, **FEW)
+    assert bytes_of(tmp_path / "small") <= target
+    assert bytes_of(tmp_path / "small") > 0.85 * target
+    record = json.loads((tmp_path / "small" / "lillama.json").read_text())
+    assert record["quantization"]["target_size"] == target
+    assert record["quantization"]["with_feedback"] > 0
+    assert bool(record["plan"].get("ranks")) == (part < 1)
+    assert "parameters" in repr(found)
+    assert found._repr_html_()
+    ids = torch.tensor([[5, 6, 7]])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(model(ids).logits, found.model(ids).logits)
+    assert not list(tmp_path.glob("small.*"))
+
+
+def test_a_failing_second_step_leaves_the_first_one(
+    dense: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lillama_core.pipeline import to_size
+
+    def full(*_: Any) -> None:
+        raise lillama_core.LillamaError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(to_size, "quantize", full)
+        with pytest.raises(lillama_core.LillamaError, match=r"is full; the model before .* '.*low-rank'"):
+            lillama_core.compress(dense, tmp_path / "small", calibration=calibration_text, target_size="60KB", **FEW)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small.low-rank")
+    written = (tmp_path / "small.low-rank" / "lillama.json").stat().st_mtime_ns
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(to_size, "compress", never)
+    assert written
+    lillama_core.compress(
+        dense, tmp_path / "small", calibration=calibration_text, target_size="60KB", resume=True, **FEW
+    )
+    assert bytes_of(tmp_path / "small") <= 60_000
+    assert not list(tmp_path.glob("small.*"))
+
+
+def test_ranks_of_a_wide_model_fill_groups(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    wide = make_model(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.float16)
+    found = way(wide, 230_000)
+    assert found.recipe.allocation.options["rank_multiple"] == 32
+    narrow = Request(str(wide), tmp_path / "never", Recipe(allocation={"name": "spectrum", "rank_multiple": 24}))
+    assert way_to(narrow, 230_000).recipe.allocation.options["rank_multiple"] == 96
+
+
+@pytest.mark.parametrize("option", [("--reduction", "0.3"), ("--format", "pivoted"), ("--target-speedup", "1.2")])
+def test_options_that_leave_no_choice(option: tuple[str, str], dense: Path, tmp_path: Path, run_cli: Cli) -> None:
+    ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "60KB", *option)
+    assert ended.error.startswith(f"{option[0]} does nothing: --target-size says")
+
+
+def test_a_dry_run_says_how(dense: Path, calibration_text: Path, tmp_path: Path, run_cli: Cli) -> None:
+    options = ("--calibration", calibration_text, "--self-share", "0", "--tokens", "1024", "--sequence-length", "32")
+    ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "60KB", "--dry-run", *options)
+    assert ended.status == 0, ended
+    assert ended.stdout.startswith("--target-size: weights in 8 and 4 bits, ")
+    assert "factored" in ended.stdout
+    ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "cheap", *options)
+    assert "--target-size" in ended.error
