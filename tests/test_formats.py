@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lillama_core import UserError
-from lillama_core.formats import Factored, Format
+from lillama_core.formats import Factored, Format, Pivoted
 from lillama_core.formats.pivoted import LARGEST_ENTRY, interpolate
 from lillama_core.formats.trial import check_format
 from lillama_core.strategies import make
@@ -211,3 +212,30 @@ def test_a_format_is_tried_before_the_model_is_read(
     monkeypatch.setattr("lillama_registry.registry", lambda: added)
     said = run_cli("plan", tiny_model, "--format", "doubling").error
     assert said == "format 'doubling' cannot be used: for a map [16, 32] it computes something else than B A x + bias"
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_an_order_that_is_kept_follows_what_is_loaded(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    out, in_ = shape
+    first, second = (Pivoted().from_factors(torch.randn(out, 3), torch.randn(3, in_), None) for _ in range(2))
+    x = torch.randn(4, in_)
+
+    def expected(layer: torch.nn.Module) -> torch.Tensor:
+        B, A = Pivoted().to_factors(layer)
+        return x @ A.T @ B.T
+
+    torch.testing.assert_close(first(x), expected(first))
+    first.load_state_dict(second.state_dict())
+    torch.testing.assert_close(first(x), expected(second))
+    torch.testing.assert_close(copy.deepcopy(first)(x), expected(second))
+    # Whoever writes into the order itself is heard, too, and so is another tensor in its place.
+    first.permutation.copy_(first.permutation.flip(0))
+    torch.testing.assert_close(first(x), expected(first))
+    first.permutation = first.permutation.roll(1)
+    torch.testing.assert_close(first(x), expected(first))
+    with torch.inference_mode():
+        torch.testing.assert_close(first(x), expected(first))
+    assert first.state_dict()["permutation"].dtype == torch.int16
+    torch.testing.assert_close(torch.compile(first, backend="eager")(x), expected(first))
+    torch.testing.assert_close(torch.export.export(first, (x,)).module()(x), expected(first))

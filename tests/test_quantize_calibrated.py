@@ -283,7 +283,10 @@ def test_tables_are_the_last_to_go(make_model: Callable[..., Path], tmp_path: Pa
     assert found.bytes_after <= least + 8000
     said = json.loads((tmp_path / "fits" / "config.json").read_text())["quantization_config"]["quantization"]["bits"]
     assert "model.embed_tokens" in said["4"]
-    for size, message in ((least // 2, "cannot be met: in 4 bits throughout .* takes ranks away"), (10**9, "as they are")):
+    for size, message in (
+        (least // 2, "cannot be met: in 4 bits throughout .* takes ranks away"),
+        (10**9, "as they are"),
+    ):
         with pytest.raises(UserError, match=message):
             lillama_core.quantize(folder, tmp_path / "never", target_size=size, quiet=True)
     assert not list(tmp_path.glob("never*"))

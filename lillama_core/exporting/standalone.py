@@ -166,6 +166,7 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
         yield _source(factored.FactoredLinear)
     if "pivoted" in formats or kinds & EMBEDDINGS:
         yield _source(pivoted.index_dtype)
+        yield _source(pivoted.index_of)
         yield _source(pivoted.InputPivotedLinear)
     if "pivoted" in formats:
         yield _source(pivoted.OutputPivotedLinear)

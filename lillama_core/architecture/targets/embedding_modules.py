@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.formats.factored import FactoredLinear
-from lillama_core.formats.pivoted import InputPivotedLinear
+from lillama_core.formats.pivoted import InputPivotedLinear, index_of
 from lillama_core.quantization.modules import dtype_of, look_up, product
 from lillama_core.quantization.packing import Packing
 
@@ -52,7 +52,7 @@ class PivotedProjection(nn.Module):
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> A x [..., r]."""
-        x = x.index_select(-1, self.permutation.int())
+        x = x.index_select(-1, index_of(self))
         z: torch.Tensor = x[..., : self.rank] + self.mix(x[..., self.rank :])
         return z
 
