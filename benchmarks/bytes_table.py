@@ -1,10 +1,12 @@
 """Measures what bytes buy: SmolLM2 dense, in 8 and 4 bits, in low rank, and both, by sizes of files and perplexity.
 
+Of sizes, 'lillama compress --target-size' chooses itself what to do.
+
     python benchmarks/bytes_table.py --model .venv/smollm2.gguf --work DIR [--reduction 0.2] [--only "low rank, int4"]
 
 Every row is a directory under DIR and an entry of DIR/table.json, made once: a table that was interrupted goes on where
 it was. Sizes are sums of the safetensors files (1 MB = 10^6 bytes); perplexities those of `figures.text_perplexities`,
-in fp32. Half an hour to an hour on two cores.
+in fp32. About an hour on two cores.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CALIBRATION = str(HERE / "data" / "wikitext2-valid.txt")
+CALIBRATED = ["--calibration", CALIBRATION]
 ROWS: dict[str, tuple[str, list[str]]] = {
     "dense": ("dense", []),
     "int8": ("dense", ["--bits", "8"]),
     "int4, plain": ("dense", ["--bits", "4"]),
-    "int4": ("dense", ["--bits", "4", "--calibration", CALIBRATION]),
+    "int4": ("dense", ["--bits", "4", *CALIBRATED]),
+    "int4 throughout": ("dense", ["--bits", "4", "--embedding-bits", "4", *CALIBRATED]),
     "low rank": ("low rank", []),
     "low rank, int8": ("low rank", ["--bits", "8"]),
-    "low rank, int4, plain": ("low rank", ["--bits", "4"]),
-    "low rank, int4": ("low rank", ["--bits", "4", "--calibration", CALIBRATION]),
+    "low rank, int4": ("low rank", ["--bits", "4", *CALIBRATED]),
+    **{f"{size}MB": ("size", ["--target-size", f"{size}MB"]) for size in (100, 80, 70, 60)},
 }
-"""Name of a row -> what it is made of, and options of 'lillama quantize'; none: as it is."""
+"""Name of a row -> what it is made of, and options of 'lillama quantize', or of 'compress' for a size; none: as it is."""
 
 
 def run(*arguments: str) -> None:
@@ -51,6 +55,11 @@ def directory(row: str, model: str, work: Path, reduction: float, extra: list[st
         if not folder.exists():
             compress(model, folder, reduction, extra)
         base = str(folder)
+    if origin == "size":
+        folder = work / row
+        if not folder.exists():
+            run("compress", model, "-o", str(folder), "--recipe", "fast", *CALIBRATED, *rounding, *extra)
+        return str(folder)
     if not rounding:
         return base
     folder = work / f"{row.replace(', ', '-').replace(' ', '-')}{f'-{reduction}' if origin != 'dense' else ''}"
@@ -81,7 +90,7 @@ def main() -> None:
     table: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     extra = [word for pair in options.compress for word in (f"--{pair.split('=')[0]}", pair.split("=")[1])]
     for row in options.only:
-        key = row if ROWS[row][0] == "dense" else f"{row}, {options.reduction:g} removed"
+        key = row if ROWS[row][0] != "low rank" else f"{row}, {options.reduction:g} removed"
         if key in table:
             continue
         spec = directory(row, options.model, options.work, options.reduction, extra)
