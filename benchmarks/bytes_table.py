@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "low rank, int4": ("low rank", ["--bits", "4", *CALIBRATED]),
     **{f"{size}MB": ("size", ["--target-size", f"{size}MB"]) for size in (100, 80, 70, 60)},
 }
-"""Name of a row -> what it is made of, and options of 'lillama quantize', or of 'compress' for a size; none: as it is."""
+"""Name of a row -> what it is made of, and options of 'quantize', or for a size of 'compress'; none: as it is."""
 
 
 def run(*arguments: str) -> None:
