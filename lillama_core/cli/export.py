@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lillama_core.cli.options import LillamaCommand, debug_option, exclusive, option
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
 from lillama_core.strategies import names
 
@@ -28,6 +29,7 @@ from lillama_core.strategies import names
     group="output",
     help="dtype of the weights (default: that of MODEL, or what suits the format)",
 )
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @option("--architecture", metavar="NAME", group="model", help="use this architecture instead of the one found")
@@ -37,7 +39,7 @@ from lillama_core.strategies import names
 def export(context: click.Context, **options: Any) -> int:
     """Parse the options and run."""
     exclusive(context, "quiet", "verbose")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 

@@ -19,6 +19,7 @@ from lillama_core.cli.options import (
     sources_of,
     tokenizer_option,
 )
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
 from lillama_core.healing.options import DATA_FIELDS, EPOCHS, TOKENS, HealingOptions
 from lillama_core.recipe.model import dashed
@@ -38,6 +39,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR, and forget an unfinished run")
 @option("--resume", is_flag=True, group="output", help="go on from the last evaluation")
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @option(
@@ -63,7 +65,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
 def finetune(context: click.Context, **options: Any) -> int:
     """Parse the options and run."""
     exclusive(context, "quiet", "verbose")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 
