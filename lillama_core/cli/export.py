@@ -10,6 +10,7 @@ import click
 from lillama_core.cli.options import LillamaCommand, debug_option, exclusive, option
 from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.cli.values import offered
 from lillama_core.strategies import names
 
 
@@ -18,7 +19,7 @@ from lillama_core.strategies import names
     help="Write a compressed model as something that runs without lillama. MODEL is a directory that 'lillama compress'"
     " has made. A fresh process without lillama compares the result with it before DIR appears.",
 )
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=offered)
 @option("--to", required=True, metavar="FORMAT", group="output", help=f"one of {', '.join(names('exporters'))}")
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR")

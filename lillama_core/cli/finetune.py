@@ -21,6 +21,7 @@ from lillama_core.cli.options import (
 )
 from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.cli.values import offered
 from lillama_core.healing.options import DATA_FIELDS, EPOCHS, TOKENS, HealingOptions
 from lillama_core.recipe.model import dashed
 from lillama_core.strategies.options import StrategyChoice, validated_options
@@ -31,7 +32,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
     help="Train a compressed model as a whole, by what the dense model says. MODEL is a directory that"
     " 'lillama compress' has made; the trained one is written beside it.",
 )
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=offered)
 @option("--teacher", metavar="DENSE", group="model", help="the dense model: a hub id, a directory or a .gguf file")
 @option("--architecture", metavar="NAME", group="model", help="use this architecture instead of the one found")
 @option("--trust-remote-code", is_flag=True, group="model", help="run code that the model brings (off by default)")

@@ -73,6 +73,9 @@ class RunRecord:
             "system": platform.system(),
             "processor": platform.machine(),
             "cores": psutil.cpu_count(logical=True),
+            # By these the order of sums differs, and with it how they are rounded.
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
         }
     )
     device: str = "cpu"

@@ -39,6 +39,10 @@ ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "hea
 """The stages of lillama by the names under which they are registered, in their order."""
 
 
+ADVICE = "what was finished is kept, and --resume goes on from there"
+"""How the message ends of what fails once the work has begun."""
+
+
 class CompressionPipeline:
     """Stages in the order in which they run."""
 
@@ -159,11 +163,10 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> tuple[Run
         limit_kernel_caches()
     checked = check(request, world)
     request, directory, device, spec = checked.request, checked.directory, checked.device, checked.spec
-    advice = "what was finished is kept, and --resume goes on from there"
     with contextlib.ExitStack() as held:
         if world.is_main:
             held.enter_context(directory.locked())
-        held.enter_context(in_one_line(advice))
+        held.enter_context(in_one_line(ADVICE))
         progress = held.enter_context(Progress(verbosity if world.is_main else "quiet"))
         for failure in registry().failures:
             progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
