@@ -213,6 +213,12 @@ def test_private_without_push_does_nothing(run_cli: Cli, tmp_path: Path) -> None
     assert "--private does nothing without --push" in ended.error
 
 
+def test_an_evaluation_is_of_what_is_published(run_cli: Cli, tiny_model: Path) -> None:
+    """Not of a model that is rounded afterwards."""
+    ended = run_cli("compress", tiny_model, "-o", tiny_model.parent / "o", "--target-size", "50kB", "--evaluate")
+    assert "--evaluate does not go with --target-size: run 'lillama evaluate'" in ended.error
+
+
 def test_an_evaluation_needs_the_model_in_memory(run_cli: Cli, tiny_model: Path, calibration_text: Path) -> None:
     output = tiny_model.parent / "o"
     ended = run_cli(

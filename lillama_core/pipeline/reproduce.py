@@ -94,6 +94,8 @@ def reproduce(request: ReproduceRequest, verbosity: Verbosity = "normal") -> Rep
             # Of several processes only one writes the result, and compares it.
             return Reproduction(0, [], [])
         conditions = moved + different_conditions(record, new)
+        if record.recipe.get("target_speedup") is not None:
+            conditions.append("speed: ranks follow times, which were measured anew")
         plans, files = different_plans(record, new), different_files(request.folder, output, record)
         tensors = different_tensors(request.folder, output) if files else []
         return Reproduction(len(compared_files(request.folder, output, record)), conditions, [*plans, *files, *tensors])
