@@ -12,7 +12,7 @@ import jinja2
 
 import lillama_core.output
 from lillama_benchmarks.results import DENSE, Result, by_model
-from lillama_core.output.card import count, duration, number, size
+from lillama_core.output.numbers import count, duration, number, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -107,8 +107,10 @@ def lillama_commands() -> dict[str, LazyCommand]:
         "quantize": LazyCommand(f"{CORE}.cli.quantize:quantize", "hold a model's weights in 8 or 4 bits"),
         "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
         "verify": LazyCommand(f"{CORE}.cli.verify:verify", "check a compressed directory without running it"),
+        "reproduce": LazyCommand(f"{CORE}.cli.reproduce:reproduce", "repeat a run from its record, compare the files"),
         "doctor": LazyCommand(f"{CORE}.cli.doctor:doctor", "what is installed, what works here, what to install"),
         "bench": LazyCommand(f"{CORE}.cli.bench:bench", "compare a compressed model's speed with the dense one's"),
         "plugins": LazyCommand(f"{CORE}.cli.plugins:plugins", "list plugins, what each provides and where it is from"),
         "strategies": LazyCommand(f"{CORE}.cli.strategies:strategies", "list what can be chosen, with its options"),
+        "completion": LazyCommand(f"{CORE}.cli.completion:completion", "print the script of a shell's completion"),
     }

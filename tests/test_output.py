@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lillama_core import Architecture, Recipe, load_recipe
 from lillama_core.allocation.plan import Budget
 from lillama_core.models.source import ModelSource
-from lillama_core.output import card
+from lillama_core.output import card, numbers
 from lillama_core.output.card import write_card
+from lillama_core.output.front_matter import hub_id
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import stacks, write_report
 from lillama_core.pipeline import Request, compress
@@ -204,6 +205,69 @@ def test_card_front_matter_of_a_hub_model(result: Path, hub: CompressionSpec) ->
     assert data.license is None
 
 
+def test_card_lists_results_as_the_hub_reads_them(result: Path, hub: CompressionSpec) -> None:
+    values = {"perplexity": 30.5, "accuracy/quiz": 42.0, "accuracy/mean": 42.0, "speed/prompt": 9.0}
+    units = {"accuracy/quiz": "%", "accuracy/mean": "%"}
+    measured = [
+        {"name": name, "value": value, "unit": units.get(name, ""), "better": "lower", "meaning": "A number."}
+        for name, value in values.items()
+    ]
+    record = make_record(model="maker/tiny", evaluation={"dense": measured[:3], "compressed": measured})
+    write_card(result, record, hub)
+    loaded = ModelCard.load(result / "README.md")
+    found = {(r.dataset_type, r.metric_type): r.metric_value for r in loaded.data.eval_results}
+    assert found == {
+        ("calibration", "perplexity"): 22.34,
+        ("calibration", "kl-divergence"): 0.0812,
+        ("calibration", "agreement"): 0.871,
+        ("lillama", "perplexity"): 30.5,
+        ("quiz", "accuracy"): 42.0,
+    }
+    assert {r.task_type for r in loaded.data.eval_results} == {"text-generation"}
+    assert loaded.data.model_name == "maker/tiny, 20.0 % smaller"
+    assert "| `accuracy/quiz` | 42.00 | 42.00 | +0.0% | % | A number. |" in loaded.text
+    assert "| `speed/prompt` | — | 9.00 |" in loaded.text
+    # What was measured before weights were rounded is not what this model does.
+    bits = {
+        "matrices": {"4": 7}, "with_feedback": 0, "calibration": None, "group": 32, "bytes_before": 9, "bytes_after": 4
+    }  # fmt: skip
+    record.quantization = bits
+    write_card(result, record, hub)
+    loaded = ModelCard.load(result / "README.md")
+    assert loaded.data.eval_results is None
+    assert "Measured before the weights were rounded." in loaded.text
+
+
+def test_card_leaves_out_what_is_no_finite_number(result: Path, hub: CompressionSpec) -> None:
+    record = make_record(model="maker/tiny")
+    assert record.fidelity is not None
+    record.fidelity |= {"perplexity_after": float("inf"), "divergence": float("nan")}
+    write_card(result, record, hub)
+    found = ModelCard.load(result / "README.md").data.eval_results
+    assert [r.metric_type for r in found] == ["agreement"]
+
+
+def test_card_says_what_the_record_says_of_the_origin(result: Path, local: CompressionSpec) -> None:
+    """A trained or quantised result is described by name; what the name alone would say may be somebody else's."""
+    named = replace(local, source=ModelSource("tiny", "tiny"))
+    write_card(result, make_record(model="tiny"), named)
+    data = ModelCard.load(result / "README.md").data
+    assert (data.base_model, data.license) == (None, None)
+    said = {"base_model": "maker/tiny", "license": {"license": "other", "license_name": "own", "tags": ["x"]}}
+    write_card(result, make_record(model="tiny", **said), named)
+    data = ModelCard.load(result / "README.md").data
+    assert (data.base_model, data.license, data.license_name) == ("maker/tiny", "other", "own")
+    assert data.tags == ["lillama", "low-rank"]
+
+
+def test_a_model_in_the_cache_of_the_hub_has_a_name_there(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--maker--tiny" / "snapshots" / ("ab" * 20)
+    snapshot.mkdir(parents=True)
+    assert hub_id(ModelSource(str(snapshot), str(snapshot))) == "maker/tiny"
+    assert hub_id(ModelSource(str(tmp_path), str(tmp_path))) is None
+    assert hub_id(ModelSource("maker/tiny", "maker/tiny")) == "maker/tiny"
+
+
 def test_card_of_a_local_model_has_no_base_model(result: Path, local: CompressionSpec) -> None:
     write_card(result, make_record(model=local.source.spec), local)
     assert ModelCard.load(result / "README.md").data.base_model is None
@@ -326,17 +390,17 @@ def test_recipe_file_is_the_recipe(result: Path, local: CompressionSpec) -> None
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (card.size(999_949), "999.9 kB"),
-        (card.size(999_960), "1.0 MB"),
-        (card.size(0), "0 B"),
-        (card.count(134_515_008), "134.5 M"),
-        (card.count(7_000_000_000_000), "7.0 T"),
-        (card.duration(0.04), "0.0 s"),
-        (card.duration(59.7), "1 min 00 s"),
-        (card.duration(3599.9), "1 h 00 min"),
-        (card.number(48_738.1), "48,738"),
-        (card.number(1e300), "1e+300"),
-        (card.number(20.12), "20.1"),
+        (numbers.size(999_949), "999.9 kB"),
+        (numbers.size(999_960), "1.0 MB"),
+        (numbers.size(0), "0 B"),
+        (numbers.count(134_515_008), "134.5 M"),
+        (numbers.count(7_000_000_000_000), "7.0 T"),
+        (numbers.duration(0.04), "0.0 s"),
+        (numbers.duration(59.7), "1 min 00 s"),
+        (numbers.duration(3599.9), "1 h 00 min"),
+        (numbers.number(48_738.1), "48,738"),
+        (numbers.number(1e300), "1e+300"),
+        (numbers.number(20.12), "20.1"),
     ],
 )
 def test_numbers_for_people(written: str, expected: str) -> None:

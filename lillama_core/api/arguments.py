@@ -71,7 +71,7 @@ def python_terms() -> Iterator[None]:
 
 
 _SWITCHES = {
-    *("overwrite", "resume", "trust_remote_code", "use_all_tokens", "share_experts", "compress_embeddings"),
+    *("evaluate", "overwrite", "resume", "trust_remote_code", "use_all_tokens", "share_experts", "compress_embeddings"),
     "remove_channels",
     *("quiet", "verbose", "stream", "no_stream"),
 }

@@ -60,6 +60,7 @@ def compress(
     max_memory: int | str | None = None,
     target_size: int | str | None = None,
     trust_remote_code: bool = False,
+    evaluate: bool = False,
     overwrite: bool = False,
     resume: bool = False,
     quiet: bool = False,
@@ -82,7 +83,8 @@ def compress(
     bits, and ranks are lowered where that does not suffice.
 
     ``stream`` says whether the model's blocks are read from disk one at a time (True) or all held in memory (False);
-    None: as it fits. ``max_memory`` bounds the host's memory, in bytes or as ``"3GB"``.
+    None: as it fits. ``max_memory`` bounds the host's memory, in bytes or as ``"3GB"``. ``evaluate`` measures both
+    models at the end, for the record and the card.
 
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for what
     fails later, leaving ``OUTPUT.partial``, from which ``resume=True`` goes on.
@@ -106,6 +108,7 @@ def compress(
                 stream=None if stream is None else bool(stream),
                 max_memory=None if max_memory is None else parse_size(max_memory),
                 trust_remote_code=bool(trust_remote_code),
+                evaluate=bool(evaluate),
                 overwrite=bool(overwrite),
                 resume=bool(resume),
                 data=given,

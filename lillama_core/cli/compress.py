@@ -21,6 +21,7 @@ from lillama_core.cli.options import (
     residency_options,
     tokenizer_option,
 )
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     help="what the files of weights may take, such as 100MB, in place of --reduction: weights are held in 8 bits where"
     " that suffices, else as many as need be in 4, and where that is too much ranks are lowered first",
 )
+@option("--evaluate", is_flag=True, group="output", help="measure both models at the end, for the record and the card")
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @recipe_options
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
 def compress(context: click.Context, **options: Any) -> int:
     """Parse the options and run."""
     exclusive(context, "quiet", "verbose")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 
@@ -78,6 +81,7 @@ def run(options: dict[str, Any]) -> int:
         stream=options["stream"],
         max_memory=None if options["max_memory"] is None else parse_size(options["max_memory"]),
         trust_remote_code=options["trust_remote_code"],
+        evaluate=options["evaluate"],
         overwrite=options["overwrite"],
         resume=options["resume"],
     )
@@ -108,6 +112,11 @@ def run(options: dict[str, Any]) -> int:
     print(f"time        {record.seconds['total']:.0f} s{memory}")
     if (Path(options["output"]) / "report.html").is_file():
         print(f"report      {Path(options['output']) / 'report.html'}")
+    if record.evaluation is not None:
+        from lillama_core.evaluation.comparison import show_comparison
+        from lillama_core.output.evaluation_rows import evaluated_of
+
+        print(f"\n{show_comparison(evaluated_of(record.evaluation))}")
     return 0
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from lillama_core.cli.options import LillamaCommand, debug_option, exclusive, option
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.cli.values import offered
 from lillama_core.strategies import names
 
 
@@ -17,7 +19,7 @@ from lillama_core.strategies import names
     help="Write a compressed model as something that runs without lillama. MODEL is a directory that 'lillama compress'"
     " has made. A fresh process without lillama compares the result with it before DIR appears.",
 )
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=offered)
 @option("--to", required=True, metavar="FORMAT", group="output", help=f"one of {', '.join(names('exporters'))}")
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR")
@@ -28,6 +30,7 @@ from lillama_core.strategies import names
     group="output",
     help="dtype of the weights (default: that of MODEL, or what suits the format)",
 )
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @option("--architecture", metavar="NAME", group="model", help="use this architecture instead of the one found")
@@ -37,7 +40,7 @@ from lillama_core.strategies import names
 def export(context: click.Context, **options: Any) -> int:
     """Parse the options and run."""
     exclusive(context, "quiet", "verbose")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 

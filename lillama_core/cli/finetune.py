@@ -19,7 +19,9 @@ from lillama_core.cli.options import (
     sources_of,
     tokenizer_option,
 )
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.cli.values import offered
 from lillama_core.healing.options import DATA_FIELDS, EPOCHS, TOKENS, HealingOptions
 from lillama_core.recipe.model import dashed
 from lillama_core.strategies.options import StrategyChoice, validated_options
@@ -30,7 +32,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
     help="Train a compressed model as a whole, by what the dense model says. MODEL is a directory that"
     " 'lillama compress' has made; the trained one is written beside it.",
 )
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=offered)
 @option("--teacher", metavar="DENSE", group="model", help="the dense model: a hub id, a directory or a .gguf file")
 @option("--architecture", metavar="NAME", group="model", help="use this architecture instead of the one found")
 @option("--trust-remote-code", is_flag=True, group="model", help="run code that the model brings (off by default)")
@@ -38,6 +40,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR, and forget an unfinished run")
 @option("--resume", is_flag=True, group="output", help="go on from the last evaluation")
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @option(
@@ -63,7 +66,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
 def finetune(context: click.Context, **options: Any) -> int:
     """Parse the options and run."""
     exclusive(context, "quiet", "verbose")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import lillama_registry
 from lillama_core.errors import UserError, nearest
@@ -40,6 +41,8 @@ class LillamaGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         command = self.get_command(ctx, name)
+        if command is None and ctx.resilient_parsing:
+            return None, None, []
         if command is None:
             if name.startswith("-"):
                 # Not a command but an option of the group: parsed for its error.
@@ -55,6 +58,12 @@ class LillamaGroup(click.Group):
         rows = [(name, self._short_help(name)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # click's own would import every command, too.
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        own = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name, help=self._short_help(name)) for name in names), *own]
 
     @staticmethod
     def _short_help(name: str) -> str:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import shell_complete
 
 from lillama_core.cli.group import LillamaGroup
 from lillama_core.cli.mistakes import one_line_of
@@ -20,6 +21,9 @@ from lillama_core.cli.silence import silence
 from lillama_core.errors import OUT_OF_MEMORY, LillamaError, UserError, is_out_of_memory
 from lillama_core.system.interrupt import noting_interrupts
 from lillama_core.system.processes import fails_first
+
+COMPLETION = "_LILLAMA_COMPLETE"
+"""The variable by which the script of ``lillama completion`` asks."""
 
 
 def _print_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -46,7 +50,15 @@ def lillama() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for a user's mistake, 1 for any other failure."""
+    """Run a command; the exit status is 0, 2 for a user's mistake, 1 for any other failure, or the command's own.
+
+    Where a shell asks by a variable what may follow a word, the answer is printed instead.
+    """
+    if (asked := os.environ.get(COMPLETION)) is not None:
+        # Whatever is half typed, somebody is at it: no message would help.
+        with silence(), contextlib.suppress(Exception):
+            return shell_complete(lillama, {}, "lillama", COMPLETION, asked)
+        return 1
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from lillama_core.cli.values import offered
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import COMMAND_LINE, SHORT, SLOTS, STAGES, Recipe, dashed
 from lillama_core.strategies import names
@@ -32,6 +33,8 @@ class GroupedOption(click.Option):
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
         self.group = group
+        if not isinstance(kwargs.get("type"), click.Choice):
+            kwargs.setdefault("shell_complete", offered)
         super().__init__(*args, **kwargs)
 
 
@@ -39,6 +42,9 @@ class LillamaCommand(click.Command):
     """A command whose options stand under headings, and never take another option for their value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:
+            # A shell asks what may follow.
+            return super().parse_args(ctx, args)
         taking = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
         for word, following in itertools.pairwise(args):
             if word == "--":
@@ -76,7 +82,7 @@ class RecipeCommand(LillamaCommand):
                 continue
             if not equals:
                 value = next(words, "--")
-                if value.startswith("--"):
+                if value.startswith("--") and not ctx.resilient_parsing:
                     raise click.BadOptionUsage(name, f"Option {name!r} requires an argument.", ctx)
             dotted[name.removeprefix("--")] = value
         left = super().parse_args(ctx, rest)
@@ -101,7 +107,7 @@ def model_options(function: F) -> F:
             group="model",
             help="use this architecture instead of the one found by model type; 'auto' finds the blocks in the model",
         ),
-        click.argument("model", metavar="MODEL"),
+        click.argument("model", metavar="MODEL", shell_complete=offered),
     ):
         function = decorate(function)
     return function

@@ -19,6 +19,7 @@ from lillama_core.cli.options import (
     sources_of,
     tokenizer_option,
 )
+from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
 from lillama_core.errors import UserError
 from lillama_core.quantization.options import DATA_FIELDS, TOKENS
@@ -34,6 +35,7 @@ from lillama_core.recipe.model import dashed
 @tokenizer_option
 @option("-o", "--output", required=True, metavar="DIR", group="output", help="directory to make")
 @option("--overwrite", is_flag=True, group="output", help="replace DIR")
+@push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
 @option("-v", "--verbose", is_flag=True, group="output", help="print more")
 @option("--bits", type=int, default=None, metavar="8|4", group="rounding", help="bits of a weight (default: 8)")
@@ -76,7 +78,7 @@ def quantize(context: click.Context, **options: Any) -> int:
     exclusive(context, "quiet", "verbose")
     exclusive(context, "target-size", "bits")
     exclusive(context, "target-size", "embedding-bits")
-    with silence_transformers():
+    with pushing(options), silence_transformers():
         return run(options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lillama_core.errors import one_line
-from lillama_core.output.card import code, percent
+from lillama_core.output.numbers import code, percent
 from lillama_core.output.record import RunRecord, versions
 
 if TYPE_CHECKING:

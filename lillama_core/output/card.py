@@ -1,13 +1,12 @@
 """README.md of a result: the model card, and the recipe as a file that repeats the run.
 
-The names and numbers that people read are made here for the card and the report alike. A result is meant to be
-published, so folders of the machine that made it appear in neither.
+What the record says is put into words here for the card and the report alike. A result is meant to be published, so
+folders of the machine that made it appear in neither.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,13 @@ import jinja2
 import yaml
 
 from lillama_core.data.modality import modality_of
-from lillama_core.data.sources import Source
 from lillama_core.errors import one_line
+from lillama_core.output.evaluation_rows import evaluation_rows
+from lillama_core.output.front_matter import front_matter
 from lillama_core.output.healing_rows import healing_rows
+from lillama_core.output.numbers import code, count, duration, number, percent, signed_percent, size
 from lillama_core.output.origin import Origin
+from lillama_core.output.public import public_name, public_recipe
 from lillama_core.output.quantization_rows import quantization_rows
 from lillama_core.output.record import RunRecord
 from lillama_core.recipe.model import Recipe
@@ -40,23 +42,17 @@ STAGE_LABELS = {
     "report": "measuring fidelity",
     "healing": "training the whole model",
     "output": "writing the result",
+    "evaluation": "evaluating both models",
 }
 
 
 def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     """Write README.md, whose front matter the Hugging Face Hub reads, and the recipe as YAML, to ``result``."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     source = origin.source
     causal = origin.architecture.auto_class == "AutoModelForCausalLM"
-    data = ModelCardData(
-        base_model=None if source.is_local else record.model,
-        datasets=hub_datasets(record) or None,
-        library_name="transformers",
-        pipeline_tag="text-generation" if causal else None,
-        tags=["lillama", "low-rank"],
-        **find_license(origin),
-    )
+    data = front_matter(record, origin)
     processor_class = modality_of(origin.architecture).processor_class
     name = source.short_name if source.is_local else record.model
     text = (
@@ -69,6 +65,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             removed=percent(record.parameters["reduction"]),
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
+            evaluation=evaluation_rows(record),
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
             healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],
@@ -111,24 +108,6 @@ def environment(autoescape: bool) -> jinja2.Environment:
     )
 
 
-def find_license(origin: Origin) -> dict[str, Any]:
-    """``license`` and its companions from the front matter of the base model's README; empty when unknown."""
-    from huggingface_hub import ModelCard, hf_hub_download
-
-    source = origin.source
-    try:
-        readme = (
-            Path(source.location) / "README.md" if source.is_local else hf_hub_download(source.location, "README.md")
-        )
-        found = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-    # A README that is missing, unreadable or out of reach must not cost a finished run.
-    except Exception:
-        found = {}
-    found = {"license": getattr(origin.config, "license", None), **found}
-    keys = ("license", "license_name", "license_link")
-    return {k: found[k] for k in keys if isinstance(found.get(k), str) and 0 < len(found[k]) <= 200}
-
-
 def reproduce_command(record: RunRecord, origin: Origin) -> str:
     """The command line that repeats the run, given the recipe file."""
     source = origin.source
@@ -141,83 +120,6 @@ def reproduce_command(record: RunRecord, origin: Origin) -> str:
     if source.trust_remote_code:
         parts.append("--trust-remote-code")
     return shlex.join(parts)
-
-
-# Names
-
-
-def public_name(spec: str) -> str:
-    """A model or a data source as others may know it: without folders when it is local."""
-    path = Path(os.path.expanduser(spec))
-    if path.is_absolute() or spec.startswith((".", "~")) or path.exists():
-        return Path(os.path.abspath(path)).name
-    return spec
-
-
-def public_recipe(record: RunRecord) -> dict[str, Any]:
-    """The recipe, with files of calibration data named without their folders."""
-    sources = [Source.parse(text) for text in record.recipe["calibration"]]
-    public = [str(dataclasses.replace(source, name=public_name(source.name))) for source in sources]
-    return {**record.recipe, "calibration": public}
-
-
-def hub_datasets(record: RunRecord) -> list[str]:
-    """Datasets of the Hugging Face Hub among the calibration data."""
-    sources = record.data.get("sources", {}).values()
-    return sorted({s["dataset"] for s in sources if s.get("kind") == "dataset"})
-
-
-def code(text: Any) -> str:
-    """``text`` as a Markdown code span, where no HTML, link or table cell can begin."""
-    inside = one_line(text, None).replace("`", "'").replace("|", "\\|")
-    return f"`{inside}`" if inside else ""
-
-
-# Numbers
-
-
-def percent(part: float) -> str:
-    return f"{100 * part:.1f} %"
-
-
-def signed_percent(part: float) -> str:
-    return f"{100 * part:+.1f} %".replace("-", "−")
-
-
-def number(value: float) -> str:
-    """Three digits, or all that stand before the point."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
-def count(value: float) -> str:
-    """A count with a decimal unit: 134.5 M."""
-    return _scaled(value, ("", " K", " M", " B", " T"))
-
-
-def size(value: float) -> str:
-    """Bytes with a decimal unit: 269.1 MB."""
-    return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
-
-
-def _scaled(value: float, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        # What would be rounded to 1000.0 belongs to the next unit.
-        if abs(value) < 999.95:
-            return f"{value:.0f}{unit}" if unit == units[0] else f"{value:.1f}{unit}"
-        value /= 1000
-    return f"{value:.1f}{units[-1]}"
-
-
-def duration(seconds: float) -> str:
-    """2 h 05 min, 3 min 12 s, 45 s or 0.4 s."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 # What the record says

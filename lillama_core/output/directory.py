@@ -19,9 +19,10 @@ from lillama_core.data.modality import Inputs, as_dtype, modality_of
 from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import ModelSource, local_file
-from lillama_core.output.card import public_name, public_recipe, write_card
+from lillama_core.output.card import write_card
 from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.output.origin import Origin
+from lillama_core.output.public import public_name, public_recipe
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
 from lillama_core.output.run_directory import RunDirectory
@@ -113,13 +114,13 @@ def publish(record: RunRecord, origin: Origin, directory: RunDirectory) -> None:
     """Write the record, the card and the report beside the weights, and let the output directory appear."""
     result = directory.result
     record.sha256 = weight_hashes(result)
-    _tell(record, origin, result)
+    tell(record, origin, result)
     # safetensors makes its files readable for their owner alone.
     apply_umask(result)
     directory.publish()
 
 
-def _tell(record: RunRecord, origin: Origin, folder: Path) -> None:
+def tell(record: RunRecord, origin: Origin, folder: Path) -> None:
     """Write the record, the card and the report into ``folder``."""
     write_json(folder / "lillama.json", published(record))
     write_card(folder, record, origin)
@@ -133,7 +134,7 @@ def check_publishable(record: RunRecord, origin: Origin, model: str) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _tell(record, origin, Path(folder))
+            tell(record, origin, Path(folder))
         except OSError:
             raise
         # Whatever the numbers in it are taken for.

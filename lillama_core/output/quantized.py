@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lillama_core.data.modality import modality_of
-from lillama_core.output.card import code, environment, find_license
+from lillama_core.output.card import environment
+from lillama_core.output.front_matter import TASKS, find_license, hub_id
+from lillama_core.output.numbers import code
 from lillama_core.output.origin import Described
 from lillama_core.output.quantization_rows import quantization_rows
 from lillama_core.output.record import versions
@@ -76,11 +78,11 @@ def publish_dense(
         "sha256": weight_hashes(result),
     }
     write_json(result / "lillama.json", said)
-    causal = architecture.auto_class == "AutoModelForCausalLM"
     data = ModelCardData(
-        base_model=None if source.is_local else record.model,
+        base_model=hub_id(source),
+        base_model_relation="quantized",
         library_name="transformers",
-        pipeline_tag="text-generation" if causal else None,
+        pipeline_tag=TASKS.get(architecture.auto_class),
         tags=["lillama", "quantized"],
         **find_license(Described(source, config, architecture)),
     )

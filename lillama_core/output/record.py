@@ -61,6 +61,10 @@ class RunRecord:
     architecture: str
     recipe: dict[str, Any]
     data: dict[str, Any]
+    base_model: str | None = None
+    """Name of ``model`` on the Hub; None where it is not known."""
+    license: dict[str, str] = field(default_factory=dict)
+    """That of ``model`` as its card says: ``license``, ``license_name``, ``license_link``; empty where none is told."""
     tokenizer: str | None = None
     """What ``--tokenizer`` named, if anything."""
     versions: dict[str, str] = field(default_factory=versions)
@@ -69,6 +73,9 @@ class RunRecord:
             "system": platform.system(),
             "processor": platform.machine(),
             "cores": psutil.cpu_count(logical=True),
+            # By these the order of sums differs, and with it how they are rounded.
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
         }
     )
     device: str = "cpu"
@@ -84,6 +91,8 @@ class RunRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    """What ``--evaluate`` measured of both models, see `lillama_core.pipeline.evaluate`; None: not asked for."""
     healing: list[dict[str, Any]] = field(default_factory=list)
     """How the whole model was trained at the end, each time that it was."""
     quantization: dict[str, Any] | None = None

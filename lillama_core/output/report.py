@@ -17,19 +17,14 @@ from lillama_core.output.card import (
     Change,
     changes,
     cost_rows,
-    count,
-    duration,
     environment,
     fidelity_rows,
-    number,
-    percent,
-    public_name,
     recipe_rows,
-    size,
     size_rows,
     source_rows,
     stages,
 )
+from lillama_core.output.numbers import count, duration, number, percent, size
 from lillama_core.output.plots import (
     AFTER,
     BEFORE,
@@ -43,6 +38,7 @@ from lillama_core.output.plots import (
     style,
     svg,
 )
+from lillama_core.output.public import public_name
 from lillama_core.output.record import RunRecord
 from lillama_core.strategies import make
 

@@ -68,6 +68,14 @@ def _check(request: EvaluationRequest) -> None:
         check_new_folder(options.details, "--details")
 
 
+def check_measurable(architecture: Architecture, processor: Any, options: EvaluationOptions) -> None:
+    """Raise UserError for what stands against measuring models of ``architecture``."""
+    if not architecture.evaluation.metrics:
+        raise UserError(f"architecture {architecture.name!r} has no evaluation")
+    architecture.evaluation.check(options)
+    architecture.evaluation.check_with(processor, options)
+
+
 def _dtype(request: EvaluationRequest, device: torch.device) -> torch.dtype | str:
     if request.dtype is not None:
         return DTYPES.get(request.dtype, "auto")
@@ -107,11 +115,8 @@ def _compare(request: EvaluationRequest) -> list[Evaluated]:
         source = locate(spec, request.trust_remote_code)
         config = load_config(source, allow_compressed=True)
         architecture = find_architecture(config, request.architecture, request.trust_remote_code)
-        if not architecture.evaluation.metrics:
-            raise UserError(f"architecture {architecture.name!r} has no evaluation")
-        architecture.evaluation.check(options)
         processor = modality_of(architecture).load_processor(source, request.tokenizer)
-        architecture.evaluation.check_with(processor, options)
+        check_measurable(architecture, processor, options)
         prepared.append((spec, source, architecture, processor))
     found = []
     recalled = request.baseline_details

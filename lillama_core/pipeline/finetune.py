@@ -25,9 +25,9 @@ from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype, check_finite, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
-from lillama_core.output.card import public_name
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
+from lillama_core.output.public import public_name
 from lillama_core.output.quantizer import narrow_paths
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
@@ -255,6 +255,7 @@ def _described(
         healing=[*record.healing, healing],
         # What was measured before the training says nothing of the model after it.
         fidelity=fidelity,
+        evaluation=None,
         seconds=spent,
         peak_memory_bytes=max(record.peak_memory_bytes, peak_memory_bytes()),
     )

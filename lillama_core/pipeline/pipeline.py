@@ -15,9 +15,12 @@ from lillama_core.data.objects import given_data
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.source import model_fingerprint
+from lillama_core.output.front_matter import find_license, hub_id
 from lillama_core.output.record import RunRecord
 from lillama_core.output.run_directory import RunDirectory, differences
 from lillama_core.pipeline.context import Context
+from lillama_core.pipeline.evaluate import check_measurable
+from lillama_core.pipeline.evaluate_result import evaluate_result, options_for
 from lillama_core.pipeline.planning import speed_workload
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.residency import choose_streaming
@@ -34,6 +37,10 @@ from lillama_registry import registry
 
 ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "heal", "write")
 """The stages of lillama by the names under which they are registered, in their order."""
+
+
+ADVICE = "what was finished is kept, and --resume goes on from there"
+"""How the message ends of what fails once the work has begun."""
 
 
 class CompressionPipeline:
@@ -103,7 +110,11 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
     Of several processes that ``torchrun`` has started the main one writes the result, and its record is the whole one.
     """
     with joined() as world, parsed_once(request.model):
-        return _compress(request, verbosity, world)
+        record, spec = _compress(request, verbosity, world)
+    # Of several processes the main one goes on alone.
+    if request.evaluate and record.bytes:
+        evaluate_result(request, record, spec, verbosity)
+    return record
 
 
 @dataclass(frozen=True)
@@ -140,21 +151,22 @@ def check(request: Request, world: World = ALONE) -> Checked:
     if recipe.target_speedup is not None:
         speed_workload(modality, spec.config, recipe.speedup_work)
     processor = modality.load_processor(spec.source, request.tokenizer)
+    if request.evaluate:
+        check_measurable(spec.architecture, processor, options_for(spec.config))
     return Checked(replace(request, data=given), directory, device, spec, pipeline, modality, processor)
 
 
-def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord:
+def _compress(request: Request, verbosity: Verbosity, world: World) -> tuple[RunRecord, CompressionSpec]:
     recipe = request.recipe
     if recipe.healing_epochs <= 0:
         # In a step of healing all blocks run, forward and back: kernels that are not kept are made anew each time.
         limit_kernel_caches()
     checked = check(request, world)
     request, directory, device, spec = checked.request, checked.directory, checked.device, checked.spec
-    advice = "what was finished is kept, and --resume goes on from there"
     with contextlib.ExitStack() as held:
         if world.is_main:
             held.enter_context(directory.locked())
-        held.enter_context(in_one_line(advice))
+        held.enter_context(in_one_line(ADVICE))
         progress = held.enter_context(Progress(verbosity if world.is_main else "quiet"))
         for failure in registry().failures:
             progress.line(f"Plugin {failure.name} of {failure.distribution} is skipped: {failure.reason}")
@@ -173,6 +185,12 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
                 f"--target-speedup: the blocks are read from disk one at a time ({residency.reason}), and a speed can"
                 " only be measured of a model in memory; pass --no-stream, or give --reduction instead"
             )
+        if residency.streamed and request.evaluate:
+            raise UserError(
+                f"--evaluate: the blocks are read from disk one at a time ({residency.reason}), and an evaluation holds"
+                " the dense model in memory; pass --no-stream, or run 'lillama evaluate' on the result where there is"
+                " room"
+            )
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(
@@ -181,6 +199,8 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
             architecture=spec.architecture.name,
             recipe=recipe.to_dict(),
             data={},
+            base_model=hub_id(spec.source),
+            license=find_license(spec) if world.is_main else {},
             tokenizer=request.tokenizer,
             device=str(device),
             compute="float32" if autocast is None else str(autocast).removeprefix("torch."),
@@ -210,7 +230,7 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> RunRecord
             world=world,
         )
         check_alike(world, context.fingerprint(None))
-        return checked.pipeline.run(context)
+        return checked.pipeline.run(context), spec
 
 
 def check_alike(world: World, fingerprint: dict[str, Any]) -> None:

@@ -26,9 +26,9 @@ from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_finite, count_parameters, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
-from lillama_core.output.card import public_name
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described
+from lillama_core.output.public import public_name
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
 from lillama_core.output.record import read_record

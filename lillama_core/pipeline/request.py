@@ -29,5 +29,7 @@ class Request:
     max_memory: int | None = None
     """Bytes of the host's memory that the run may take; None: what is available."""
     trust_remote_code: bool = False
+    evaluate: bool = False
+    """Whether the dense model and the result are measured at the end, for the record and the card."""
     overwrite: bool = False
     resume: bool = False

@@ -60,6 +60,8 @@ def way_to(request: Request, target: int) -> Way:
     Raises UserError for a size that it has already, one out of reach, and options that leave no choice.
     """
     recipe = request.recipe
+    if request.evaluate:
+        raise UserError("--evaluate does not go with --target-size: run 'lillama evaluate' on the result")
     for layer in recipe.layers:
         for name in ("reduction", "target_speedup", "format"):
             if name in layer.spelled:

@@ -1,0 +1,26 @@
+"""What others may know of a run: models and data by name, without the folders of the machine that made it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lillama_core.data.sources import Source
+from lillama_core.output.record import RunRecord
+
+
+def public_name(spec: str) -> str:
+    """A model or a data source as others may know it: without folders when it is local."""
+    path = Path(os.path.expanduser(spec))
+    if path.is_absolute() or spec.startswith((".", "~")) or path.exists():
+        return Path(os.path.abspath(path)).name
+    return spec
+
+
+def public_recipe(record: RunRecord) -> dict[str, Any]:
+    """The recipe, with files of calibration data named without their folders."""
+    sources = [Source.parse(text) for text in record.recipe["calibration"]]
+    public = [str(dataclasses.replace(source, name=public_name(source.name))) for source in sources]
+    return {**record.recipe, "calibration": public}

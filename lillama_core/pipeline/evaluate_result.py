@@ -1,0 +1,63 @@
+"""What ``--evaluate`` adds to a finished compression: both models measured, for the record and the card."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from lillama_core.errors import LillamaError, in_one_line
+from lillama_core.evaluation.base import EvaluationOptions
+from lillama_core.output.directory import tell
+from lillama_core.output.origin import Origin
+from lillama_core.pipeline.evaluate import EvaluationRequest, compare
+from lillama_core.system.files import apply_umask
+from lillama_core.system.memory import release_memory
+
+if TYPE_CHECKING:
+    from lillama_core.output.record import RunRecord
+    from lillama_core.pipeline.request import Request
+    from lillama_core.system.progress import Verbosity
+
+
+def options_for(config: Any) -> EvaluationOptions:
+    """What ``lillama evaluate`` takes by default, in windows that the model has room for."""
+    asked = EvaluationOptions()
+    room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return replace(asked, sequence_length=min(asked.sequence_length, room)) if isinstance(room, int) else asked
+
+
+def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosity: Verbosity) -> None:
+    """Measure the dense model and the finished result by their architecture's evaluation, and tell it in the result.
+
+    The result is complete without: where measuring fails, a LillamaError says so, and how to measure it later.
+    """
+    # What the compression held has to make room for two more models, one after the other.
+    release_memory()
+    started = time.monotonic()
+    output = str(request.output)
+    advice = f"{output!r} is complete but for that; 'lillama evaluate {output}' measures it"
+    asked = EvaluationRequest(
+        models=(request.model, output),
+        options=options_for(origin.config),
+        architecture=request.architecture,
+        tokenizer=request.tokenizer,
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+        quiet=verbosity == "quiet",
+    )
+    with in_one_line(advice):
+        try:
+            dense, compressed = (evaluated.measurements for evaluated in compare(asked))
+        except LillamaError as error:
+            raise LillamaError(f"the evaluation failed: {error}; {advice}") from error
+        record.evaluation = {
+            "windows": asked.options.windows,
+            "sequence_length": asked.options.sequence_length,
+            "dense": [asdict(measurement) for measurement in dense],
+            "compressed": [asdict(measurement) for measurement in compressed],
+        }
+        record.seconds["evaluation"] = round(time.monotonic() - started, 3)
+        record.seconds["total"] = record.elapsed()
+        tell(record, origin, request.output)
+        apply_umask(request.output)
