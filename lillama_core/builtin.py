@@ -104,6 +104,7 @@ def lillama_commands() -> dict[str, LazyCommand]:
         "plan": LazyCommand(f"{CORE}.cli.plan:plan", "ranks, parameters and memory before anything is computed"),
         "finetune": LazyCommand(f"{CORE}.cli.finetune:finetune", "train a compressed model as a whole"),
         "export": LazyCommand(f"{CORE}.cli.export:export", "write a compressed model for use without lillama"),
+        "analyze": LazyCommand(f"{CORE}.cli.analyze:analyze", "predict what a model loses, and by which of its maps"),
         "quantize": LazyCommand(f"{CORE}.cli.quantize:quantize", "hold a model's weights in 8 or 4 bits"),
         "evaluate": LazyCommand(f"{CORE}.cli.evaluate:evaluate", "measure a model, beside another one"),
         "verify": LazyCommand(f"{CORE}.cli.verify:verify", "check a compressed directory without running it"),

@@ -120,6 +120,10 @@ class Context:
         """Begin ``stage``: it may take what it declares, and nothing else."""
         self._running = stage
 
+    def leave(self) -> None:
+        """End the last stage: whoever ran the stages may take all that they gave."""
+        self._running = None
+
     def get(self, of: type[T]) -> T:
         """The result of this type; raises LillamaError when the running stage does not say that it reads it."""
         if self._running is not None and of not in self._running.reads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,8 +109,8 @@ def compress(request: Request, verbosity: Verbosity = "normal") -> RunRecord:
 
     Of several processes that ``torchrun`` has started the main one writes the result, and its record is the whole one.
     """
-    with joined() as world, parsed_once(request.model):
-        record, spec = _compress(request, verbosity, world)
+    with joined() as world, parsed_once(request.model), begun(request, verbosity, world) as (checked, context):
+        record, spec = checked.pipeline.run(context), checked.spec
     # Of several processes the main one goes on alone.
     if request.evaluate and record.bytes:
         evaluate_result(request, record, spec, verbosity)
@@ -156,7 +156,12 @@ def check(request: Request, world: World = ALONE) -> Checked:
     return Checked(replace(request, data=given), directory, device, spec, pipeline, modality, processor)
 
 
-def _compress(request: Request, verbosity: Verbosity, world: World) -> tuple[RunRecord, CompressionSpec]:
+@contextlib.contextmanager
+def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Iterator[tuple[Checked, Context]]:
+    """All that the stages of ``request`` need, before the first of them; the lock of its directory is held while open.
+
+    Raises UserError for what is wrong with the request; an error inside is told in one line.
+    """
     recipe = request.recipe
     if recipe.healing_epochs <= 0:
         # In a step of healing all blocks run, forward and back: kernels that are not kept are made anew each time.
@@ -230,7 +235,7 @@ def _compress(request: Request, verbosity: Verbosity, world: World) -> tuple[Run
             world=world,
         )
         check_alike(world, context.fingerprint(None))
-        return checked.pipeline.run(context), spec
+        yield checked, context
 
 
 def check_alike(world: World, fingerprint: dict[str, Any]) -> None:
