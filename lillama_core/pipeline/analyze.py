@@ -119,8 +119,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def analyze(request: Request, verbosity: Verbosity = "normal") -> Analysis:
     """Run the passes over the dense model that a compression begins with, and tell what it would lose.
 
-    ``request.output`` is not written. Raises UserError for a request that `compress` would refuse, and for a recipe that
-    predicts no losses.
+    ``request.output`` is not written. Raises UserError for a request that `compress` would refuse, and for a recipe
+    that predicts no losses.
     """
     recipe = request.recipe
     allocator, initializer = make("allocators", recipe.allocation), make("initializers", recipe.init)
