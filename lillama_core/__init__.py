@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         export,
         finetune,
         load,
+        lora_targets,
         quantize,
     )
     from lillama_core.architecture.base import Architecture
@@ -65,6 +66,7 @@ _HOMES = {
     "language_model_evaluation": "lillama_core.evaluation.base",
     "load": "lillama_core.api",
     "load_recipe": "lillama_core.recipe.loading",
+    "lora_targets": "lillama_core.api",
     "quantize": "lillama_core.api",
 }
 """Public name -> the module that it is imported from when it is first used."""
@@ -95,6 +97,7 @@ __all__ = [
     "language_model_evaluation",
     "load",
     "load_recipe",
+    "lora_targets",
     "quantize",
 ]
 

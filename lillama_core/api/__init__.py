@@ -1,7 +1,8 @@
-"""What a notebook or a script calls: `compress`, `finetune`, `quantize`, `evaluate`, `bench`, `export`, `load`."""
+"""What a notebook or a script calls: `compress`, `finetune`, `quantize`, `evaluate`, `bench`, `export`, `load` …"""
 
 from lillama_core.api.exports import export
 from lillama_core.api.functions import compress, evaluate, load
+from lillama_core.api.lora import lora_targets
 from lillama_core.api.quantization import quantize
 from lillama_core.api.results import CompressionResult, EvaluationResult
 from lillama_core.api.speed import bench
@@ -16,5 +17,6 @@ __all__ = [
     "export",
     "finetune",
     "load",
+    "lora_targets",
     "quantize",
 ]
