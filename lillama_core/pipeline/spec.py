@@ -18,7 +18,8 @@ from lillama_core.architecture.blocks import Block, check_apart
 from lillama_core.architecture.find import blocks_of, find_architecture
 from lillama_core.architecture.targets.channels import bias_of
 from lillama_core.architecture.targets.embedding import embedding_block
-from lillama_core.architecture.targets.experts import SharedExpertsTarget, fused_experts
+from lillama_core.architecture.targets.expert_layouts import fused_experts
+from lillama_core.architecture.targets.experts import SharedExpertsTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, path_matches
 from lillama_core.errors import LillamaError, UserError, nearest
