@@ -119,9 +119,11 @@ class Architecture:
     def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
         """The modules of ``block`` that are swapped, in module order."""
         # Here, so that declaring an architecture does not load torch.
+        from lillama_core.architecture.targets.convolution import convolution_targets
         from lillama_core.architecture.targets.experts import find_targets
 
-        return find_targets(block, self.maps, (*self.exclude, *self.optional), choice)
+        patterns = (self.maps, (*self.exclude, *self.optional), choice)
+        return [*find_targets(block, *patterns), *convolution_targets(block, *patterns)]
 
     def call_block(
         self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
