@@ -16,6 +16,7 @@ def lillama_targets() -> dict[str, str]:
         "experts": f"{CORE}.architecture.targets.experts:ExpertsTarget",
         "shared-experts": f"{CORE}.architecture.targets.experts:SharedExpertsTarget",
         "convolution": f"{CORE}.architecture.targets.convolution:ConvolutionTarget",
+        "grouped": f"{CORE}.architecture.targets.grouped:GroupedTarget",
         "embedding": f"{CORE}.architecture.targets.embedding:EmbeddingTarget",
         "banded-embedding": f"{CORE}.architecture.targets.embedding:BandedEmbeddingTarget",
     }

@@ -121,9 +121,11 @@ class Architecture:
         # Here, so that declaring an architecture does not load torch.
         from lillama_core.architecture.targets.convolution import convolution_targets
         from lillama_core.architecture.targets.experts import find_targets
+        from lillama_core.architecture.targets.grouped import grouped_targets
 
+        finders = (find_targets, convolution_targets, grouped_targets)
         patterns = (self.maps, (*self.exclude, *self.optional), choice)
-        return [*find_targets(block, *patterns), *convolution_targets(block, *patterns)]
+        return [target for find in finders for target in find(block, *patterns)]
 
     def call_block(
         self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.architecture.targets.base import OnRows, TargetModule
-from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
+from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, is_asked_for
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format, dense_weight
 
@@ -163,10 +163,6 @@ def convolution_targets(
 
     ``exclude`` and ``choice.exclude`` as in `linear_targets`.
     """
-    choice = choice or MapChoice()
-
-    def wanted(name: str) -> bool:
-        own = matches_any(name, only) and not matches_any(name, exclude)
-        return (own or matches_any(name, choice.include)) and not matches_any(name, choice.exclude)
-
-    return [ConvolutionTarget(n, m) for n, m in block.named_modules() if ConvolutionTarget.accepts(m) and wanted(n)]
+    named = (only, exclude, choice or MapChoice())
+    found = [(n, m) for n, m in block.named_modules() if ConvolutionTarget.accepts(m)]
+    return [ConvolutionTarget(n, m) for n, m in found if is_asked_for(n, *named)]
