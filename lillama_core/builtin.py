@@ -15,6 +15,8 @@ def lillama_targets() -> dict[str, str]:
         "linear": f"{CORE}.architecture.targets.linear:LinearTarget",
         "experts": f"{CORE}.architecture.targets.experts:ExpertsTarget",
         "shared-experts": f"{CORE}.architecture.targets.experts:SharedExpertsTarget",
+        "convolution": f"{CORE}.architecture.targets.convolution:ConvolutionTarget",
+        "grouped": f"{CORE}.architecture.targets.grouped:GroupedTarget",
         "embedding": f"{CORE}.architecture.targets.embedding:EmbeddingTarget",
         "banded-embedding": f"{CORE}.architecture.targets.embedding:BandedEmbeddingTarget",
     }

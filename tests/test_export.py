@@ -43,6 +43,10 @@ SITES: dict[str, dict[str, Any]] = {
         "model.layers.0.mlp.experts": {"kind": "experts", "ranks": EXPERTS},
         "model.layers.1.self_attn.o_proj": {"kind": "linear", "rank": 3},
     },
+    "gpt_oss": {
+        "model.layers.0.mlp.experts": {"kind": "experts", "ranks": EXPERTS},
+        "model.layers.1.self_attn.o_proj": {"kind": "linear", "rank": 3},
+    },
     "mamba": {
         "backbone.layers.0.mixer.in_proj": {"kind": "linear", "rank": 9},
         "backbone.layers.1.mixer.out_proj": {"kind": "linear", "rank": 5},
@@ -58,6 +62,7 @@ SITES: dict[str, dict[str, Any]] = {
 """What is low rank in a model of each family; the format is still to be named."""
 CASES = [
     *(("llama", "pivoted"), ("llama", "factored"), ("mixtral", "pivoted"), ("mixtral", "shared")),
+    ("gpt_oss", "pivoted"),
     *(("mamba", "factored"), ("falcon_mamba", "pivoted"), ("whisper", "pivoted")),
 ]
 """Model type and format; ``shared``: factored, with experts that share their projections."""

@@ -44,6 +44,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "mlp_only_layers": [0],
     },
+    # Biases, transposed matrices, a gate of its own, and a router with another name.
+    "gpt_oss": {
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
     "olmoe": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
 }
 SVD = WEIGHTS_ONLY
@@ -114,6 +122,7 @@ def test_full_rank_equals_dense_and_generates_the_same(family: str, dense: Calla
         ("qwen2_moe", (*SVD, "--format", "factored")),
         ("qwen3_moe", ()),
         ("olmoe", SVD),
+        ("gpt_oss", ("--exclude", "mlp.experts.down.1")),
         ("mixtral", ("--share-experts", "--format", "factored")),
         ("mixtral", ("--share-experts", "--format", "pivoted", *SVD)),
         ("mixtral", ("--exclude", "self_attn.*", "--exclude", "mlp.experts.down.*", *SVD)),

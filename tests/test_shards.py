@@ -460,7 +460,7 @@ def test_parts_together_are_what_save_pretrained_writes(model_type: str, form: s
     for i, (path, tensors) in enumerate(parts.items()):
         shards.append(tmp_path / f"{i}.safetensors")
         write_tensors(shards[-1], names_on_disk(meta, tensors))
-        reader = BlockReader(meta, dict.fromkeys(check_safetensors(shards[-1]), shards[-1]), architecture.stacks)
+        reader = BlockReader(meta, dict.fromkeys(check_safetensors(shards[-1]), shards[-1]), architecture)
         if path:
             assert_same(reader.block(path), model.get_submodule(path))
 
@@ -481,7 +481,7 @@ def test_parts_together_are_what_save_pretrained_writes(model_type: str, form: s
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
         from_parts = BlockReader(compressed_meta_model(architecture, dense_config, config),
                                  {n: out / f for f, tensors in found.items() for n in tensors},
-                                 architecture.stacks)  # fmt: skip
+                                 architecture)  # fmt: skip
         assert_is_loaded_by_parts(from_parts, again)
 
 
@@ -497,12 +497,12 @@ def test_a_block_of_which_a_part_was_written_is_refused(tmp_path: Path) -> None:
     architecture = architecture_of("llama")
     model = reader_of(folder, architecture).model
     files = {k: folder / WEIGHTS for k in load_file(folder / WEIGHTS) if k != UP}
-    reader = BlockReader(model, files, architecture.stacks)
+    reader = BlockReader(model, files, architecture)
     reader.block("model.layers.0")
     with pytest.raises(UserError, match=f"the weight files lack {UP}"):
         reader.block("model.layers.1")
     del files["model.norm.weight"]
-    reader = BlockReader(model, files, architecture.stacks)
+    reader = BlockReader(model, files, architecture)
     with pytest.raises(UserError, match=r"the weight files lack model\.norm\.weight"):
         reader.load_shell()
 

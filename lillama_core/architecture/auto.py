@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lillama_core.architecture.base import Architecture
-from lillama_core.architecture.targets.experts import fused_experts
+from lillama_core.architecture.targets.expert_layouts import fused_experts
 from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.data.comparable import ComparableModality

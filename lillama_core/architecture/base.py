@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lillama_core.errors import nearest
+from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation.base import Evaluation
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Architecture:
     """Whether the claim is of the lowest rank: any other architecture that claims a model type wins over this one."""
     stacks: Mapping[str, str] = {}
     """Name of a stack -> path of its ``nn.ModuleList`` from the model, in the order of the forward pass."""
+    read_after: Mapping[str, str] = {}
+    """Name of a stack -> name of the setting of the config that says after which block its hidden states are read, as
+    transformers counts them: 0 is what enters the first block, -1 what leaves the last. Blocks behind stay as they are.
+    A stack that is not named is read after its last block."""
     maps: tuple[str, ...] = ()
     """Paths from the block of the linear maps to compress (``*`` matches one component); empty: all of them."""
     exclude: tuple[str, ...] = ()
@@ -87,13 +91,41 @@ class Architecture:
             )
         if not stacks:
             raise TypeError(f"architecture {self.name!r} has no stacks: say where its lists of blocks are")
+        if not isinstance(self.read_after, Mapping) or not set(self.read_after) <= set(self.stacks):
+            raise TypeError(
+                f"read_after of architecture {self.name!r} must be a dict of the name of a stack to that of a setting,"
+                f" not {self.read_after!r}; its stacks are {', '.join(self.stacks)}"
+            )
+
+    def block_paths(self, model: nn.Module, stack: str) -> list[str]:
+        """The paths from ``model`` of the blocks of ``stack``, in order, without those that nobody reads.
+
+        Raises UserError where the config says that a stack is read before its first block, or at several places.
+        """
+        path = self.stacks[stack]
+        paths = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+        if stack not in self.read_after:
+            return paths
+        config: Any = model.config
+        place = getattr(config, self.read_after[stack])
+        last = len(paths) + 1 + place if isinstance(place, int) and place < 0 else place
+        if not isinstance(last, int) or not 1 <= last <= len(paths):
+            raise UserError(
+                f"{self.read_after[stack]} of the config is {place}: the {len(paths)} blocks of {stack!r} can be"
+                " compressed only if their hidden states are read at one place, behind a block"
+            )
+        return paths[:last]
 
     def targets(self, block: nn.Module, choice: MapChoice) -> list[TargetModule]:
         """The modules of ``block`` that are swapped, in module order."""
         # Here, so that declaring an architecture does not load torch.
+        from lillama_core.architecture.targets.convolution import convolution_targets
         from lillama_core.architecture.targets.experts import find_targets
+        from lillama_core.architecture.targets.grouped import grouped_targets
 
-        return find_targets(block, self.maps, (*self.exclude, *self.optional), choice)
+        finders = (find_targets, convolution_targets, grouped_targets)
+        patterns = (self.maps, (*self.exclude, *self.optional), choice)
+        return [target for find in finders for target in find(block, *patterns)]
 
     def call_block(
         self, block: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

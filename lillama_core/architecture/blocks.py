@@ -42,8 +42,8 @@ def find_blocks(
         if selected and name not in selected:
             continue
         blocks = [
-            Block(name, i, f"{path}.{i}", tuple(architecture.targets(module, choice or MapChoice())))
-            for i, module in enumerate(modules)
+            Block(name, i, of, tuple(architecture.targets(model.get_submodule(of), choice or MapChoice())))
+            for i, of in enumerate(architecture.block_paths(model, name))
         ]
         if not any(block.targets for block in blocks):
             raise UserError(f"no linear map found in the {name} blocks of {type(model).__name__}")
@@ -53,8 +53,7 @@ def find_blocks(
 
 def dense_blocks(architecture: Architecture, model: nn.Module, stack: str) -> list[Block]:
     """The blocks of a stack of which no map is chosen."""
-    path = architecture.stacks[stack]
-    return [Block(stack, i, f"{path}.{i}", ()) for i, _ in enumerate(model.get_submodule(path).children())]
+    return [Block(stack, i, path, ()) for i, path in enumerate(architecture.block_paths(model, stack))]
 
 
 def check_apart(architecture: Architecture, model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from lillama_core.architecture.targets.embedding_modules import (
     Projection,
     TiedEmbedding,
 )
-from lillama_core.architecture.targets.expert_modules import LowRankExperts, SharedExperts
+from lillama_core.architecture.targets.expert_modules import LowRankExperts, SharedExperts, gate_of
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, index_dtype
 
@@ -114,19 +114,24 @@ def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:
     lists: dict[str, list[nn.Module]] = {"gate_up": [], "down": []}
     for part, layers in lists.items():
         experts, out_features, in_features = getattr(dense, f"{part}_proj").shape
+        if getattr(dense, "is_transposed", False):
+            out_features, in_features = in_features, out_features
+        bias = hasattr(dense, f"{part}_proj_bias")
         for number in range(experts):
             rank = how["ranks"].get(f"{part}.{number}")
             if rank is None:
-                layers.append(nn.Linear(in_features, out_features, bias=False))
+                layers.append(nn.Linear(in_features, out_features, bias=bias))
             else:
-                layers.append(FORMATS[how["format"]](out_features, in_features, rank, False))
-    model.set_submodule(path, LowRankExperts(dense.act_fn, lists["gate_up"], lists["down"]))
+                layers.append(FORMATS[how["format"]](out_features, in_features, rank, bias))
+    model.set_submodule(path, LowRankExperts(gate_of(dense), lists["gate_up"], lists["down"]))
 
 
 def put_shared_experts(model: Any, path: str, how: dict[str, Any]) -> None:
     """Replace the fused experts of a layer by two maps that all experts share one side of."""
     dense = model.get_submodule(path)
     experts, twice, width = dense.gate_up_proj.shape
+    if getattr(dense, "is_transposed", False):
+        twice, width = width, twice
 
     def layer(part: str, out_features: int, in_features: int) -> nn.Module:
         rank = how["ranks"].get(part)
@@ -135,7 +140,7 @@ def put_shared_experts(model: Any, path: str, how: dict[str, Any]) -> None:
         return FORMATS[how["format"]](out_features, in_features, rank, False)
 
     gate_up, down = layer("gate_up", experts * twice, width), layer("down", width, experts * twice // 2)
-    model.set_submodule(path, SharedExperts(dense.act_fn, gate_up, down, experts))
+    model.set_submodule(path, SharedExperts(gate_of(dense), gate_up, down, experts))
 
 
 def tied_to(model: Any, path: str) -> list[str]:

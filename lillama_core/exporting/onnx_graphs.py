@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lillama_core.architecture.targets.experts import fused_experts
+from lillama_core.architecture.targets.expert_layouts import fused_experts
 from lillama_core.data.modality import Inputs, as_dtype
 from lillama_core.errors import LillamaError, one_line
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob

@@ -177,6 +177,8 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
     if kinds & EXPERTS:
         for part in ("run_experts", "gated"):
             yield _source(getattr(expert_modules, part))
+        yield "Gate = Callable[[torch.Tensor], torch.Tensor]\n"
+        yield _source(expert_modules.gate_of)
     if "experts" in kinds:
         yield _source(expert_modules.LowRankExperts)
     if "shared-experts" in kinds:

@@ -42,20 +42,20 @@ class BlockReader:
     """
 
     def __init__(
-        self, model: Any, files: Mapping[str, Path], stacks: Mapping[str, str], dtype: torch.dtype | None = None
+        self, model: Any, files: Mapping[str, Path], architecture: Architecture, dtype: torch.dtype | None = None
     ) -> None:
         """Plan to read ``files`` (name on disk -> file) as the weights of ``model``, which is on the meta device.
 
         ``model`` may be compressed, with its quantizer attached, and ``files`` may hold a part of its weights: then
-        blocks of that part can be read. ``stacks`` (name -> path of a list of blocks) is the architecture's. ``dtype``
-        is what the model was made in, by default what its config says: with it some classes keep weights in fp32.
+        blocks of that part can be read. ``architecture`` says where the blocks are. ``dtype`` is what the model was
+        made in, by default what its config says: with it some classes keep weights in fp32.
 
         Raises UserError for tensors that are not those of the model, and for weights that several blocks share.
         """
         model.eval().requires_grad_(False)
         self.model = model
         """The model; all of it is on the meta device until `load_shell`, its blocks stay there."""
-        self.paths = [f"{path}.{n}" for path in stacks.values() for n, _ in model.get_submodule(path).named_children()]
+        self.paths = [path for stack in architecture.stacks for path in architecture.block_paths(model, stack)]
         """Paths of all blocks, stack by stack."""
         self._homes = frozenset(self.paths)
         # Whoever gets the model puts hooks and other modules into it; blocks are made from what it was.
@@ -121,7 +121,7 @@ class BlockReader:
             set_generation_config(model, location)
         architecture.adapt(model)
         try:
-            reader = cls(model, files, architecture.stacks, config.dtype)
+            reader = cls(model, files, architecture, config.dtype)
         except UserError as error:
             raise UserError(f"cannot load model {spec!r}: {error}") from None
         conversion = reader._conversion

@@ -44,7 +44,7 @@ class CompressedCheckpoint:
         config.dtype = dtype
         model = compressed_meta_model(architecture, config, LillamaConfig(targets), trust_remote_code)
         model.generation_config = getattr(dense, "generation_config", None)
-        return cls(model, BlockReader(model, {}, architecture.stacks, dtype))
+        return cls(model, BlockReader(model, {}, architecture, dtype))
 
     def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``tensors`` of whole blocks, or of all that is in none, by the names that they have on disk."""

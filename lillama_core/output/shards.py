@@ -64,7 +64,7 @@ def compressed_reader(
     config.name_or_path = source.location
     model = compressed_meta_model(architecture, config, targets, source.trust_remote_code)
     set_generation_config(model, source.location)
-    return BlockReader(model, files, architecture.stacks, model.dtype), targets
+    return BlockReader(model, files, architecture, model.dtype), targets
 
 
 def quantization_of(config: Any) -> dict[str, Any]:

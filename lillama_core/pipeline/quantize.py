@@ -14,7 +14,8 @@ from torch import nn
 
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
-from lillama_core.architecture.targets.experts import ExpertsTarget, fused_experts
+from lillama_core.architecture.targets.expert_layouts import fused_experts
+from lillama_core.architecture.targets.experts import ExpertsTarget
 from lillama_core.architecture.targets.linear_map import matches_any
 from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
 from lillama_core.data.modality import SampleRequest, as_dtype, modality_of

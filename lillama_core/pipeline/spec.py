@@ -17,8 +17,11 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, check_apart
 from lillama_core.architecture.find import blocks_of, find_architecture
 from lillama_core.architecture.targets.channels import bias_of
+from lillama_core.architecture.targets.convolution import ConvolutionTarget
 from lillama_core.architecture.targets.embedding import embedding_block
-from lillama_core.architecture.targets.experts import SharedExpertsTarget, fused_experts
+from lillama_core.architecture.targets.expert_layouts import fused_experts
+from lillama_core.architecture.targets.experts import SharedExpertsTarget
+from lillama_core.architecture.targets.grouped import GroupedTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, path_matches
 from lillama_core.errors import LillamaError, UserError, nearest
@@ -157,7 +160,8 @@ def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice
     everything = MapChoice(choice.include, unknown, choice.share_experts)
     names = set(experts)
     names |= {m.name for block in modules for target in architecture.targets(block, everything) for m in target.maps}
-    names |= {name for block in modules for name, module in block.named_modules() if LinearTarget.accepts(module)}
+    single = (LinearTarget, ConvolutionTarget, GroupedTarget)
+    names |= {n for block in modules for n, m in block.named_modules() if any(kind.accepts(m) for kind in single)}
     for option, patterns in (("--include", choice.include), ("--exclude", choice.exclude)):
         for pattern in patterns:
             if not any(path_matches(name, pattern) for name in names):

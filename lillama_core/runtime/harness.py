@@ -184,9 +184,10 @@ class StackHarness:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 shape = tuple((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape)
                 if shape not in self._extra_outputs:
-                    # What a block returns besides is its own business: see once what it does.
+                    # What a block returns besides is its own business: see once what it does. Without its hooks, which
+                    # run for the call that this stands in for: they may note what a model reads of its blocks.
                     with torch.no_grad():
-                        result = self.source.block(self.blocks[index])(*args, **kwargs)
+                        result = self.source.block(self.blocks[index]).forward(*args, **kwargs)
                     self._extra_outputs[shape] = tuple(result[1:]) if isinstance(result, tuple | list) else None
                 if "hidden_states" in kwargs:
                     rest = dict(kwargs)

@@ -72,7 +72,8 @@ def run_blocks_from(model: nn.Module, paths: Iterable[str], load: Callable[[str]
 
     def forward_of(path: str) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            found = load(path)(*args, **kwargs)
+            # Without its hooks, which run for the call that this stands in for.
+            found = load(path).forward(*args, **kwargs)
             # Blocks of low rank are all of other sizes, so that what one leaves may not hold the next: without
             # this a run of 176 of them reached 3.9 GB, where dense ones of one size took 0.6.
             release_memory()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -65,17 +65,20 @@ class EmbeddingObserver:
         with self.target.observe(model, observe_input, observe_output):
             yield
 
-    def enters(self, model: nn.Module, run: Callable[[], object]) -> bool:
-        """Whether rows of the table are looked up while ``run`` is called: none are below an audio encoder."""
-        seen: list[int] = []
+    def enters(self, model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> bool:
+        """Whether ``run`` gives something else when all rows that are looked up are zero.
+
+        It gives what enters a stack. Below an encoder of sounds or images nothing is looked up, or nothing of it read.
+        """
+        before = run()
         tables = [m for m in self.target.modules(model).values() if is_embedding(m)]
-        handles = [m.register_forward_hook(lambda *_: seen.append(1)) for m in tables]
+        handles = [m.register_forward_hook(lambda _, __, rows: torch.zeros_like(rows)) for m in tables]
         try:
-            run()
+            after = run()
         finally:
             for handle in handles:
                 handle.remove()
-        return bool(seen)
+        return not all(map(torch.equal, before, after))
 
     def write(self, path: Path) -> None:
         """Keep what was seen so far in a file."""

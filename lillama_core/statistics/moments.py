@@ -147,6 +147,6 @@ def weighted_average(values: dict[str, torch.Tensor], counts: dict[str, float]) 
 
 
 def blend(own: torch.Tensor, count: float, average: torch.Tensor) -> torch.Tensor:
-    """A moment [d, d] over ``count`` rows, joined by d rows of ``average``."""
+    """A moment [d, d] or mean [d] over ``count`` rows, joined by d rows of ``average``."""
     loan = len(own)
     return (own * count + average * loan) / (count + loan)

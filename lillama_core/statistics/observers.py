@@ -27,7 +27,7 @@ class InputObserver:
         self.block = block
         self.moments: dict[str, SecondMoment] = {}
         self._leader: dict[str, str] = {}
-        self._averages: dict[str, torch.Tensor] = {}
+        self._averages: dict[tuple[str, str], torch.Tensor] = {}
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._masks = StackMasks()
         self._upstream: set[int] = set()
@@ -107,9 +107,15 @@ class InputObserver:
         return self.count(name) if not group else 0.95 * self.count(name) + 0.05 * _mean([*map(self.count, group)])
 
     def center(self, name: str) -> torch.Tensor | None:
-        """E[x] of a map's inputs, or None if no row reached it."""
+        """E[x] of a map's inputs, or None if no row reached it.
+
+        Of the rows of `moment`, those that are borrowed among them: G - E[x] E[x]^T is positive only about their mean.
+        """
         found = self.moments.get(self._leader.get(name, name))
-        return None if found is None or not found.count else found.center()
+        if found is None or not found.count:
+            return None
+        group = self._group(name)
+        return blend(found.center(), found.count, self._average(group, "center")) if group else found.center()
 
     def moment(self, name: str) -> torch.Tensor | None:
         """G of a map, or None if no row reached it or its group.
@@ -119,21 +125,26 @@ class InputObserver:
         identity, so that its weights alone decide.
         """
         found = self.moments.get(self._leader.get(name, name))
-        group = {n: m for n in group_of(self.block, name) if (m := self.moments.get(n)) is not None and m.count}
+        group = self._group(name)
         if not group:
             return None if found is None or not found.count else found.mean()
-        average = self._average(next(iter(group)), group)
+        average = self._average(group, "mean")
         if found is None or not found.count:
             return torch.eye(len(average), device=average.device) * average.diagonal().mean()
         return blend(found.mean(), found.count, average)
 
-    def _average(self, first: str, group: dict[str, SecondMoment]) -> torch.Tensor:
+    def _group(self, name: str) -> dict[str, SecondMoment]:
+        """What the maps in the group of ``name`` have seen, of those that have seen rows."""
+        return {n: m for n in group_of(self.block, name) if (m := self.moments.get(n)) is not None and m.count}
+
+    def _average(self, group: dict[str, SecondMoment], what: str) -> torch.Tensor:
         # Asked for once for every map of the group, when all rows have been seen; the first map stands for the group.
-        if first not in self._averages:
-            self._averages[first] = weighted_average(
-                {n: m.mean() for n, m in group.items()}, {n: m.count for n, m in group.items()}
+        key = (next(iter(group)), what)
+        if key not in self._averages:
+            self._averages[key] = weighted_average(
+                {n: getattr(m, what)() for n, m in group.items()}, {n: m.count for n, m in group.items()}
             )
-        return self._averages[first]
+        return self._averages[key]
 
 
 def group_of(block: Block, name: str) -> list[str]:

@@ -5,20 +5,20 @@ from lillama_registry import hookimpl
 
 from .evaluation import evaluation
 
-ROUTER = "mlp.gate"
-"""Path of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
+ROUTERS = ("mlp.gate", "mlp.router")
+"""Paths of a block's router; the last of what it returns are the numbers of the chosen experts [tokens, k]."""
 
 
 class Mixtral(Architecture):
     """A stack of decoder layers whose MLP is a router and its experts; the router, and its like, stay dense."""
 
     name = "mixtral"
-    exclude = (ROUTER, "mlp.shared_expert_gate")
-    pinned = (ROUTER,)
+    exclude = (*ROUTERS, "mlp.shared_expert_gate")
+    pinned = ROUTERS
     evaluation = evaluation
 
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
 
-from .architecture import ROUTER
+from .architecture import ROUTERS
 
 WINDOWS = 8
 """Routing needs less text than perplexity."""
@@ -30,7 +30,7 @@ def choices(model: Any, rows: torch.Tensor, device: torch.device) -> tuple[torch
     ``rows``: token ids [windows, length]; each window is read on its own. ``model``: in eval mode on ``device``.
     """
     found: dict[str, list[torch.Tensor]] = {}
-    routers = {name: module for name, module in model.named_modules() if name.endswith(f".{ROUTER}")}
+    routers = _routers(model)
     handles = [
         module.register_forward_hook(
             lambda _, __, out, name=name: found.setdefault(name, []).append(out[-1].to("cpu", torch.int16))
@@ -45,6 +45,10 @@ def choices(model: Any, rows: torch.Tensor, device: torch.device) -> tuple[torch
             handle.remove()
     experts = max(len(module.weight) for module in routers.values())
     return torch.stack([torch.cat(found[name]) for name in routers]), experts
+
+
+def _routers(model: Any) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if name.endswith(tuple(f".{r}" for r in ROUTERS))}
 
 
 def token_shares(chosen: torch.Tensor, experts: int) -> torch.Tensor:
@@ -72,7 +76,7 @@ class Routing:
         windows = min(WINDOWS, options.windows or WINDOWS)
         rows = load_text_windows(source, subject.tokenizer, options.sequence_length, windows)
         report(f"routing: {len(rows)} windows of {options.sequence_length} tokens")
-        if not any(name.endswith(f".{ROUTER}") for name, _ in subject.model.named_modules()):
+        if not _routers(subject.model):
             # Families of experts have members whose layers are all dense.
             return []
         chosen, experts = choices(subject.model, rows, subject.device)

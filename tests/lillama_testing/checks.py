@@ -20,6 +20,7 @@ from torch import nn
 from lillama_core.architecture.auto import AUTO
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, find_blocks
+from lillama_core.architecture.targets.convolution import ConvolutionTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
 from lillama_core.data.modality import Inputs, modality_of
@@ -187,6 +188,11 @@ def linear_parameters(block: nn.Module) -> set[str]:
     return found
 
 
+def convolution_parameters(block: nn.Module, asked: tuple[str, ...]) -> set[str]:
+    """Names of the weights of the convolutions that are ``asked`` for: no others are maps."""
+    return {f"{n}.weight" for n, m in block.named_modules() if ConvolutionTarget.accepts(m) and matches_any(n, asked)}
+
+
 def covered_parameters(block: nn.Module, description: Block) -> set[str]:
     """Names of the parameters that the maps of ``description`` are views on.
 
@@ -223,7 +229,9 @@ def check_maps(tiny: TinyModel) -> None:
     ):
         for description in all_blocks(tiny, model, MapChoice(include=include)):
             block = model.get_submodule(description.path)
-            expected = {n for n in linear_parameters(block) if not _excepted(n, exceptions)}
+            asked = (*architecture.maps, *include)
+            expected = linear_parameters(block) | convolution_parameters(block, asked)
+            expected = {n for n in expected if not _excepted(n, exceptions)}
             covered = covered_parameters(block, description)
             missed, more = sorted(expected - covered), sorted(covered - expected)
             where = f"of {description.path}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +47,29 @@ def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Tensor)
     return act_fn(gate) * up
 
 
-def dense_linear(weight: torch.Tensor, requires_grad: bool) -> nn.Linear:
-    """A linear module with a copy of ``weight`` [out, in], which may be on the meta device."""
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
+Gate = Callable[[torch.Tensor], torch.Tensor]
+"""What an expert computes between its two matrices: [..., 2I] -> [..., I]."""
+
+
+def gate_of(experts: Any) -> Gate:
+    """The gate of dense ``experts``, as a function that does not keep their weights alive."""
+    if not hasattr(experts, "_apply_gate"):
+        return partial(gated, experts.act_fn)
+    hollow = copy.copy(experts)
+    hollow.__dict__ |= {"_parameters": dict.fromkeys(experts._parameters)}
+    hollow.__dict__.pop("forward", None)
+    gate: Gate = hollow._apply_gate
+    return gate
+
+
+def dense_linear(weight: torch.Tensor, requires_grad: bool, bias: torch.Tensor | None = None) -> nn.Linear:
+    """A linear module with copies of ``weight`` [out, in] and ``bias`` [out], which may be on the meta device."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     assert isinstance(layer, nn.Linear)
-    # A copy: a view would keep the parameter of all experts alive, and on disk.
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad)
+    # Copies: a view would keep the parameter of all experts alive, and on disk.
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad)
     return layer
 
 
@@ -59,9 +78,9 @@ class LowRankExperts(nn.Module):
 
     # The names must not begin with those of the fused parameters and a dot: transformers' converters would cut the
     # tensors up on saving.
-    def __init__(self, act_fn: Any, gate_up_maps: list[nn.Module], down_maps: list[nn.Module]) -> None:
+    def __init__(self, gate: Gate, gate_up_maps: list[nn.Module], down_maps: list[nn.Module]) -> None:
         super().__init__()
-        self.act_fn = act_fn
+        self.gate = gate
         self.gate_up_maps = nn.ModuleList(gate_up_maps)
         self.down_maps = nn.ModuleList(down_maps)
 
@@ -73,7 +92,7 @@ class LowRankExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         def expert(e: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.down_maps[e](gated(self.act_fn, self.gate_up_maps[e](rows)))
+            out: torch.Tensor = self.down_maps[e](self.gate(self.gate_up_maps[e](rows)))
             return out * weights
 
         return run_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
@@ -86,9 +105,9 @@ class SharedExperts(nn.Module):
     slice of the first one's second stage and of the second one's first stage. Either may be a linear module.
     """
 
-    def __init__(self, act_fn: Any, gate_up_map: nn.Module, down_map: nn.Module, experts: int) -> None:
+    def __init__(self, gate: Gate, gate_up_map: nn.Module, down_map: nn.Module, experts: int) -> None:
         super().__init__()
-        self.act_fn = act_fn
+        self.gate = gate
         self.gate_up_map = gate_up_map
         self.down_map = down_map
         self.num_experts = experts
@@ -104,7 +123,7 @@ class SharedExperts(nn.Module):
         downs = (down.down if low_out else down).weight.chunk(self.num_experts, dim=1)
 
         def expert(e: int, part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            hidden = gated(self.act_fn, functional.linear(part, ups[e]))
+            hidden = self.gate(functional.linear(part, ups[e]))
             return functional.linear(hidden, downs[e]) * weights
 
         summed = run_experts(rows, top_k_index, top_k_weights, self.num_experts, expert)

@@ -1,8 +1,6 @@
 """Experts fused into three-dimensional parameters: each expert's matrices as maps, and where they are found.
 
-transformers 5 keeps the experts of a layer in one module with ``gate_up_proj`` [E, 2I, H] and ``down_proj`` [E, H, I],
-called as (hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k]). For every token it gives the sum over its
-chosen experts e of w_e D_e (act(g) * u) with [g; u] = U_e x.
+What such a module computes is at the head of `expert_layouts`.
 """
 
 from __future__ import annotations
@@ -18,62 +16,27 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.architecture.targets.base import OnRows, TargetModule
+from lillama_core.architecture.targets.expert_layouts import (
+    BIASES,
+    FUSED,
+    READ,
+    as_stored,
+    fused_bias,
+    fused_weight,
+    has_known_layout,
+    is_fused,
+)
 from lillama_core.architecture.targets.expert_modules import (
     LowRankExperts,
     SharedExperts,
     dense_linear,
-    gated,
+    gate_of,
     run_experts,
 )
 from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.formats.base import Format, dense_weight
-from lillama_core.models.transformers_adapter import has_own_gate
-
-FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
-"""A part of an expert -> the parameter that holds it for all experts."""
-LAYOUT = {
-    "has_gate": True,
-    "has_bias": False,
-    "has_post_expert_norm": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-}
-"""What transformers' experts modules say of themselves, and the one layout that is read here."""
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether ``module`` holds experts in three-dimensional parameters, of whatever layout."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return any(name in parameters and parameters[name].dim() == 3 for name in ("gate_up_proj", "up_proj", "down_proj"))
-
-
-def has_known_layout(module: nn.Module) -> bool:
-    """Whether ``module`` is fused experts that compute what the head of this file says."""
-    own = dict(module.named_parameters(recurse=False))
-    if set(own) != set(FUSED.values()) or any(p.dim() != 3 for p in own.values()):
-        return False
-    experts, twice, width = own["gate_up_proj"].shape
-    return (
-        own["down_proj"].shape == (experts, width, twice // 2)
-        and all(getattr(module, name, expected) == expected for name, expected in LAYOUT.items())
-        # A class with a gate of its own computes something else between the two matrices.
-        and not has_own_gate(module)
-        and hasattr(module, "act_fn")
-    )
-
-
-def fused_experts(block: nn.Module) -> dict[str, bool]:
-    """Paths of the block's fused experts, and whether their layout is known."""
-    return {name: has_known_layout(module) for name, module in block.named_modules() if is_fused(module)}
-
-
-def fused_parameter(module: nn.Module, part: str) -> torch.Tensor:
-    """The parameter that holds ``part`` of all experts, [E, out, in]."""
-    parameter = getattr(module, FUSED[part])
-    assert isinstance(parameter, torch.Tensor)
-    return parameter
 
 
 class _ObservedForward:
@@ -121,9 +84,7 @@ class _FusedExperts(TargetModule):
     @classmethod
     def at(cls, name: str, module: nn.Module) -> TargetModule:
         if not isinstance(module, cls.low_rank) and not has_known_layout(module):
-            raise LillamaError(
-                f"{name!r} is a {type(module).__name__}, not experts with a concatenated gate and no biases"
-            )
+            raise LillamaError(f"{name!r} is a {type(module).__name__}, whose layout is not known: {READ}")
         return cls(name, module)
 
     def all_maps(self, module: nn.Module) -> list[TargetLinear]:
@@ -133,6 +94,10 @@ class _FusedExperts(TargetModule):
     def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
         """W [out, in] of a map of the dense module, a view if possible."""
         raise NotImplementedError
+
+    def dense_bias(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
+        """The bias [out] of a map of the dense module, a view, or None."""
+        return None
 
     def run_dense(
         self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -157,7 +122,11 @@ class _FusedExperts(TargetModule):
         return weight
 
     def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
-        return None
+        module = block.get_submodule(self.name)
+        if not isinstance(module, self.low_rank):
+            return self.dense_bias(module, map_)
+        bias = getattr(self.layer(block, map_), "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
 
     @contextlib.contextmanager
     def observe(
@@ -186,7 +155,7 @@ class _FusedExperts(TargetModule):
         if not isinstance(module, self.low_rank):
             requires_grad = all(p.requires_grad for p in module.parameters())
             dense = {
-                name: dense_linear(self.dense_weight(module, map_), requires_grad)
+                name: dense_linear(self.dense_weight(module, map_), requires_grad, self.dense_bias(module, map_))
                 for name, map_ in self.every.items()
                 if name not in own
             }
@@ -197,16 +166,25 @@ class _FusedExperts(TargetModule):
             module.set_submodule(self.place(self.every[name]), layer)
 
     def separate(self, block: nn.Module) -> None:
-        module = block.get_submodule(self.name)
-        self.replace(block, {n: dense_linear(self.dense_weight(module, m), False) for n, m in self.every.items()})
+        layers = {n: dense_linear(self.weight(block, m), False, self.bias(block, m)) for n, m in self.every.items()}
+        self.replace(block, layers)
 
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         return block.get_submodule(f"{self.name}.{self.place(map_)}")
 
     def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
-        return {f"{self.name}.{FUSED[part]}": self.fused_weight(block, part) for part in FUSED}
+        module, found = dense.get_submodule(self.name), {}
+        for part, fused in FUSED.items():
+            found[f"{self.name}.{fused}"] = as_stored(module, self.whole_weight(block, part))
+            if fused_bias(module, part) is not None:
+                biases = [self.bias(block, map_) for map_ in self.every.values() if self._in(map_, part)]
+                found[f"{self.name}.{BIASES[part]}"] = torch.stack([b.detach() for b in biases if b is not None])
+        return found
 
-    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+    def _in(self, map_: TargetLinear, part: str) -> bool:
+        return self.place(map_).startswith(f"{part}_map")
+
+    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
         """Return what the low-rank module stands for of all experts' ``part``, [E, out, in]."""
         raise NotImplementedError
 
@@ -214,7 +192,7 @@ class _FusedExperts(TargetModule):
         # Each fused parameter's name goes to a matrix of its first map: two dimensions instead of three.
         found = []
         for part, fused in FUSED.items():
-            map_ = next(m for m in self.every.values() if self.place(m).startswith(f"{part}_map"))
+            map_ = next(m for m in self.every.values() if self._in(m, part))
             inner = format_.stored_as_weight(map_.out_features, map_.in_features) + "." if map_.name in ranks else ""
             found.append((f"{self.name}.{fused}", f"{self.name}.{self.place(map_)}.{inner}weight"))
         return found
@@ -236,7 +214,7 @@ class ExpertsTarget(_FusedExperts):
                 layers: Any = module.get_submodule(f"{part}_maps")
                 shapes = [(layer.out_features, layer.in_features) for layer in layers]
             else:
-                experts, out_features, in_features = fused_parameter(module, part).shape
+                experts, out_features, in_features = fused_weight(module, part).shape
                 shapes = [(out_features, in_features)] * experts
             group = f"{self.name}.{part}"
             maps += [TargetLinear(f"{group}.{e}", out, in_, group) for e, (out, in_) in enumerate(shapes)]
@@ -248,9 +226,14 @@ class ExpertsTarget(_FusedExperts):
 
     def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
         part, number = self._part(map_)
-        return fused_parameter(module, part)[number]
+        return fused_weight(module, part)[number]
 
-    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+    def dense_bias(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
+        part, number = self._part(map_)
+        biases = fused_bias(module, part)
+        return None if biases is None else biases[number]
+
+    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
         own = [map_ for map_ in self.every.values() if self._part(map_)[0] == part]
         return torch.stack([dense_weight(self.layer(block, map_)) for map_ in own])
 
@@ -260,22 +243,21 @@ class ExpertsTarget(_FusedExperts):
 
     def replacement(self, dense: nn.Module, layers: Mapping[str, nn.Module]) -> LowRankExperts:
         gate_up, down = ([layers[m.name] for m in self.every.values() if self._part(m)[0] == part] for part in FUSED)
-        return LowRankExperts(dense.act_fn, gate_up, down)
+        return LowRankExperts(gate_of(dense), gate_up, down)
 
     def run_dense(
         self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         # With the maps that the user left out: the module needs all of them.
-        maps = {self._part(m): m for m in self.every.values()}
+        maps, gate = {self._part(m): m for m in self.every.values()}, gate_of(module)
 
         def apply(part: str, e: int, rows: torch.Tensor) -> torch.Tensor:
             map_ = maps[part, e]
-            output = functional.linear(rows, self.dense_weight(module, map_))
+            output = functional.linear(rows, self.dense_weight(module, map_), self.dense_bias(module, map_))
             return show(map_, rows, output) if map_ in self.maps else output
 
         def expert(e: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            act_fn: Any = module.act_fn
-            return apply("down", e, gated(act_fn, apply("gate_up", e, rows))) * weights
+            return apply("down", e, gate(apply("gate_up", e, rows))) * weights
 
         return run_experts(hidden, index, weights, len(maps) // len(FUSED), expert)
 
@@ -297,7 +279,12 @@ class SharedExpertsTarget(_FusedExperts):
             layers: list[Any] = [module.gate_up_map, module.down_map]
             shapes = [(layer.out_features, layer.in_features) for layer in layers]
         else:
-            experts, twice, width = fused_parameter(module, "gate_up").shape
+            if fused_bias(module, "gate_up") is not None:
+                raise UserError(
+                    f"--share-experts: the experts {self.name!r} have biases of their own, which one map for all of"
+                    " them cannot add; leave --share-experts out"
+                )
+            experts, twice, width = fused_weight(module, "gate_up").shape
             shapes = [(experts * twice, width), (width, experts * twice // 2)]
         # The experts stand along one side: the outputs of the first, the inputs of the second.
         cuts = (shapes[0][0], shapes[1][1])
@@ -317,11 +304,11 @@ class SharedExpertsTarget(_FusedExperts):
 
     def dense_weight(self, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
         if self.local_name(map_) == "gate_up":
-            return fused_parameter(module, "gate_up").flatten(0, 1)
+            return fused_weight(module, "gate_up").flatten(0, 1)
         # [E, H, I] -> [H, E I]; the only one that is no view.
-        return fused_parameter(module, "down").transpose(0, 1).flatten(1)
+        return fused_weight(module, "down").transpose(0, 1).flatten(1)
 
-    def fused_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
         module = block.get_submodule(self.name)
         assert isinstance(module, SharedExperts)
         weight, parts = dense_weight(module.get_submodule(f"{part}_map")), (module.num_experts, -1)
@@ -332,21 +319,20 @@ class SharedExpertsTarget(_FusedExperts):
 
     def replacement(self, dense: nn.Module, layers: Mapping[str, nn.Module]) -> SharedExperts:
         gate_up, down = (layers[name] for name in self.every)
-        return SharedExperts(dense.act_fn, gate_up, down, len(fused_parameter(dense, "gate_up")))
+        return SharedExperts(gate_of(dense), gate_up, down, len(fused_weight(dense, "gate_up")))
 
     def run_dense(
         self, module: nn.Module, show: Show, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         gate_up, down = self.every.values()
-        experts = len(fused_parameter(module, "gate_up"))
-        act_fn: Any = module.act_fn
+        experts = len(fused_weight(module, "gate_up"))
 
         def apply(map_: TargetLinear, rows: torch.Tensor) -> torch.Tensor:
             output = functional.linear(rows, self.dense_weight(module, map_))
             return show(map_, rows, output) if map_ in self.maps else output
 
         # All experts for all tokens: the price of seeing the stacked maps as they are.
-        units = gated(act_fn, apply(gate_up, hidden).unflatten(-1, (experts, -1)))
+        units = gate_of(module)(apply(gate_up, hidden).unflatten(-1, (experts, -1)))
         routing = torch.zeros(len(hidden), experts, dtype=weights.dtype, device=weights.device)
         rows = units * routing.scatter(1, index, weights)[..., None].to(units.dtype)
         return apply(down, rows.flatten(1)).to(hidden.dtype)
@@ -373,8 +359,8 @@ def find_targets(
             asked = own or any(lies_within(p, name) for p in choice.include)
             if asked and not matches_any(name, choice.exclude):
                 raise UserError(
-                    f"the experts {name!r} are a {type(module).__name__}, whose layout is not known: only experts with"
-                    f" a concatenated gate and no biases can be compressed; leave them dense with --exclude {name}"
+                    f"the experts {name!r} are a {type(module).__name__}, whose layout is not known: {READ};"
+                    f" leave them dense with --exclude {name}"
                 )
             continue
 
@@ -393,7 +379,7 @@ def find_targets(
 def _fraction_used(block: nn.Module, name: str) -> float:
     """Return the fraction of the experts ``name`` that a token is sent to; 1 when no ``top_k`` stands beside them."""
     parent = block.get_submodule(name.rpartition(".")[0])
-    experts = len(fused_parameter(block.get_submodule(name), "gate_up"))
+    experts = len(fused_weight(block.get_submodule(name), "gate_up"))
     said = (getattr(module, "top_k", None) for module in parent.modules())
     chosen = next((k for k in said if isinstance(k, int)), experts)
     return min(1.0, chosen / experts)

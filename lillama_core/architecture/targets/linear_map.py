@@ -65,6 +65,12 @@ def matches_any(path: str, patterns: tuple[str, ...]) -> bool:
     return any(path_matches(path, pattern) for pattern in patterns)
 
 
+def is_asked_for(path: str, only: tuple[str, ...], exclude: tuple[str, ...], choice: MapChoice) -> bool:
+    """Whether ``only`` or ``choice.include`` names ``path``, left alone by default; ``choice.exclude`` wins."""
+    own = matches_any(path, only) and not matches_any(path, exclude)
+    return (own or matches_any(path, choice.include)) and not matches_any(path, choice.exclude)
+
+
 def lies_within(pattern: str, path: str) -> bool:
     """Whether ``pattern`` names the module at ``path`` or something in it."""
     return path_matches(path, ".".join(pattern.split(".")[: path.count(".") + 1]))

@@ -201,5 +201,6 @@ def names_of(context: Context, chain: Sequence[StackHarness], has: Callable[[Blo
 
 
 def enters(embedding: EmbeddingObserver, model: nn.Module, small: ActivationStore, harness: StackHarness) -> bool:
-    """Whether rows of the embedding are looked up on the way to the blocks of a stack."""
-    return embedding.enters(model, functools.partial(small.select([0]).record, harness))
+    """Whether what enters a stack is made of rows of the embedding."""
+    first = small.select([0])
+    return embedding.enters(model, lambda: first.record(harness).hidden)
