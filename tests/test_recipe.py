@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {
     "compress_embeddings": True,
     "remove_channels": True,
     "target_speedup": 1.3,
+    "target_parameters": 100_000_000,
     "speedup_work": "decoding",
     "calibration": ("wikitext2", "self@2"),
     "self_share": 0.25,

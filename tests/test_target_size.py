@@ -108,6 +108,28 @@ def test_ranks_of_a_wide_model_fill_groups(make_model: Callable[..., Path], tmp_
     assert way_to(narrow, 230_000).recipe.allocation.options["rank_multiple"] == 96
 
 
+def test_a_number_of_parameters(dense: Path, run_cli: Cli) -> None:
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(dense).parameters())
+    ended = run_cli("plan", dense, "--target-parameters", "90K", "--json", "--no-estimate")
+    assert ended.status == 0, ended
+    after = json.loads(ended.stdout)["parameters_after"]
+    assert 89_000 < after <= 90_000
+    by_stack = run_cli(
+        "plan", dense, "--target-parameters", "0.09M", "--stacks", "decoder", "--json", "--no-estimate",
+        "--no-compress-embeddings",
+    )  # fmt: skip
+    assert 89_000 < json.loads(by_stack.stdout)["parameters_after"] <= 90_000
+    for wrong, message in (
+        (f"{total}", f"is nothing to do: the model has {total:,}"),
+        ("100", "is more than the linear maps of the model can give"),
+        ("many", "--target-parameters must be a whole number"),
+        ("-5", "--target-parameters"),
+    ):
+        assert message in run_cli("plan", dense, "--target-parameters", wrong).error
+    ended = run_cli("plan", dense, "--target-parameters", "90K", "--reduction", "0.2")
+    assert "--reduction does nothing: --target-parameters says" in ended.error
+
+
 @pytest.mark.parametrize("option", [("--reduction", "0.3"), ("--format", "pivoted"), ("--target-speedup", "1.2")])
 def test_options_that_leave_no_choice(option: tuple[str, str], dense: Path, tmp_path: Path, run_cli: Cli) -> None:
     ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "60KB", *option)

@@ -104,15 +104,26 @@ def prepare(
         blocks,
         maps,
         count_parameters(meta),
-        make_budget(maps, reference, _reduction(recipe, maps, reference, format_), format_, of_what),
+        make_budget(
+            maps, reference, _reduction(recipe, maps, reference, count_parameters(meta), format_), format_, of_what
+        ),
         format_,
         embedding,
         removes_channels,
     )
 
 
-def _reduction(recipe: Recipe, maps: list[PlannedMap], reference: int, format_: Format) -> float:
-    """What to remove; for a speed, what would give it if time were parameters of maps, as far as they can give that."""
+def _reduction(recipe: Recipe, maps: list[PlannedMap], reference: int, total: int, format_: Format) -> float:
+    """What part of ``reference`` parameters to remove, of a model that has ``total``.
+
+    For a speed, what would give it if time were parameters of maps, as far as they can give that.
+    """
+    if (target := recipe.target_parameters) is not None:
+        if target >= total:
+            raise UserError(f"--target-parameters {target:,} is nothing to do: the model has {total:,}")
+        if total - target >= reference:
+            raise UserError(f"--target-parameters {target:,} is out of reach: only {reference:,} are compressed")
+        return (total - target) / reference
     if recipe.target_speedup is None:
         return recipe.reduction
     dense = sum(m.dense_parameters for m in maps)

@@ -63,7 +63,7 @@ def way_to(request: Request, target: int) -> Way:
     if request.evaluate:
         raise UserError("--evaluate does not go with --target-size: run 'lillama evaluate' on the result")
     for layer in recipe.layers:
-        for name in ("reduction", "target_speedup", "format"):
+        for name in ("reduction", "target_parameters", "target_speedup", "format"):
             if name in layer.spelled:
                 raise UserError(f"{layer.spelled[name]} does nothing: --target-size says how much is removed, and how")
     if world_of_environment().size > 1:

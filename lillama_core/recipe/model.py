@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +62,12 @@ class Recipe(Validated):
 
     name: str = option("default", "recipe", "name under which the recipe is recorded")
     reduction: float = option(0.2, "what to remove", "fraction of the parameters to remove, such as 0.2 or 20%")
+    target_parameters: int | None = option(
+        None,
+        "what to remove",
+        "how many parameters the model may have in the end, such as 100M, in place of --reduction",
+        ge=1,
+    )
     target_speedup: float | None = option(
         None,
         "what to remove",
@@ -217,6 +224,14 @@ class Recipe(Validated):
                 return float(value.rstrip()[:-1]) / 100
             except ValueError:
                 pass
+        return value
+
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        """``100M`` is a hundred million."""
+        if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB])\s*", value)):
+            return round(float(found[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()])
         return value
 
     @field_validator(STAGES, mode="before")

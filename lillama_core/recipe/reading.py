@@ -67,10 +67,12 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies) -> dict[str, str]:
     if not (gradients or embedding or (recipe.steps > 0 and getattr(chosen.loss, "needs_sensitivity", False))):
         nor = f", nor does the loss {loss!r}" if recipe.steps > 0 else ""
         found["sensitivity_tokens"] = f"the initialiser {init!r} needs no gradients{nor}"
+    if recipe.target_parameters is not None:
+        found["reduction"] = "--target-parameters says how much is removed"
     if recipe.target_speedup is None:
         found["speedup_work"] = "it says what --target-speedup is about, which is not given"
     else:
-        found["reduction"] = "--target-speedup says how much is removed"
+        found |= dict.fromkeys(("reduction", "target_parameters"), "--target-speedup says how much is removed")
         found["compress_embeddings"] = "a smaller embedding makes nothing faster, and --target-speedup is given"
     if recipe.remove_channels:
         if not getattr(chosen.allocation, "removes_channels", False):
