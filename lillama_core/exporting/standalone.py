@@ -42,7 +42,7 @@ class StandaloneExporter(Exporter):
     def cannot_hold(self, model: CompressedModel) -> str | None:
         kinds, formats = used(model)
         if others := sorted(kinds - set(low_rank_code.KINDS)):
-            return f"it has modules of kind {others[0]!r}, whose code is a plugin's"
+            return f"it has modules of kind {others[0]!r}, whose code is not among what is written"
         if others := sorted(formats - set(low_rank_code.FORMATS)):
             return f"its maps are in format {others[0]!r}, whose code is a plugin's"
         for of in (*model_classes(model), type(model.config)):
