@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench sbom clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed"'
@@ -37,6 +37,16 @@ lint: .venv/installed
 # The documentation, into build/site; a warning is an error.
 docs: .venv/installed
 	$(BIN)/mkdocs build --strict --quiet
+
+# What is installed here, in which versions and under which licences: build/sbom.json, in the form of CycloneDX. The tool
+# that writes it has an environment of its own, so that it is no part of the list.
+.venv/sbom/bin/cyclonedx-py: .venv/installed
+	$(BIN)/python -m venv .venv/sbom
+	.venv/sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=7.5,<8'
+
+sbom: .venv/sbom/bin/cyclonedx-py
+	mkdir -p build
+	$< environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
 
 # The figures of SmolLM2, measured again; about 40 minutes on two cores.
 bench: .venv/smollm2.gguf
