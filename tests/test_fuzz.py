@@ -27,7 +27,14 @@ from lillama_testing.readers import Reader, make_readers
 
 NAMES = (
     *("recipe", "machine", "record", "record, as published", "run manifest", "model config", "plan in a config"),
-    *("safetensors header", "index of shards", "GGUF", "CTranslate2 model.bin", "CTranslate2 settings"),
+    *(
+        "safetensors header",
+        "index of shards",
+        "channels in a config",
+        "GGUF",
+        "CTranslate2 model.bin",
+        "CTranslate2 settings",
+    ),
     *("mamba-ssm config", "manifest of speech", "rows of text"),
 )
 EXAMPLES = 60

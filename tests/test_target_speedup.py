@@ -26,7 +26,7 @@ from lillama_core.data.workload import Meter, Workload
 from lillama_core.formats import Factored, Pivoted
 from lillama_core.recipe.model import Recipe
 from lillama_core.speed.prices import MapReadings, MeasuredTime, Reading, dense_features, fitted, low_rank_features
-from lillama_core.speed.target import SpeedPlanner
+from lillama_core.speed.target import Attempt, SpeedPlanner, next_removed
 
 Cli = Callable[..., Ended]
 
@@ -114,6 +114,19 @@ def test_prices_are_those_of_the_calls_and_rows_that_were_counted() -> None:
     assert prices.of(b, None) == round(45 * 6 / 8)
     assert prices.of(c, None) == prices.of(c, 1) == 0
     assert float(dense_features(5, 7) @ dense) == 45.0
+
+
+def test_what_is_asked_next_follows_all_that_was_measured() -> None:
+    def attempts(*pairs: tuple[int, float]) -> list[Attempt]:
+        return [Attempt(RankPlan("factored", {}), removed, speedup) for removed, speedup in pairs]
+
+    # A fifth was saved by 200: a quarter of the time, which makes 4/3, takes 250.
+    assert next_removed(4 / 3, attempts((200, 1.25))) == 250
+    # Where nothing became faster, or much too much, the steps are bounded.
+    assert next_removed(1.5, attempts((200, 1.0))) == 400
+    assert next_removed(1.01, attempts((200, 2.0))) == 100
+    # Noise on two measurements of one plan is averaged: 1/5 and 3/10 are 1/4.
+    assert next_removed(4 / 3, attempts((200, 1.25), (200, 1 / 0.7))) == pytest.approx(200, abs=1)
 
 
 class Stack(nn.Module):

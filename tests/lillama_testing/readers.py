@@ -163,7 +163,8 @@ def _readers_of_models(folder: Path, dense: Path, low: Path) -> list[Reader]:
     from lillama_core.models.integrity import check_safetensors
     from lillama_core.models.loading import load_config, load_model, meta_model
     from lillama_core.models.source import INDEX, WEIGHTS, check_index, locate
-    from lillama_core.output.shards import compressed_reader
+    from lillama_core.output.quantizer import LillamaConfig
+    from lillama_core.output.shards import compressed_meta_model, compressed_reader, quantization_of
     from lillama_core.quantization.packing import GROUP
 
     config, low_config = (json.loads((at / "config.json").read_text(encoding="utf-8")) for at in (dense, low))
@@ -194,17 +195,29 @@ def _readers_of_models(folder: Path, dense: Path, low: Path) -> list[Reader]:
             source = locate(str(path))
             load_model(source, find_architecture(load_config(source)), torch.float16)
 
+    def low_shapes(path: Path) -> None:
+        found = load_config(locate(str(path)), allow_compressed=True)
+        if getattr(found, "quantization_config", None) is not None:
+            said = LillamaConfig(**quantization_of(found))
+            compressed_meta_model(find_architecture(found), found, said)
+
     def plan(value: Any) -> bytes:
         return as_json({**low_config, "quantization_config": value})
 
     plans = [low_config["quantization_config"]]
     bits = {"group": GROUP, "bits": {"8": ["elsewhere"], "4": []}}
+    # A net with fewer channels, of which there are no weights: its shapes are read alone.
+    width, size = low_config["hidden_size"], low_config["intermediate_size"] // 2
+    shapes = {"gate_proj": [size, width], "up_proj": [size, width], "down_proj": [width, size]}
+    narrow = {f"model.layers.0.mlp.{name}": {"kind": "linear", "shape": shape} for name, shape in shapes.items()}
+    channels = {**plans[0], "version": 3, "sites": {**plans[0]["sites"], **narrow}}
     return [
         Reader("model config", 6, [config], as_json, reads(dense / "config.json", dense_model, dense)),
         Reader(
             "plan in a config", 6, [*plans, {**plans[0], "version": 2, "quantization": bits}], plan,
             reads(low / "config.json", low_model, low),
         ),
+        Reader("channels in a config", 6, [channels], plan, reads(low / "config.json", low_shapes, low)),
         Reader(
             "safetensors header", 100, [[header, len(raw) - 8 - length]], containers.safetensors,
             reads(folder / "w.safetensors", check_safetensors), near=8,
