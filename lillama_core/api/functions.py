@@ -61,6 +61,7 @@ def compress(
     target_size: int | str | None = None,
     trust_remote_code: bool = False,
     evaluate: bool = False,
+    track: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     quiet: bool = False,
@@ -84,7 +85,8 @@ def compress(
 
     ``stream`` says whether the model's blocks are read from disk one at a time (True) or all held in memory (False);
     None: as it fits. ``max_memory`` bounds the host's memory, in bytes or as ``"3GB"``. ``evaluate`` measures both
-    models at the end, for the record and the card.
+    models at the end, for the record and the card. ``track`` names a tracker that accelerate knows, such as
+    "tensorboard", which gets losses as they come.
 
     Raises UserError for what can be known before the first block, leaving nothing behind, and LillamaError for what
     fails later, leaving ``OUTPUT.partial``, from which ``resume=True`` goes on.
@@ -109,6 +111,7 @@ def compress(
                 max_memory=None if max_memory is None else parse_size(max_memory),
                 trust_remote_code=bool(trust_remote_code),
                 evaluate=bool(evaluate),
+                track=None if track is None else str(track),
                 overwrite=bool(overwrite),
                 resume=bool(resume),
                 data=given,

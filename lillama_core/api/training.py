@@ -44,6 +44,7 @@ def finetune(
     architecture: str | Architecture | None = None,
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    track: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     quiet: bool = False,
@@ -55,7 +56,8 @@ def finetune(
     ``model`` is a directory that `compress` has made, or what it gave. ``teacher`` is the dense model, needed unless
     ``objective="lm"``. ``calibration`` names sources of data, ``data`` takes objects, as for `compress`. ``options``
     are those of `HealingOptions` and of the data (``tokens``, ``self_share``, ``sequence_length``, ``batch_size`` …),
-    named as on the command line. Raises UserError for what can be known before the training, leaving nothing behind,
+    named as on the command line; ``track`` names a tracker that accelerate knows, which gets losses as they come.
+    Raises UserError for what can be known before the training, leaving nothing behind,
     and LillamaError for what fails later, leaving ``OUTPUT.partial``, from which ``resume=True`` goes on.
     """
     with python_terms(), contextlib.ExitStack() as stack:
@@ -89,6 +91,7 @@ def finetune(
             tokenizer=tokenizer_spec(tokenizer, scratch),
             device=str(device),
             trust_remote_code=bool(trust_remote_code),
+            track=None if track is None else str(track),
             overwrite=bool(overwrite),
             resume=bool(resume),
         )

@@ -20,6 +20,7 @@ from lillama_core.cli.options import (
     recipe_options,
     residency_options,
     tokenizer_option,
+    track_option,
 )
 from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     help="what the files of weights may take, such as 100MB, in place of --reduction: weights are held in 8 bits where"
     " that suffices, else as many as need be in 4, and where that is too much ranks are lowered first",
 )
+@track_option
 @option("--evaluate", is_flag=True, group="output", help="measure both models at the end, for the record and the card")
 @push_options
 @option("-q", "--quiet", is_flag=True, group="output", help="print nothing but the result and errors")
@@ -82,6 +84,7 @@ def run(options: dict[str, Any]) -> int:
         max_memory=None if options["max_memory"] is None else parse_size(options["max_memory"]),
         trust_remote_code=options["trust_remote_code"],
         evaluate=options["evaluate"],
+        track=options["track"],
         overwrite=options["overwrite"],
         resume=options["resume"],
     )

@@ -18,6 +18,7 @@ from lillama_core.cli.options import (
     option,
     sources_of,
     tokenizer_option,
+    track_option,
 )
 from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
@@ -59,6 +60,7 @@ from lillama_core.strategies.options import StrategyChoice, validated_options
     group="training",
     help=f"how often the training goes through the data (default: {EPOCHS:g})",
 )
+@track_option
 @choice_options(HealingOptions, "training")
 @device_option
 @debug_option
@@ -92,6 +94,7 @@ def run(options: dict[str, Any]) -> int:
         tokenizer=options["tokenizer"],
         device=options["device"],
         trust_remote_code=options["trust_remote_code"],
+        track=options["track"],
         overwrite=options["overwrite"],
         resume=options["resume"],
     )

@@ -113,6 +113,16 @@ def model_options(function: F) -> F:
     return function
 
 
+def track_option(function: F) -> F:
+    """``--track``."""
+    return option(
+        "--track",
+        metavar="NAME",
+        group="output",
+        help="send losses as they come to a tracker that accelerate knows: tensorboard, wandb, trackio, mlflow …",
+    )(function)
+
+
 def tokenizer_option(function: F) -> F:
     return option("--tokenizer", metavar="SRC", group="model", help="tokenizer, if the model does not bring one")(
         function

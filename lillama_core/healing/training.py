@@ -139,6 +139,9 @@ class Healing:
                 break
             optimizer.step()
             self.progress.step(f"loss {loss:.4f}")
+            self.progress.measured(
+                {"healing/loss": loss, "healing/learning_rate": options.learning_rate * factor}, step
+            )
             if step in look:
                 self._look(found, state, step, steps)
         state.give_back()
@@ -151,6 +154,7 @@ class Healing:
     def _look(self, found: Healed, state: _State, step: int, steps: int) -> None:
         """Measure the student, keep it if it is the best so far, and say whether to stop."""
         loss = self._loss(self.choose)
+        self.progress.measured({"healing/held_out_loss": loss}, step)
         best = found.loss_after
         found.curve.append(Point(step, round(self.tokens * step / max(1, len(self.fit))), loss))
         if loss < best:

@@ -41,6 +41,7 @@ from lillama_core.system.memory import release_memory
 from lillama_core.system.processes import World, joined
 from lillama_core.system.progress import Progress, Verbosity
 from lillama_core.system.quiet import quiet
+from lillama_core.system.tracking import check_tracker
 
 
 def data_recipe(objective: str, given: Mapping[str, Any]) -> Recipe:
@@ -76,6 +77,8 @@ class FinetuneRequest:
     tokenizer: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
+    track: str | None = None
+    """The tracker, by the name that accelerate has for it, which gets the numbers of the run as it goes."""
     overwrite: bool = False
     resume: bool = False
 
@@ -98,6 +101,8 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
     directory = RunDirectory(request.output)
     if world.is_main:
         directory.check(request.overwrite, request.resume)
+    if request.track is not None:
+        check_tracker(request.track)
     device = world.device(choose_device(request.device))
     source, config = _compressed(request.model, request.trust_remote_code)
     record = read_record(Path(source.location))
@@ -144,6 +149,8 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
             directory.open(fingerprint, request.overwrite)
         world.barrier()
         progress.release()
+        settings = {**options.model_dump(), "epochs": request.epochs, **recipe.to_dict()}
+        progress.track(request.track if world.is_main else None, request.output.name, settings)
         healing, fidelity = heal(
             student, teacher, split.share(world), options, request.epochs, data.tokens, recipe.seed, autocast,
             progress, directory.healing, world, narrow_paths(student),

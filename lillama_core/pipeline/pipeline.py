@@ -33,6 +33,7 @@ from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.memory import limit_kernel_caches
 from lillama_core.system.processes import ALONE, World, joined
 from lillama_core.system.progress import Progress, Verbosity
+from lillama_core.system.tracking import check_tracker
 from lillama_registry import registry
 
 ORDER = ("load", "calibrate", "statistics", "allocate", "blocks", "report", "heal", "write")
@@ -137,6 +138,8 @@ def check(request: Request, world: World = ALONE) -> Checked:
     directory = RunDirectory(request.output)
     if world.is_main:
         directory.check(request.overwrite, request.resume)
+    if request.track is not None:
+        check_tracker(request.track)
     device = world.device(choose_device(request.device))
     spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
     if not strategies.make("allocators", recipe.allocation).needs_spectra:
@@ -235,6 +238,7 @@ def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Itera
             world=world,
         )
         check_alike(world, context.fingerprint(None))
+        progress.track(request.track if world.is_main else None, request.output.name, recipe.to_dict())
         yield checked, context
 
 

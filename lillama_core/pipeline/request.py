@@ -31,5 +31,7 @@ class Request:
     trust_remote_code: bool = False
     evaluate: bool = False
     """Whether the dense model and the result are measured at the end, for the record and the card."""
+    track: str | None = None
+    """The tracker, by the name that accelerate has for it, which gets the numbers of the run as it goes."""
     overwrite: bool = False
     resume: bool = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
 
 from lillama_core.errors import UserError
 from lillama_core.system.interrupt import raise_if_interrupted
+from lillama_core.system.tracking import Tracker
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 
@@ -90,6 +92,8 @@ class Progress:
 
     def __init__(self, verbosity: Verbosity = "normal") -> None:
         self.verbosity = verbosity
+        self.tracker: Tracker | None = None
+        """Gets the numbers of `measured`, too; ended with this."""
         self._started = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -140,6 +144,8 @@ class Progress:
             self.release()
         if self._bar is not None:
             self._bar.stop()
+        if self.tracker is not None:
+            self.tracker.finish()
 
     def release(self) -> None:
         """Say what was held back, and hold back no more: the request has passed all checks."""
@@ -176,6 +182,16 @@ class Progress:
                 f"{self._name} {self._done}/{self._total}{'  ' + note if note else ''}"
                 f"  elapsed {spent:.0f} s, remaining {left:.0f} s"
             )
+
+    def track(self, name: str | None, run: str, settings: Mapping[str, Any]) -> None:
+        """From here on send numbers to the tracker ``name``, if any; raises UserError where it refuses."""
+        if name is not None:
+            self.tracker = Tracker(name, run, settings, self.line)
+
+    def measured(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of the run, by name: for a tracker, where there is one."""
+        if self.tracker is not None:
+            self.tracker.log(values, step)
 
     def line(self, text: str) -> None:
         """Say something that stays."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -95,7 +97,7 @@ class BlocksStage(Stage):
             finished,
             context.recipe.seed,
             context.progress,
-            context.record.blocks.append,
+            functools.partial(self._note, context),
             context.world,
         )
         # Routing is noted of the dense model's blocks, which are given what the dense model gives them.
@@ -136,6 +138,12 @@ class BlocksStage(Stage):
         context.drop(Statistics)
         context.put(CompressedStacks(harness, outputs, dense_embeddings))
         context.put(CompressedModel(checkpoint, finished, blocks))
+
+    @staticmethod
+    def _note(context: Context, note: dict[str, Any]) -> None:
+        context.record.blocks.append(note)
+        numbers = {f"block/{name}": note[name] for name in ("loss_before", "loss_after", "error_before", "error_after")}
+        context.progress.measured(numbers, len(context.record.blocks))
 
     @staticmethod
     def _follow(context: Context) -> tuple[list[int], BatchRoles]:
