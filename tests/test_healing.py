@@ -146,7 +146,14 @@ def test_a_training_that_diverges_keeps_the_best_and_says_so(models: tuple[nn.Mo
 def test_a_training_that_finds_nothing_better_stops(models: tuple[nn.Module, nn.Module]) -> None:
     # Too fast to find anything, and not so fast that it counts as diverged.
     training = healing(
-        models, Progress("quiet"), None, learning_rate=1.0, gradient_clip=0.0, evaluations=20, patience=2
+        models,
+        Progress("quiet"),
+        None,
+        train="factors",
+        learning_rate=1.0,
+        gradient_clip=0.0,
+        evaluations=20,
+        patience=2,
     )
     found = training.run()
     assert found.ended == "nothing better was found 2 times in a row"
@@ -223,7 +230,7 @@ def test_what_cannot_be_healed(
 
 def test_a_model_without_low_rank_maps(models: tuple[nn.Module, nn.Module]) -> None:
     with pytest.raises(UserError, match="--train factors"):
-        healing((models[0], models[0]), Progress("quiet"), None).run()
+        healing((models[0], models[0]), Progress("quiet"), None, train="factors").run()
 
 
 def test_a_recipe_heals_at_the_end(
@@ -275,7 +282,7 @@ def test_other_architectures(model_type: str, tmp_path: Path) -> None:
         {
             **KIT_QUICK, "calibration": made.calibration, "steps": 0, "batch_size": 2, "sensitivity_tokens": 128,
             "rescaling_tokens": 0, "reduction": 0.3, "healing_epochs": 2, "compute": "float32",
-            "stages": {"heal": {"learning_rate": 3e-4, "evaluations": 2}},
+            "stages": {"heal": {"learning_rate": 1e-4, "evaluations": 2}},
         }
     )  # fmt: skip
     record = compress(Request(str(made.folder), tmp_path / "out", recipe, stream=False), "quiet")

@@ -25,11 +25,12 @@ class HealingOptions(StrategyOptions):
         description="what is minimised: kd, the divergence of the predictions from the dense model's; lm, the loss of"
         " the data's own tokens; kd+lm, the mean of both",
     )
-    train: Literal["factors", "norms", "all"] = Field(
-        default="factors",
-        description="what is trained: the low-rank maps, and what lost channels; the vectors outside of them, norms and"
-        " biases; or all"
-        " parameters, the embedding included",
+    # SmolLM2 at 20 % by `default`, 56 steps on 65,536 tokens, one run each: the divergence on rows that are not trained
+    # on fell by 8.5 % with all, and by 5.8 % with factors at a revision before.
+    train: Literal["all", "factors", "norms"] = Field(
+        default="all",
+        description="what is trained: all parameters, the embedding included; factors, the low-rank maps and what lost"
+        " channels, in less memory; norms, the vectors outside of them, norms and biases",
     )
     learning_rate: float = Field(
         default=1e-5,
