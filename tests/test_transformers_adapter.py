@@ -40,7 +40,8 @@ def test_a_name_that_has_moved_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_else_of_the_core_uses_them() -> None:
     core = ADAPTER.parents[1]
     # The hook waits for the module by its name, before anything may be imported.
-    # The code beside a standalone export, modules of experts among it, cannot ask the adapter; what it uses is listed there.
+    # The code beside a standalone export, modules of experts among it, cannot ask the adapter.
+    # Its attributes are listed there.
     beside = {core / "exporting" / "low_rank_code.py", core / "architecture" / "targets" / "expert_modules.py"}
     allowed = {ADAPTER, core / "transformers_hook.py", *beside}
     found = [f for f in core.rglob("*.py") if f not in allowed and UNDOCUMENTED.search(f.read_text(encoding="utf-8"))]
