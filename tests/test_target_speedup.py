@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lillama_core import load_recipe
 from lillama_core.allocation import AllocationRequest, Spectrum, SpectrumAllocator
 from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan
 from lillama_core.architecture.blocks import Block
@@ -24,9 +25,14 @@ from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.data.workload import Meter, Workload
 from lillama_core.formats import Factored, Pivoted
+from lillama_core.pipeline.pipeline import compress
+from lillama_core.pipeline.request import Request
 from lillama_core.recipe.model import Recipe
 from lillama_core.speed.prices import MapReadings, MeasuredTime, Reading, dense_features, fitted, low_rank_features
 from lillama_core.speed.target import Attempt, SpeedPlanner, next_removed
+from lillama_registry import registry
+from lillama_testing.tiny import QUICK as KIT_QUICK
+from lillama_testing.tiny import make_tiny_model
 
 Cli = Callable[..., Ended]
 
@@ -273,3 +279,17 @@ def test_the_recipe_of_a_run_for_a_speed_can_be_given_again(tiny_model: Path, tm
     ended = run_cli("plan", tiny_model, "--recipe", tmp_path / "mine.yaml", "--no-estimate")
     assert ended.status == 0, ended
     assert "ranks for 1.2 times the speed follow times that are measured" in ended.stdout
+
+
+def test_one_stack_of_speech_for_a_speed(tmp_path: Path) -> None:
+    (architecture,) = registry().architectures_for("whisper")
+    made = make_tiny_model(architecture, "whisper", tmp_path / "dense")
+    recipe = load_recipe("fast").with_options(
+        {
+            **KIT_QUICK, "calibration": made.calibration, "steps": 0, "batch_size": 2, "sensitivity_tokens": 128,
+            "rescaling_tokens": 0, "stacks": ["encoder"], "target_speedup": 1.001, "speedup_work": "encoder",
+        }
+    )  # fmt: skip
+    record = compress(Request(str(made.folder), tmp_path / "out", recipe, stream=False), "quiet")
+    assert record.plan["speed"]["work"] == "the encoder's passes"
+    assert all("encoder" in name for name in record.plan["ranks"])

@@ -102,6 +102,7 @@ class Planner:
                 spec.format,
                 workload,
                 speed_dtype(context),
+                [block.path for harness in context.get(DenseModel).stacks for block in harness.blocks],
             )
         return self._speed
 

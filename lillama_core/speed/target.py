@@ -60,7 +60,8 @@ def next_removed(speedup: float, attempts: Sequence[Attempt]) -> int:
 class SpeedPlanner:
     """Plans for one model, piece of work and machine.
 
-    ``model`` is the dense one, in memory; a copy of it in ``dtype`` is held as long as this.
+    ``model`` is the dense one, in memory; a copy of it in ``dtype`` is held as long as this. ``stood_in_for`` are paths of
+    modules in whose place it runs something else, as the copy must not.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class SpeedPlanner:
         format_: Format,
         workload: Workload,
         dtype: torch.dtype,
+        stood_in_for: Sequence[str] = (),
     ) -> None:
         self._dense: Any = copy.deepcopy(model)
-        for block in blocks:
+        for path in stood_in_for:
             # A copy must run for itself, whatever stands in for the block in its model.
-            self._dense.get_submodule(block.path).__dict__.pop("forward", None)
+            self._dense.get_submodule(path).__dict__.pop("forward", None)
         self._dense.to(dtype).eval().requires_grad_(False)
         self._blocks, self._maps, self._format, self.workload = blocks, maps, format_, workload
         readings = MapReadings(self._dense, blocks)
