@@ -60,8 +60,8 @@ def next_removed(speedup: float, attempts: Sequence[Attempt]) -> int:
 class SpeedPlanner:
     """Plans for one model, piece of work and machine.
 
-    ``model`` is the dense one, in memory; a copy of it in ``dtype`` is held as long as this. ``stood_in_for`` are paths of
-    modules in whose place it runs something else, as the copy must not.
+    ``model`` is the dense one, in memory; a copy of it in ``dtype`` is held as long as this. ``stood_in_for`` are paths
+    of modules in whose place it runs something else, as the copy must not.
     """
 
     def __init__(
