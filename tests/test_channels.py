@@ -290,7 +290,7 @@ def test_what_is_smaller_is_healed(narrow: Path, dense: Path, calibration_text: 
     before = AutoModelForCausalLM.from_pretrained(narrow).state_dict()
     lillama_core.finetune(
         narrow, tmp_path / "healed", teacher=dense, calibration=calibration_text, quiet=True, self_share=0.0,
-        tokens=1024, sequence_length=32, batch_size=4, learning_rate=1e-3,
+        tokens=1024, sequence_length=32, batch_size=4, learning_rate=1e-3, train="factors",
     )  # fmt: skip
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
     smaller = [path.removesuffix(".channels") for path in record_of(narrow)["plan"]["channels"]]
