@@ -93,6 +93,13 @@ def test_a_failing_second_step_leaves_the_first_one(
 
     monkeypatch.setattr(to_size, "compress", never)
     assert written
+    # As a rounding leaves it that was killed.
+    (tmp_path / "small.partial" / "result").mkdir(parents=True)
+    (tmp_path / "small.partial" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is of another request"):
+        lillama_core.compress(
+            dense, tmp_path / "small", calibration=calibration_text, target_size="59KB", resume=True, **FEW
+        )
     lillama_core.compress(
         dense, tmp_path / "small", calibration=calibration_text, target_size="60KB", resume=True, **FEW
     )

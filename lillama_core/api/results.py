@@ -12,6 +12,7 @@ from lillama_core.errors import nearest
 from lillama_core.evaluation.base import Measurement
 from lillama_core.evaluation.comparison import Evaluated, by_model, comparison_rows, show_comparison
 from lillama_core.output.record import RunRecord
+from lillama_core.system.tables import aligned
 
 
 class CompressionResult:
@@ -49,12 +50,7 @@ class CompressionResult:
 
     def __repr__(self) -> str:
         rows = [("", "before", "after", "change"), *self.table]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        return "\n".join([f"CompressionResult {str(self.path)!r}", *lines])
+        return "\n".join([f"CompressionResult {str(self.path)!r}", *aligned(rows)])
 
     def _repr_html_(self) -> str:
         losses = [

@@ -92,7 +92,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     )
     ModelCard(text).save(result / "README.md")
     header = "# Repeats this run. Files of calibration data are named without their folders: run it beside them.\n"
-    recipe = header + yaml.safe_dump(public_recipe(record), sort_keys=False, allow_unicode=True)
+    recipe = header + yaml.safe_dump(public_recipe(record.recipe), sort_keys=False, allow_unicode=True)
     (result / RECIPE_FILE).write_text(recipe, encoding="utf-8")
 
 
@@ -232,7 +232,7 @@ def fidelity_rows(record: RunRecord) -> list[tuple[str, str, str]]:
 def recipe_rows(record: RunRecord) -> list[tuple[str, str, str]]:
     """Option, value and meaning."""
     help_ = {name: field.description or "" for name, field in Recipe.model_fields.items()}
-    return [(k, _plain(v), help_.get(k, "")) for k, v in public_recipe(record).items()]
+    return [(k, _plain(v), help_.get(k, "")) for k, v in public_recipe(record.recipe).items()]
 
 
 def _plain(value: Any) -> str:

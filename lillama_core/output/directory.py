@@ -166,7 +166,7 @@ def published(record: RunRecord) -> dict[str, Any]:
         **record.to_dict(),
         "model": public_name(record.model),
         "tokenizer": None if record.tokenizer is None else public_name(record.tokenizer),
-        "recipe": public_recipe(record),
+        "recipe": public_recipe(record.recipe),
         "healing": [
             {**told, "teacher": None if told.get("teacher") is None else public_name(told["teacher"])}
             for told in record.healing

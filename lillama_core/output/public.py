@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lillama_core.data.sources import Source
-from lillama_core.output.record import RunRecord
 
 
 def public_name(spec: str) -> str:
@@ -19,8 +19,8 @@ def public_name(spec: str) -> str:
     return spec
 
 
-def public_recipe(record: RunRecord) -> dict[str, Any]:
-    """The recipe, with files of calibration data named without their folders."""
-    sources = [Source.parse(text) for text in record.recipe["calibration"]]
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as plain values, with files of calibration data named without their folders."""
+    sources = [Source.parse(text) for text in recipe["calibration"]]
     public = [str(dataclasses.replace(source, name=public_name(source.name))) for source in sources]
-    return {**record.recipe, "calibration": public}
+    return {**recipe, "calibration": public}

@@ -25,6 +25,7 @@ from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import make
 from lillama_core.system.processes import world_of_environment
 from lillama_core.system.progress import Verbosity
+from lillama_core.system.tables import aligned
 
 REDUCTIONS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 """Parts of the parameters at which the model is looked at, as far as its maps can give them."""
@@ -95,7 +96,7 @@ class Analysis:
             lost = [f"{sum(m.losses[str(part)] for m in own):.4f}" for part in PARTS]
             table.append((kind, f"{shape[0]} x {shape[1]}", f"{len(own)}", *ranks, *lost))
         head = f"{self.model}  (architecture {self.architecture}; losses in {self.unit}, of untrained maps)"
-        return "\n".join([head, "", *_aligned(rows), "", *_aligned(table)])
+        return "\n".join([head, "", *aligned(rows), "", *aligned(table)])
 
     __repr__ = __str__
 
@@ -106,14 +107,6 @@ _RANKS = ("stable_rank", "effective_rank", "weighted_effective_rank")
 def _range(values: Sequence[float]) -> str:
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return low if low == high else f"{low} to {high}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
 
 
 def analyze(request: Request, verbosity: Verbosity = "normal") -> Analysis:

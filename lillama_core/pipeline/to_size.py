@@ -10,6 +10,7 @@ import copy
 import math
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from lillama_core.errors import LillamaError, UserError
 from lillama_core.estimates.sizes import show_size
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype
+from lillama_core.models.source import locate, model_fingerprint
+from lillama_core.output.public import public_recipe
 from lillama_core.output.quantizer import LillamaConfig, target_entries
 from lillama_core.output.record import RunRecord, read_record
 from lillama_core.output.run_directory import RunDirectory
@@ -88,7 +91,7 @@ def way_to(request: Request, target: int) -> Way:
             break
         # Just below 1: what cannot be met is told by what the maps can give.
         reduction = min(reduction + (taken - target) / least, 0.99)
-    return Way(reduction + MARGIN, chosen)
+    return Way(chosen.reduction, chosen)
 
 
 def _within(request: Request, reduction: float, target: int) -> Recipe:
@@ -129,7 +132,7 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
     """
     with parsed_once(request.model):
         way = way_to(request, target)
-        RunDirectory(request.output).check(request.overwrite, False)
+        RunDirectory(request.output).check(request.overwrite, request.resume)
         rounding = QuantizeRequest(
             model=request.model,
             output=request.output,
@@ -137,8 +140,9 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
             architecture=request.architecture,
             tokenizer=request.tokenizer,
             trust_remote_code=request.trust_remote_code,
-            overwrite=request.overwrite,
-            calibration=_calibration(request.recipe),
+            # Rounding goes on from nothing: what an interrupted one left is made anew.
+            overwrite=request.overwrite or request.resume,
+            calibration=_calibration(request.recipe, given=request.data is not None),
             data=request.data,
             device=request.device,
         )
@@ -146,7 +150,9 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
             quantize(rounding, verbosity)
             return read_record(request.output)
         low_rank = request.output.with_name(f"{request.output.name}.low-rank")
-        if not (request.resume and (low_rank / "lillama.json").is_file()):
+        if request.resume and (low_rank / "lillama.json").is_file():
+            _check_same(low_rank, request, way)
+        else:
             compress(replace(request, output=low_rank, recipe=way.recipe), verbosity)
     try:
         quantize(replace(rounding, model=str(low_rank), tokenizer=None), verbosity)
@@ -156,8 +162,21 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
     return read_record(request.output)
 
 
-def _calibration(recipe: Recipe) -> Recipe:
-    """Of the data of a compression as much as rounding looks at."""
+def _check_same(low_rank: Path, request: Request, way: Way) -> None:
+    """Raise UserError unless the model in ``low_rank`` is the one that ``request`` would make before rounding."""
+    record = read_record(low_rank)
+    source = locate(request.model, request.trust_remote_code)
+    if record.recipe != public_recipe(way.recipe.to_dict()) or record.model_fingerprint != model_fingerprint(source):
+        raise UserError(
+            f"{str(low_rank)!r} is of another request: repeat the one that made it, or remove it and leave out --resume"
+        )
+
+
+def _calibration(recipe: Recipe, given: bool) -> Recipe:
+    """Of the data of a compression as much as rounding looks at; ``given`` data need no sources."""
     data = {name: getattr(recipe, name) for name in DATA_FIELDS}
-    data |= {"tokens": min(recipe.tokens, TOKENS), "calibration": list(recipe.calibration) or ["self"]}
+    data |= {
+        "tokens": min(recipe.tokens, TOKENS),
+        "calibration": list(recipe.calibration) or ([] if given else ["self"]),
+    }
     return Recipe().with_options(data, "--target-size")

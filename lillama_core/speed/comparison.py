@@ -12,6 +12,7 @@ import torch
 from lillama_core.data.workload import Workload
 from lillama_core.evaluation.metrics.decoding import memory_bytes
 from lillama_core.speed.meters import Arithmetic, Clock, TensorMemory
+from lillama_core.system.tables import aligned
 
 WARM_UP = 2
 """Rounds that do not count: kernels are compiled, memory is asked for."""
@@ -112,13 +113,8 @@ class Bench:
         rows.append(_megabytes("weights in memory, MB", other, own))
         for work in self.works:
             rows.append(_megabytes(f"peak, {work.name}, MB", work.baseline.peak_bytes, work.model.peak_bytes))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
         head = f"model {self.model}, baseline {self.baseline}; {self.dtype}, {self.device}, threads: {self.threads}"
-        return "\n".join([head, "", *(line.rstrip() for line in lines), "", *(w.verdict for w in self.works)])
+        return "\n".join([head, "", *aligned(rows), "", *(w.verdict for w in self.works)])
 
     __repr__ = __str__
 
