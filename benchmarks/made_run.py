@@ -67,22 +67,6 @@ def start(
     return found
 
 
-def open_dense_by_block(folder: str) -> Any:
-    """The dense model in ``folder``, that reads each of its blocks when it is run."""
-    from lillama_core.architecture.find import find_architecture
-    from lillama_core.models.loading import load_config
-    from lillama_core.models.shards import BlockReader
-    from lillama_core.models.source import locate
-    from lillama_core.runtime.weight_source import run_blocks_from
-
-    source = locate(folder)
-    config = load_config(source)
-    reader = BlockReader.of(source, find_architecture(config), config)
-    reader.load_shell()
-    run_blocks_from(reader.model, reader.paths, reader.block)
-    return reader.model
-
-
 def perplexities(run: Run) -> dict[str, float]:
     """Of the dense and of the compressed model, on the same windows, of which all go through a block at once."""
     from lillama_core.architecture.find import find_architecture
@@ -91,22 +75,17 @@ def perplexities(run: Run) -> dict[str, float]:
     from lillama_core.evaluation.metrics.perplexity import perplexity
     from lillama_core.models.loading import load_config, load_tokenizer
     from lillama_core.models.source import locate
-    from lillama_core.output.verify import open_by_block
+    from lillama_core.pipeline.opening import open_model
 
-    source = locate(run.model)
-    architecture = find_architecture(load_config(source))
-    rows = load_text_windows(
-        Source.parse(run.evaluation), load_tokenizer(source), run.recipe["sequence_length"], run.windows
-    )
+    length, device = run.recipe["sequence_length"], torch.device("cpu")
+    rows = load_text_windows(Source.parse(run.evaluation), load_tokenizer(locate(run.model)), length, run.windows)
     found = {}
-    for name in ("dense", "compressed"):
+    for name, folder in (("dense", run.model), ("compressed", run.output)):
         print(f"Perplexity of the {name} model …", file=sys.stderr, flush=True)
-        model = (
-            open_dense_by_block(run.model)
-            if name == "dense"
-            else open_by_block(run.output, architecture.name, trust_remote_code=False)
-        )
-        found[name] = perplexity(model, rows, torch.device("cpu"), batch=len(rows))[0]
+        source = locate(folder)
+        config = load_config(source, allow_compressed=True)
+        opened = open_model(source, config, find_architecture(config), "auto", device, stream=True)
+        found[name] = perplexity(opened.model, rows, device, batch=len(rows))[0]
     return found
 
 

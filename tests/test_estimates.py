@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import QUICK, TEXT, run_process
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lillama_core
 from lillama_core.data.modality import Samples
@@ -130,6 +132,18 @@ def test_what_cannot_run_without_numbers_is_counted_by_its_parameters(
 
     monkeypatch.setattr("lillama_core.estimates.probe._probe_block", fail)
     assert estimates(tiny_model).model.blocks[0].cost.forward.products == pytest.approx(counted, rel=0.1)
+
+
+def test_an_estimate_leaves_no_graph_behind(tiny_model: Path) -> None:
+    """One held by its own outputs is found by no collector."""
+
+    def modes() -> int:
+        gc.collect()
+        return sum(type(found) is FakeTensorMode for found in gc.get_objects())
+
+    before = modes()
+    estimates(tiny_model)
+    assert modes() <= before
 
 
 def test_experts_count_by_the_tokens_that_they_see(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from lillama_benchmarks import accelerator, larger_than_memory
 from lillama_benchmarks.accelerator import DISK_SHARE, SHAPES
 from lillama_benchmarks.made_models import disk_needed, make_model
-from lillama_benchmarks.made_run import open_dense_by_block
 from lillama_benchmarks.memory_sampling import anonymous_bytes, folder_bytes, memory_limit, watch
 from lillama_core.architecture.find import find_architecture
-from lillama_core.models.loading import load_model
+from lillama_core.models.loading import load_config, load_model
 from lillama_core.models.source import INDEX, locate
+from lillama_core.pipeline.opening import open_model
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells anonymous memory")
 HOLD = "import sys, time; held = bytearray(b'x') * {size}; print('Holding …', file=sys.stderr); time.sleep(2)"
@@ -71,8 +71,10 @@ def test_a_model_opened_by_block_computes_what_the_whole_one_does(tmp_path: Path
     config = SHAPES["mistral-7b"].config("tiny", 2)
     make_model(tmp_path, config, report=lambda line: None)
     tokens = torch.arange(2, 34)[None]
-    whole: Any = load_model(locate(str(tmp_path)), find_architecture(config), "auto")
-    found = open_dense_by_block(str(tmp_path))(input_ids=tokens, use_cache=False).logits
+    source, architecture = locate(str(tmp_path)), find_architecture(config)
+    whole: Any = load_model(source, architecture, "auto")
+    by_block = open_model(source, load_config(source), architecture, "auto", torch.device("cpu"), stream=True)
+    found = by_block.model(input_ids=tokens, use_cache=False).logits
     assert torch.equal(found, whole(input_ids=tokens, use_cache=False).logits)
 
 

@@ -142,6 +142,7 @@ def evaluate(
     architecture: str | Architecture | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
+    stream: bool | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
     **unknown: Any,
@@ -151,7 +152,8 @@ def evaluate(
     Both are ids, directories, .gguf files or loaded transformers models, which stay as they are; ``model`` may be what
     `compress` gave. ``data`` is the text for perplexity: a source as the command line names it, a list of texts, or a
     `datasets.Dataset`; None: the text that comes with lillama. ``dtype`` is what to compute in, None: float32 on a CPU,
-    elsewhere what each model is stored in. The other options are those of the command line.
+    elsewhere what each model is stored in. ``stream`` reads blocks from disk whenever they run; None: those of models
+    that do not fit in memory. The other options are those of the command line.
     Raises UserError for what cannot be measured.
     """
     with python_terms(), contextlib.ExitStack() as stack:
@@ -178,6 +180,7 @@ def evaluate(
             device=str(device),
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             trust_remote_code=bool(trust_remote_code),
+            stream=None if stream is None else bool(stream),
             quiet=bool(quiet),
         )
         found = compare(request)

@@ -73,6 +73,12 @@ def _path(options: dict[str, Any], name: str) -> Path | None:
     group="measurement",
     help="what to compute in; auto: what each model is stored in (default: float32 on a CPU, else auto)",
 )
+@option(
+    "--stream/--no-stream",
+    default=None,
+    group="memory",
+    help="read the models' blocks from disk whenever they run, or hold models in memory (default: as they fit)",
+)
 @option("--seed", type=int, default=0, metavar="N", group="measurement", help="seed of everything random")
 @option("--json", metavar="FILE", group="output", help="write the numbers to a file as well")
 @option("--details", metavar="DIR", group="output", help="keep what is compared case by case (transcripts, routing)")
@@ -92,6 +98,7 @@ def run(options: dict[str, Any]) -> int:
     from lillama_core.evaluation.base import EvaluationOptions
     from lillama_core.evaluation.comparison import show_comparison
     from lillama_core.pipeline.evaluate import EvaluationRequest, compare
+    from lillama_core.system.processes import world_of_environment
 
     request = EvaluationRequest(
         models=tuple(m for m in (options["baseline"], options["model"]) if m is not None),
@@ -110,8 +117,11 @@ def run(options: dict[str, Any]) -> int:
         device=options["device"],
         dtype=options["dtype"],
         trust_remote_code=options["trust_remote_code"],
+        stream=options["stream"],
         json_file=_path(options, "json"),
         quiet=options["quiet"],
     )
-    print(show_comparison(compare(request)))
+    found = compare(request)
+    if world_of_environment().is_main:
+        print(show_comparison(found))
     return 0

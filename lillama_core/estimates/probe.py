@@ -215,10 +215,10 @@ def _probe_block(
 ) -> BlockCost:
     saved: dict[int, int] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
+        # Nothing goes back. What is packed is in the graph: an output that packs itself would never be freed.
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage.nbytes()
-        return tensor
 
     leaders: dict[str, str] = {}
     seen: list[tuple[str, torch.Tensor]] = []
@@ -237,7 +237,7 @@ def _probe_block(
                 stack.enter_context(target.observe(module, on_input=note))
         stack.enter_context(torch.enable_grad())
         forward = stack.enter_context(Counter())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing))
         architecture.call_block(module, hidden.detach().requires_grad_(True), call.args, call.kwargs)
     graph = sum(size for storage, size in saved.items() if storage not in own)
     every = {m.name: leaders.get(m.name, m.name) for m in block.maps}

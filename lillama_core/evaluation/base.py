@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lillama_core.errors import UserError
 from lillama_core.strategies import make
+from lillama_core.system.processes import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,10 @@ class Subject:
     device: torch.device = field(default_factory=_cpu)
     baseline: Subject | None = None
     """The model that this one is compared with. Its weights are gone; what its metrics noted is there."""
+    streamed: bool = False
+    """Whether each run of the model reads its blocks from disk: few large batches then, and nothing token by token."""
+    world: World = ALONE
+    """The processes that measure the model together, each with a copy of it."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What a metric wants to see again when it measures the next model: outputs, say."""
 
@@ -135,8 +141,29 @@ class Evaluation:
     def run(
         self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None
     ) -> list[Measurement]:
-        """All metrics of ``subject`` in the order in which they were declared."""
-        return [m for metric in self.metrics for m in metric.measure(subject, options, report)]
+        """All metrics of ``subject`` in the order in which they were declared.
+
+        Of a model that is read block by block those alone that have an attribute ``by_block`` which is true: they run
+        it forward a few times, and neither look into blocks nor at the clock. Raises UserError where there is none.
+        Of several processes all measure what has an attribute ``shared``, and give the same; the rest is the main
+        one's.
+        """
+        main = subject.world.is_main
+        say: Report = report if main else lambda line: None
+        measured = [m for m in self.metrics if not subject.streamed or getattr(m, "by_block", False)]
+        for metric in self.metrics:
+            if metric not in measured:
+                say(f"{metric.name}: left out, it needs the whole model in memory")
+        if not measured:
+            raise UserError(
+                f"{subject.name} can be measured only where it fits in memory: none of its metrics reads it block by"
+                " block; take a machine with more memory, or --dtype bfloat16"
+            )
+        found = []
+        for metric in measured:
+            if main or getattr(metric, "shared", False):
+                found += metric.measure(subject, options, say)
+        return found
 
 
 language_model_evaluation = Evaluation("perplexity", "accuracy", "speed", "footprint")

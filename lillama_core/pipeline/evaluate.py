@@ -15,13 +15,16 @@ from lillama_core.errors import UserError, one_line
 from lillama_core.evaluation.base import EvaluationOptions, Subject
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.models.loading import DTYPES, load_config, load_model
+from lillama_core.models.loading import DTYPES, load_config
 from lillama_core.models.source import locate
+from lillama_core.pipeline.alike import check_alike
+from lillama_core.pipeline.opening import open_model
 from lillama_core.strategies.validation import LARGEST, shown
 from lillama_core.system.devices import choose_device
 from lillama_core.system.files import write_json
 from lillama_core.system.memory import release_memory
 from lillama_core.system.names import safe_file_stem
+from lillama_core.system.processes import World, joined
 from lillama_core.system.progress import Progress
 from lillama_core.system.regular import check_folder, check_new_file, check_new_folder
 
@@ -42,6 +45,8 @@ class EvaluationRequest:
     """What to compute in: a name of `DTYPES`, or ``auto``, what each model is stored in; None: float32 on a CPU, and
     ``auto`` elsewhere."""
     trust_remote_code: bool = False
+    stream: bool | None = None
+    """Whether the models' blocks are read from disk whenever they run; None: those of models that do not fit."""
     json_file: Path | None = None
     quiet: bool = False
 
@@ -101,14 +106,25 @@ def _recalled(folder: Path, architecture: Architecture, device: torch.device) ->
 
 
 def compare(request: EvaluationRequest) -> list[Evaluated]:
-    """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured."""
+    """Measure every model of ``request`` in turn; raises UserError before the first if one cannot be measured.
+
+    Processes that ``torchrun`` has started share the work; what the main one gives and writes is the whole.
+    """
+    with joined() as world:
+        asked = {"models": list(request.models), "options": str(request.options), "dtype": request.dtype}
+        check_alike(world, {**asked, "stream": request.stream})
+        return compare_in(world, request)
+
+
+def compare_in(world: World, request: EvaluationRequest) -> list[Evaluated]:
+    """`compare` in a job that this process has joined; all processes of ``world`` must call it."""
     with parsed_once(*request.models):
-        return _compare(request)
+        return _compare(request, world)
 
 
-def _compare(request: EvaluationRequest) -> list[Evaluated]:
+def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
     _check(request)
-    device = choose_device(request.device)
+    device = world.device(choose_device(request.device))
     options = request.options
     prepared = []
     for spec in request.models:
@@ -117,26 +133,34 @@ def _compare(request: EvaluationRequest) -> list[Evaluated]:
         architecture = find_architecture(config, request.architecture, request.trust_remote_code)
         processor = modality_of(architecture).load_processor(source, request.tokenizer)
         check_measurable(architecture, processor, options)
-        prepared.append((spec, source, architecture, processor))
+        prepared.append((spec, source, config, architecture, processor))
     found = []
     recalled = request.baseline_details
-    baseline = None if recalled is None else _recalled(recalled, prepared[0][2], device)
-    with Progress("quiet" if request.quiet else "normal") as progress:
+    baseline = None if recalled is None else _recalled(recalled, prepared[0][3], device)
+    with Progress("quiet" if request.quiet or not world.is_main else "normal") as progress:
         progress.release()
-        for number, (spec, source, architecture, processor) in enumerate(prepared, start=1):
-            model: Any = load_model(source, architecture, _dtype(request, device))
+        for number, (spec, source, config, architecture, processor) in enumerate(prepared, start=1):
+            opened = open_model(source, config, architecture, _dtype(request, device), device, request.stream)
             # Not before: what cannot be loaded ends in the one line that says so.
-            progress.line(f"Measuring {spec}")
-            model.to(device)
-            subject = Subject(source.short_name, model, processor, device, baseline=baseline)
+            how = "" if opened.streamed is None else f", block by block from disk: {opened.streamed}"
+            progress.line(f"Measuring {spec}{how}")
+            subject = Subject(
+                source.short_name,
+                opened.model,
+                processor,
+                device,
+                baseline=baseline,
+                streamed=opened.streamed is not None,
+                world=world,
+            )
             own = options
             if options.details is not None:
                 own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
             found.append(Evaluated(spec, architecture.evaluation.run(subject, own, progress.line)))
             subject.model = None
             baseline = baseline or subject
-            del model, subject
+            del opened, subject
             release_memory()
-    if request.json_file is not None:
+    if request.json_file is not None and world.is_main:
         write_json(request.json_file, by_model(found))
     return found

@@ -10,9 +10,10 @@ from lillama_core.errors import LillamaError, in_one_line
 from lillama_core.evaluation.base import EvaluationOptions
 from lillama_core.output.directory import tell
 from lillama_core.output.origin import Origin
-from lillama_core.pipeline.evaluate import EvaluationRequest, compare
+from lillama_core.pipeline.evaluate import EvaluationRequest, compare_in
 from lillama_core.system.files import apply_umask
 from lillama_core.system.memory import release_memory
+from lillama_core.system.processes import ALONE
 
 if TYPE_CHECKING:
     from lillama_core.output.record import RunRecord
@@ -44,11 +45,13 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
         tokenizer=request.tokenizer,
         device=request.device,
         trust_remote_code=request.trust_remote_code,
+        # As the run held it: what --stream asks for, or --max-memory.
+        stream=True if record.residency == "streamed" else None,
         quiet=verbosity == "quiet",
     )
     with in_one_line(advice):
         try:
-            dense, compressed = (evaluated.measurements for evaluated in compare(asked))
+            dense, compressed = (evaluated.measurements for evaluated in compare_in(ALONE, asked))
         except LillamaError as error:
             raise LillamaError(f"the evaluation failed: {error}; {advice}") from error
         record.evaluation = {

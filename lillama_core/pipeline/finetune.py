@@ -33,8 +33,8 @@ from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.shards import quantization_of
 from lillama_core.output.verify import WHOLE
+from lillama_core.pipeline.alike import check_alike
 from lillama_core.pipeline.heal import heal
-from lillama_core.pipeline.pipeline import check_alike
 from lillama_core.recipe.model import COMMAND_LINE, Recipe
 from lillama_core.system.devices import choose_autocast, choose_device
 from lillama_core.system.memory import release_memory

@@ -17,7 +17,8 @@ from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.source import model_fingerprint
 from lillama_core.output.front_matter import find_license, hub_id
 from lillama_core.output.record import RunRecord
-from lillama_core.output.run_directory import RunDirectory, differences
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.pipeline.alike import check_alike
 from lillama_core.pipeline.context import Context
 from lillama_core.pipeline.evaluate import check_measurable
 from lillama_core.pipeline.evaluate_result import evaluate_result, options_for
@@ -193,12 +194,6 @@ def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Itera
                 f"--target-speedup: the blocks are read from disk one at a time ({residency.reason}), and a speed can"
                 " only be measured of a model in memory; pass --no-stream, or give --reduction instead"
             )
-        if residency.streamed and request.evaluate:
-            raise UserError(
-                f"--evaluate: the blocks are read from disk one at a time ({residency.reason}), and an evaluation holds"
-                " the dense model in memory; pass --no-stream, or run 'lillama evaluate' on the result where there is"
-                " room"
-            )
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(
@@ -240,11 +235,3 @@ def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Itera
         check_alike(world, context.fingerprint(None))
         progress.track(request.track if world.is_main else None, request.output.name, recipe.to_dict())
         yield checked, context
-
-
-def check_alike(world: World, fingerprint: dict[str, Any]) -> None:
-    """Raise UserError when the processes of a job were not started to do the same, naming how the first differs."""
-    first, *others = world.gather(fingerprint)
-    for rank, other in enumerate(others, start=1):
-        if found := differences(first, other):
-            raise UserError(f"process {rank} differs from process 0 in {', '.join(found)}; start all of them alike")

@@ -25,6 +25,7 @@ class OutputError:
 
     name = "output_error"
     needs_live_baseline = True
+    by_block = True
 
     def __init__(self, modality: ComparableModality) -> None:
         self._modality = modality

@@ -16,6 +16,7 @@ from lillama_core.data.text.checks import check_evaluation_text
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.metrics.batching import sequences_per_batch
+from lillama_core.system.processes import ALONE, World
 
 CHUNK = 128
 """Rows of logits whose float32 log-softmax is held at a time."""
@@ -45,14 +46,20 @@ def window_losses(model: Any, rows: Tensor, device: torch.device, batch: int | N
     return losses / (length - 1)
 
 
-def perplexity(model: Any, rows: Tensor, device: torch.device, batch: int | None = None) -> tuple[float, float]:
+def perplexity(
+    model: Any, rows: Tensor, device: torch.device, batch: int | None = None, world: World = ALONE
+) -> tuple[float, float]:
     """Perplexity of ``rows`` (token ids [windows, L]) and its standard error.
 
     The perplexity is exp of the mean of :func:`window_losses`. The standard error treats the windows as
     independent draws and carries the error of that mean through exp (delta method); it is nan for a single
-    window. Both are inf or nan when the model's logits are.
+    window. Both are inf or nan when the model's logits are. Of several processes each reads every ``world.size``-th
+    window, and all get the same numbers.
     """
-    losses = window_losses(model, rows, device, batch)
+    losses = torch.zeros(len(rows), dtype=torch.float64)
+    own = window_losses(model, rows[world.rank :: world.size], device, batch)
+    for rank, found in enumerate(world.gather(own.tolist())):
+        losses[rank :: world.size] = torch.tensor(found, dtype=torch.float64)
     value = losses.mean().exp().item()
     error = value * losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return value, error
@@ -67,6 +74,7 @@ class Perplexity:
     """
 
     name = "perplexity"
+    by_block = shared = True
 
     def check(self, options: EvaluationOptions) -> None:
         check_evaluation_text(options.data)
@@ -92,7 +100,8 @@ class Perplexity:
         if len(rows) < options.windows:
             report(f"perplexity: {data} has only {len(rows)} windows of {length} tokens; using all")
         report(f"perplexity: {len(rows)} windows of {length} tokens")
-        value, error = perplexity(subject.model, rows, subject.device)
+        batch = sequences_per_batch(subject.model, length, subject.device, subject.streamed)
+        value, error = perplexity(subject.model, rows, subject.device, batch, subject.world)
         if not math.isfinite(value):
             report("perplexity: not a finite number, the model's logits overflow")
         return [

@@ -78,6 +78,7 @@ class WordErrorRate:
     """
 
     name = "wer"
+    shared = True
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class WordErrorRate:
             if not scored:
                 raise UserError(f"{options.data or name}: no transcript holds any words")
             noted[name] = scored
-            if options.details is not None:
+            if options.details is not None and subject.world.is_main:
                 write_transcripts(scored, options.details, name)
             measurements += self._measurements(name, scored, subject.baseline, options.seed, report)
         subject.notes[NOTES] = noted
@@ -127,16 +128,21 @@ class WordErrorRate:
         if len(said) < len(fitting):
             report(f"wer/{name}: {len(fitting) - len(said)} transcripts hold no words; left out")
         report(f"wer/{name}: {len(said)} utterances")
-        scored: list[Scored] = []
-        while len(scored) < len(said):
-            spoken = said[len(scored)][0].language
-            part = [one for one in said[len(scored) :][:AT_HAND] if one[0].language == spoken]
-            texts = transcribe(subject, [u.sound() for u, _ in part], **self._generation(subject, spoken))
-            for (utterance, reference), text in zip(part, texts, strict=True):
-                scored.append(score(utterance.name, reference, normalizers[spoken](text)))
-            if len(scored) < len(said):
-                report(f"wer/{name}: {len(scored)} of {len(said)} transcribed")
-        return scored
+        own = said[subject.world.rank :: subject.world.size]
+        texts: list[str] = []
+        while len(texts) < len(own):
+            spoken = own[len(texts)][0].language
+            part = [one for one in own[len(texts) :][:AT_HAND] if one[0].language == spoken]
+            texts += transcribe(subject, [u.sound() for u, _ in part], **self._generation(subject, spoken))
+            if len(texts) < len(own):
+                report(f"wer/{name}: {len(texts)} of {len(own)} transcribed")
+        found = [""] * len(said)
+        for rank, of_rank in enumerate(subject.world.gather(texts)):
+            found[rank :: subject.world.size] = of_rank
+        return [
+            score(utterance.name, reference, normalizers[utterance.language](text))
+            for (utterance, reference), text in zip(said, found, strict=True)
+        ]
 
     def load_saved(self, folder: Path) -> dict[str, Any]:
         """The transcripts that `measure` wrote into ``folder``; none is no error."""

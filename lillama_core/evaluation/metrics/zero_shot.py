@@ -9,13 +9,14 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lillama_core.errors import UserError, nearest
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.metrics.batching import sequences_per_batch
+from lillama_core.system.processes import ALONE
 from lillama_core.system.quiet import quiet
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
@@ -172,6 +173,7 @@ class ZeroShotAccuracy:
     """
 
     name = "accuracy"
+    by_block = shared = True
 
     def __init__(self, tasks: tuple[str, ...] = ()) -> None:
         self._tasks = tasks
@@ -215,22 +217,39 @@ class ZeroShotAccuracy:
 
         offline = set(members).issubset(OFFLINE_TASKS)
         length = OFFLINE_LENGTH if offline else NAMED_LENGTH
-        model = HFLM(
+
+        class Placed(HFLM):
+            """Takes the device of a model from what is known of it: the first weight may be on none, read when run."""
+
+            device = subject.device
+
+        model = Placed(
             pretrained=subject.model,
             # A copy, because HFLM gives a tokenizer without padding token one.
             tokenizer=copy.deepcopy(subject.tokenizer),
             backend="seq2seq" if subject.model.config.is_encoder_decoder else "causal",
-            batch_size=sequences_per_batch(subject.model, length, subject.device),
+            batch_size=sequences_per_batch(subject.model, length, subject.device, subject.streamed),
             softmax_dtype="float32",
         )
         tasks = {task: loaded for group in members.values() for task, loaded in group.items()}
         report(f"accuracy: {', '.join(members)}")
+        counts = {name: min(options.limit or len(t.eval_docs), len(t.eval_docs)) for name, t in tasks.items()}
+        world = subject.world
+        if min(counts.values()) < world.size:
+            # lm-eval takes an empty list of questions for all of them: every process answers all.
+            world = ALONE
         # evaluate and not simple_evaluate: the latter also reseeds all generators, calls git and lists the
         # machine's software.
         results = evaluate(
-            lm=model, task_dict={"tasks": tasks}, limit=options.limit, bootstrap_iters=0, log_samples=False
+            lm=model,
+            task_dict={"tasks": tasks},
+            samples={name: list(world.numbers(count)) for name, count in counts.items()},
+            bootstrap_iters=0,
+            log_samples=False,
         )
-        return {name: _pool([_score(results, task) for task in group]) for name, group in members.items()}
+        own = {name: [asdict(_score(results, task)) for task in group] for name, group in members.items()}
+        every = world.gather(own)
+        return {name: _pool([_Score(**score) for found in every for score in found[name]]) for name in members}
 
     def _measurement(self, task: str, score: _Score) -> Measurement:
         rule = "likelihood per character" if score.metric == "acc_norm" else "likelihood"
