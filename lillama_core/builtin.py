@@ -39,6 +39,7 @@ def lillama_metrics() -> dict[str, str]:
         "accuracy": f"{CORE}.evaluation.metrics.zero_shot:ZeroShotAccuracy",
         "speed": f"{CORE}.evaluation.metrics.decoding:DecodeSpeed",
         "footprint": f"{CORE}.evaluation.metrics.decoding:Footprint",
+        "answers": f"{CORE}.evaluation.metrics.answers:Answers",
     }
 
 

@@ -13,6 +13,7 @@ from test_processes import job, lines
 from lillama_core import evaluate, quantize
 from lillama_core.cli.main import main
 from lillama_core.errors import UserError
+from lillama_core.evaluation.base import Evaluation, EvaluationOptions
 from lillama_core.pipeline import Request, compress, opening
 from lillama_registry import registry
 from lillama_testing.tiny import TinyModel, make_tiny_model
@@ -91,6 +92,38 @@ def test_what_has_to_run_token_by_token_is_refused(tmp_path: Path) -> None:
     made = specimen("whisper", tmp_path / "dense")
     with pytest.raises(UserError, match="only where it fits in memory: none of its metrics reads it block by block"):
         evaluate(made.folder, stream=True, quiet=True)
+
+
+def test_answers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = specimen("llama", tmp_path / "dense")
+    compress(Request(str(made.folder), tmp_path / "small", made.recipe()), "quiet")
+    arguments = ["evaluate", str(tmp_path / "small"), "--baseline", str(made.folder), *SHORT]
+    assert main([*arguments, "--answers", "2"]) == 0
+    said = capsys.readouterr()
+    assert "answers: 2, of 64 tokens at most" in said.err
+    (first, second) = [i for i, line in enumerate(said.out.splitlines()) if line.startswith("> ")]
+    lines = said.out.splitlines()[first:]
+    assert lines[0].startswith("> ")
+    assert lines[1].startswith("dense")
+    assert any(line.startswith("small") for line in lines[1 : second - first])
+    found = evaluate(tmp_path / "small", baseline=made.folder, answers=1, **FEW)
+    ((prompt, (dense, small)),) = found.answers
+    assert dense != small
+    assert f"> {prompt}" in repr(found)
+    assert main(arguments) == 0
+    assert "answers: " not in capsys.readouterr().err
+
+
+def test_transcripts_are_answers(tmp_path: Path) -> None:
+    made = specimen("whisper", tmp_path / "dense")
+    found = evaluate(made.folder, answers=2, limit=1, quiet=True)
+    assert len(found.answers) == 2
+    assert found.answers[0][0].split()
+
+
+def test_an_evaluation_without_answers_says_so() -> None:
+    with pytest.raises(UserError, match="--answers does nothing: a model of this kind neither writes nor transcribes"):
+        Evaluation("perplexity").check(EvaluationOptions(answers=1))
 
 
 def by_name(path: Path) -> dict[str, dict[str, float]]:

@@ -25,7 +25,8 @@ from lillama_core.output import card, numbers
 from lillama_core.output.card import write_card
 from lillama_core.output.front_matter import hub_id
 from lillama_core.output.record import RunRecord
-from lillama_core.output.report import stacks, write_report
+from lillama_core.output.report import write_report
+from lillama_core.output.stacks import stacks
 from lillama_core.pipeline import Request, compress
 from lillama_core.pipeline.spec import CompressionSpec
 from lillama_core.strategies import make
@@ -467,6 +468,35 @@ def test_report_escapes_names(result: Path) -> None:
     # Model (title and heading), recipe, source (name and kind), architecture, machine, version; each stack's heading,
     # and its map in plot and table.
     assert page.text.count("alert(1)") >= 8 + 2 * 3
+
+
+def test_report_shows_what_was_predicted_and_what_both_models_answer(result: Path) -> None:
+    def measured(value: float, better: str) -> dict[str, Any]:
+        return {"name": HOSTILE, "value": value, "unit": "tokens/s", "better": better, "meaning": HOSTILE}
+
+    record = make_record()
+    record.losses = {
+        "unit": "nats a prediction",
+        "predicted": 0.2,
+        "sizes": [[0.1, 0.05], [0.3, 0.5]],
+        "parts": [[HOSTILE, 0.1, 0.2], ["mlp.up", 0.0, 0.1]],
+    }
+    record.evaluation = {
+        "windows": 3,
+        "sequence_length": 8,
+        "dense": [measured(2.0, "higher") | {"name": "speed/decoding"}, measured(1.0, "lower")],
+        "compressed": [measured(3.0, "higher") | {"name": "speed/decoding"}, measured(1.5, "lower")],
+        "answers": [{"prompt": HOSTILE, "dense": "first\nsecond", "compressed": HOSTILE}],
+    }
+    text, page = report_of(result, record)
+    assert "<script" not in text
+    assert "1.50 times (2 → 3 tokens/s)" in page.text
+    assert "first\nsecond" in page.text
+    assert "this result, measured" in page.text
+    # Prompt and answer; the metric that is no speed, and what both mean.
+    assert page.text.count("alert(1)") == 2 + 3
+    plain = report_of(result, make_record())[1]
+    assert page.elements.count("svg") == plain.elements.count("svg") + 2
 
 
 def test_report_of_a_run_without_training(result: Path) -> None:

@@ -137,6 +137,7 @@ def evaluate(
     sequence_length: int = 512,
     windows: int = 40,
     limit: int | None = None,
+    answers: int = 0,
     seed: int = 0,
     details: str | os.PathLike[str] | None = None,
     architecture: str | Architecture | None = None,
@@ -165,6 +166,7 @@ def evaluate(
             sequence_length=whole_number(sequence_length, "sequence_length"),
             windows=whole_number(windows, "windows"),
             limit=None if limit is None else whole_number(limit, "limit"),
+            answers=whole_number(answers, "answers"),
             seed=whole_number(seed, "seed"),
             details=None if details is None else Path(path_of(details, "details")),
         )

@@ -10,7 +10,14 @@ from typing import Any
 
 from lillama_core.errors import nearest
 from lillama_core.evaluation.base import Measurement
-from lillama_core.evaluation.comparison import Evaluated, by_model, comparison_rows, show_comparison
+from lillama_core.evaluation.comparison import (
+    Evaluated,
+    answers_side_by_side,
+    by_model,
+    comparison_rows,
+    show_answers,
+    show_comparison,
+)
 from lillama_core.output.record import RunRecord
 from lillama_core.system.tables import aligned
 
@@ -95,8 +102,13 @@ class EvaluationResult:
         """The measurements by model, ready for JSON."""
         return by_model(self.evaluated)
 
+    @property
+    def answers(self) -> list[tuple[str, list[str]]]:
+        """Each prompt of ``answers=N``, and what the baseline, if there is one, and the model answered."""
+        return answers_side_by_side(self.evaluated)
+
     def __repr__(self) -> str:
-        return show_comparison(self.evaluated)
+        return "\n".join(filter(None, (show_comparison(self.evaluated), show_answers(self.evaluated))))
 
     def _repr_html_(self) -> str:
         rows, meanings = comparison_rows(self.evaluated)

@@ -74,6 +74,14 @@ def _path(options: dict[str, Any], name: str) -> Path | None:
     help="what to compute in; auto: what each model is stored in (default: float32 on a CPU, else auto)",
 )
 @option(
+    "--answers",
+    type=int,
+    default=0,
+    metavar="N",
+    group="measurement",
+    help="show what each model answers to N questions, or its transcripts of N utterances (default: 0)",
+)
+@option(
     "--stream/--no-stream",
     default=None,
     group="memory",
@@ -96,7 +104,7 @@ def evaluate(context: click.Context, **options: Any) -> int:
 def run(options: dict[str, Any]) -> int:
     """Measure, and print a table on stdout, and JSON into a file when asked."""
     from lillama_core.evaluation.base import EvaluationOptions
-    from lillama_core.evaluation.comparison import show_comparison
+    from lillama_core.evaluation.comparison import show_answers, show_comparison
     from lillama_core.pipeline.evaluate import EvaluationRequest, compare
     from lillama_core.system.processes import world_of_environment
 
@@ -108,6 +116,7 @@ def run(options: dict[str, Any]) -> int:
             sequence_length=options["sequence_length"],
             windows=options["windows"],
             limit=options["limit"],
+            answers=options["answers"],
             seed=options["seed"],
             details=_path(options, "details"),
         ),
@@ -124,4 +133,6 @@ def run(options: dict[str, Any]) -> int:
     found = compare(request)
     if world_of_environment().is_main:
         print(show_comparison(found))
+        if request.options.answers:
+            print(show_answers(found))
     return 0

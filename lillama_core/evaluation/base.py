@@ -37,6 +37,15 @@ class Measurement:
     """Within which 95 % of resamples lie; shown instead of the standard error."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of something, to be read beside what another one makes of it."""
+
+    prompt: str
+    """What it was given: a text, or of a recording what is said in it."""
+    answer: str
+
+
 def _cpu() -> torch.device:
     import torch
 
@@ -56,6 +65,8 @@ class Subject:
     """The model that this one is compared with. Its weights are gone; what its metrics noted is there."""
     streamed: bool = False
     """Whether each run of the model reads its blocks from disk: few large batches then, and nothing token by token."""
+    answers: list[Answer] = field(default_factory=list)
+    """Where a metric that has such puts them."""
     world: World = ALONE
     """The processes that measure the model together, each with a copy of it."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +86,8 @@ class EvaluationOptions:
     """Number of windows for perplexity; 0 means all of the data."""
     limit: int | None = None
     """Items per task; None means all."""
+    answers: int = 0
+    """How many answers to keep, to be read."""
     seed: int = 0
     details: Path | None = None
     """Folder for what a metric has to show besides numbers, transcripts for one; None: nothing is written."""
@@ -108,10 +121,16 @@ class Evaluation:
 
     def check(self, options: EvaluationOptions) -> None:
         """Raise UserError for what a metric can refuse without a model: a metric may have a method of this name."""
-        for metric in self.metrics:
+        if options.answers and not self.gives_answers:
+            raise UserError("--answers does nothing: a model of this kind neither writes nor transcribes")
+        for metric in self._wanted(options):
             check = getattr(metric, "check", None)
             if check is not None:
                 check(options)
+
+    def _wanted(self, options: EvaluationOptions) -> list[Metric]:
+        """The metrics that ``options`` ask for; without a method ``wanted`` one always is."""
+        return [m for m in self.metrics if not hasattr(m, "wanted") or m.wanted(options)]
 
     def check_with(self, processor: Any, options: EvaluationOptions) -> None:
         """Raise UserError for what a metric can refuse once the tokenizer or processor is there."""
@@ -124,6 +143,11 @@ class Evaluation:
     def needs_live_baseline(self) -> bool:
         """Whether a metric needs the baseline measured in the same run: one may say so by this name."""
         return any(getattr(metric, "needs_live_baseline", False) for metric in self.metrics)
+
+    @property
+    def gives_answers(self) -> bool:
+        """Whether a metric keeps what the model answers, as many as ``options.answers`` says: one may say so."""
+        return any(getattr(metric, "gives_answers", False) for metric in self.metrics)
 
     def load_saved(self, folder: Path) -> dict[str, Any]:
         """What the metrics noted of the model whose details (`EvaluationOptions.details`) lie in ``folder``.
@@ -150,8 +174,9 @@ class Evaluation:
         """
         main = subject.world.is_main
         say: Report = report if main else lambda line: None
-        measured = [m for m in self.metrics if not subject.streamed or getattr(m, "by_block", False)]
-        for metric in self.metrics:
+        wanted = self._wanted(options)
+        measured = [m for m in wanted if not subject.streamed or getattr(m, "by_block", False)]
+        for metric in wanted:
             if metric not in measured:
                 say(f"{metric.name}: left out, it needs the whole model in memory")
         if not measured:
@@ -166,5 +191,5 @@ class Evaluation:
         return found
 
 
-language_model_evaluation = Evaluation("perplexity", "accuracy", "speed", "footprint")
-"""What says how good a language model is: perplexity, zero-shot accuracy, speed of decoding and size."""
+language_model_evaluation = Evaluation("perplexity", "accuracy", "speed", "footprint", "answers")
+"""What says how good a language model is: perplexity, zero-shot accuracy, speed, size, and what it writes."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lillama_core.evaluation.base import Measurement
+from lillama_core.evaluation.base import Answer, Measurement
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Evaluated:
 
     model: str
     measurements: list[Measurement]
+    answers: list[Answer] = field(default_factory=list)
 
 
 def by_model(found: list[Evaluated]) -> dict[str, list[dict[str, Any]]]:
@@ -69,6 +71,31 @@ def show_comparison(found: list[Evaluated]) -> str:
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join([*lines, "", *meanings])
+
+
+def answers_side_by_side(found: list[Evaluated]) -> list[tuple[str, list[str]]]:
+    """Each prompt, and what every model answered to it."""
+    prompts = list(dict.fromkeys(a.prompt for e in found for a in e.answers))
+    answered = [{a.prompt: a.answer for a in e.answers} for e in found]
+    return [(prompt, [of_model.get(prompt, "") for of_model in answered]) for prompt in prompts]
+
+
+def show_answers(found: list[Evaluated]) -> str:
+    """`answers_side_by_side` as lines of text."""
+    names = _columns([e.model for e in found])
+    width = max(map(len, names), default=0)
+    lines = []
+    for prompt, answers in answers_side_by_side(found):
+        lines += ["", *_wrapped(prompt, "> ", "> ")]
+        for name, answer in zip(names, answers, strict=True):
+            lines += _wrapped(answer or "—", f"{name.ljust(width)}  ", " " * (width + 2))
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    """``text`` in lines of 100 characters; its own ends of lines stay."""
+    lines = [part for line in text.splitlines() or [""] for part in textwrap.wrap(line, 100 - len(first)) or [""]]
+    return [f"{first if i == 0 else later}{line}".rstrip() for i, line in enumerate(lines)]
 
 
 def _number(m: Measurement) -> str:

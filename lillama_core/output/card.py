@@ -65,7 +65,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             removed=percent(record.parameters["reduction"]),
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
-            evaluation=evaluation_rows(record),
+            evaluation=[(code(name), *rest) for name, *rest in evaluation_rows(record)],
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
             healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],

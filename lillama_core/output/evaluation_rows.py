@@ -1,4 +1,4 @@
-"""What a card says of the evaluation that a compression ended with."""
+"""What the card and the report say of the evaluation that a compression ended with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from lillama_core.evaluation.base import Measurement
 from lillama_core.evaluation.comparison import Evaluated, comparison_rows
-from lillama_core.output.numbers import code
 from lillama_core.output.record import RunRecord
 
 
@@ -22,6 +21,6 @@ def evaluation_rows(record: RunRecord) -> list[tuple[str, ...]]:
         return []
     rows, meanings = comparison_rows(evaluated_of(record.evaluation))
     return [
-        (code(name), before, after, change, unit, meaning.removeprefix(f"{name}: "))
+        (name, before, after, change, unit, meaning.removeprefix(f"{name}: "))
         for (name, before, after, change, unit, _), meaning in zip(rows[1:], meanings, strict=True)
     ]

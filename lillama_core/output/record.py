@@ -84,6 +84,9 @@ class RunRecord:
     plan: dict[str, Any] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     """Path of a map -> the factor on its squared singular values when the ranks were allocated."""
+    losses: dict[str, Any] = field(default_factory=dict)
+    """What the plan is predicted to lose, other sizes would, and parts of the model were measured to, in ``unit``; of
+    untrained maps, and empty where no losses are predicted."""
     rows_seen: dict[str, float] = field(default_factory=dict)
     """How many rows of the calibration data reached each expert's map."""
     shapes: dict[str, list[int]] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,15 +11,14 @@ from typing import Any
 import torch
 
 from lillama_core.allocation.effective_rank import effective_rank, stable_rank
-from lillama_core.allocation.plan import PlannedMap, RankPlan, describe_plan, make_budget
+from lillama_core.allocation.plan import PlannedMap
 from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.errors import UserError
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
+from lillama_core.pipeline.context import Context, DenseModel, Statistics
 from lillama_core.pipeline.pipeline import CompressionPipeline, begun
+from lillama_core.pipeline.prediction import Prediction, Size
 from lillama_core.pipeline.request import Request
-from lillama_core.pipeline.spec import make_plan
-from lillama_core.statistics.loss_calibration import predicted_errors
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import make
 from lillama_core.system.processes import world_of_environment
@@ -49,19 +47,6 @@ class MapAnalysis:
     """Of the weight as the initialiser weighs it: by what it reads and, of ``fisher``, by what its errors do."""
     losses: dict[str, float]
     """Part of its parameters that the map is left with -> what the model is predicted to lose."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The whole model at one size."""
-
-    reduction: float
-    parameters: int
-    loss: float
-    low_rank: int
-    """Maps of low rank."""
-    channels: int
-    """Nets with fewer channels."""
 
 
 @dataclass(frozen=True)
@@ -134,53 +119,9 @@ def analyze(request: Request, verbosity: Verbosity = "normal") -> Analysis:
 def _analysis(context: Context) -> Analysis:
     # The stages are done: what they gave may be looked at.
     context.leave()
-    spec, store = context.spec, context.get(Statistics).store
-    scales = context.record.scales
-    scale = 1.0
-    unit = "relative error of the outputs"
-    if (tokens := _predictions_per_row(context)) is not None:
-        # Costs are twice the divergence of a row.
-        scale, unit = 1 / (2 * tokens), "nats a prediction"
-    typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
-    factors = {name: scales.get(name, typical) * scale for name in _names(context)}
-    sizes = []
-    for reduction in REDUCTIONS:
-        try:
-            budget = make_budget(spec.maps, spec.budget.reference, reduction, spec.format)
-            plan = make_plan(spec, context.recipe.allocation, store, scales, budget)
-        except UserError:
-            break
-        after = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, 1)["parameters_after"]
-        loss = _loss(context, plan, factors)
-        sizes.append(Size(reduction, after, loss, len(plan.ranks), len(plan.channels)))
-    return Analysis(context.request.model, spec.architecture.name, unit, sizes, _maps(context, factors))
-
-
-def _predictions_per_row(context: Context) -> float | None:
-    """How many predictions a row of the calibration data has on average; None where the outputs are none."""
-    data = context.get(CalibrationRows).data
-    if data.targets is None and data.output_mask is None:
-        return None
-    if data.output_mask is not None:
-        return float((data.output_mask > 0).sum().item()) / len(data)
-    assert data.targets is not None
-    return float(data.targets.numel()) / len(data)
-
-
-def _names(context: Context) -> list[str]:
-    """Of all maps, and of all channels that may be taken out."""
-    blocks = context.spec.all_blocks
-    return [b.path_of(n) for b in blocks for n in [*(m.name for m in b.maps), *(c.name for c in b.channels)]]
-
-
-def _loss(context: Context, plan: RankPlan, factors: dict[str, float]) -> float:
-    store, total = context.get(Statistics).store, 0.0
-    for block in context.spec.all_blocks:
-        ranks = {**plan.of(block), **plan.channels_of(block)}
-        if ranks:
-            lost = predicted_errors(store.spectra(block), store.curves(block), ranks)
-            total += sum(value * factors[block.path_of(name)] for name, value in lost.items())
-    return total
+    prediction = Prediction(context, context.get(Statistics).store, context.record.scales)
+    sizes, maps = prediction.sizes(REDUCTIONS), _maps(context, prediction.factors)
+    return Analysis(context.request.model, context.spec.architecture.name, prediction.unit, sizes, maps)
 
 
 def _maps(context: Context, factors: dict[str, float]) -> list[MapAnalysis]:

@@ -58,6 +58,7 @@ def _check(request: EvaluationRequest) -> None:
         ("--sequence-length", options.sequence_length, 2),
         ("--windows", options.windows, 0),
         ("--limit", options.limit, 1),
+        ("--answers", options.answers, 0),
         ("--seed", options.seed, 0),
     ):
         if value is not None and value < least:
@@ -156,7 +157,8 @@ def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
             own = options
             if options.details is not None:
                 own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
-            found.append(Evaluated(spec, architecture.evaluation.run(subject, own, progress.line)))
+            measurements = architecture.evaluation.run(subject, own, progress.line)
+            found.append(Evaluated(spec, measurements, subject.answers))
             subject.model = None
             baseline = baseline or subject
             del opened, subject

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lillama_core.errors import LillamaError, in_one_line
 from lillama_core.evaluation.base import EvaluationOptions
+from lillama_core.evaluation.comparison import answers_side_by_side
 from lillama_core.output.directory import tell
 from lillama_core.output.origin import Origin
 from lillama_core.pipeline.evaluate import EvaluationRequest, compare_in
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from lillama_core.output.record import RunRecord
     from lillama_core.pipeline.request import Request
     from lillama_core.system.progress import Verbosity
+
+
+ANSWERS = 4
+"""Answers of each model that the report shows."""
 
 
 def options_for(config: Any) -> EvaluationOptions:
@@ -38,9 +43,14 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
     started = time.monotonic()
     output = str(request.output)
     advice = f"{output!r} is complete but for that; 'lillama evaluate {output}' measures it"
+    options = options_for(origin.config)
+    if origin.architecture.evaluation.gives_answers:
+        options = replace(options, answers=ANSWERS)
     asked = EvaluationRequest(
         models=(request.model, output),
-        options=options_for(origin.config),
+        options=replace(
+            options_for(origin.config), answers=ANSWERS if origin.architecture.evaluation.gives_answers else 0
+        ),
         architecture=request.architecture,
         tokenizer=request.tokenizer,
         device=request.device,
@@ -51,14 +61,20 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
     )
     with in_one_line(advice):
         try:
-            dense, compressed = (evaluated.measurements for evaluated in compare_in(ALONE, asked))
+            both = compare_in(ALONE, asked)
         except LillamaError as error:
             raise LillamaError(f"the evaluation failed: {error}; {advice}") from error
         record.evaluation = {
             "windows": asked.options.windows,
             "sequence_length": asked.options.sequence_length,
-            "dense": [asdict(measurement) for measurement in dense],
-            "compressed": [asdict(measurement) for measurement in compressed],
+            **{
+                name: [asdict(measurement) for measurement in evaluated.measurements]
+                for name, evaluated in zip(("dense", "compressed"), both, strict=True)
+            },
+            "answers": [
+                {"prompt": prompt, "dense": dense, "compressed": compressed}
+                for prompt, (dense, compressed) in answers_side_by_side(both)
+            ],
         }
         record.seconds["evaluation"] = round(time.monotonic() - started, 3)
         record.seconds["total"] = record.elapsed()

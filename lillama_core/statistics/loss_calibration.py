@@ -116,6 +116,13 @@ class StackErrors:
             found.append(Variant(kind, low))
         return found
 
+    def predicted(self, parts: int) -> list[float]:
+        """The energies that each of the `variants` leaves out, all together."""
+        return [
+            sum(self.left_out[name][n] for name, mine in variant.ranks.items() for n in mine)
+            for variant in self.variants(parts)
+        ]
+
     def scales(self, parts: int, costs: Sequence[float]) -> dict[str, float]:
         """What the energies of each map count for, by its path; ``costs`` are those of the `variants`."""
         runs = parts_of(self.blocks, parts)

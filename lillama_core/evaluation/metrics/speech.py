@@ -12,7 +12,7 @@ from lillama_core.data.shipped import SPEECH_SETS
 from lillama_core.data.speech.audio import RATE, require_extra
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
 from lillama_core.errors import UserError
-from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
+from lillama_core.evaluation.base import Answer, EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.metrics.error_rates import (
     Scored,
     character_error_rate,
@@ -78,7 +78,7 @@ class WordErrorRate:
     """
 
     name = "wer"
-    shared = True
+    shared = gives_answers = True
 
     def __init__(
         self,
@@ -110,6 +110,9 @@ class WordErrorRate:
             if not scored:
                 raise UserError(f"{options.data or name}: no transcript holds any words")
             noted[name] = scored
+            subject.answers += [
+                Answer(one.reference, one.hypothesis) for one in scored[: options.answers - len(subject.answers)]
+            ]
             if options.details is not None and subject.world.is_main:
                 write_transcripts(scored, options.details, name)
             measurements += self._measurements(name, scored, subject.baseline, options.seed, report)

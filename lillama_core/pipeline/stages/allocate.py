@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -13,6 +14,7 @@ from lillama_core.data.split import CalibrationSplit
 from lillama_core.distillation.finished_blocks import factored_layers, narrowed, put_layers
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
 from lillama_core.pipeline.planning import Planner
+from lillama_core.pipeline.prediction import Prediction
 from lillama_core.pipeline.stage import Stage
 from lillama_core.pipeline.stages.statistics import ROWS_PER_BATCH
 from lillama_core.runtime.activations import ActivationStore
@@ -26,6 +28,9 @@ from lillama_core.statistics.loss_calibration import (
 from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
+
+REDUCTIONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Parts of the parameters at which the report shows what would have been lost, as far as the maps can give them."""
 
 
 class AllocateOptions(StrategyOptions):
@@ -70,8 +75,13 @@ class AllocateStage(Stage):
                     write_json(path, measured)
                 release_memory()
             # Read back: a resumed run has to come to the same ranks.
-            record.scales = context.world.from_main(lambda: read_json(path))
+            found = context.world.from_main(lambda: read_json(path))
+            record.scales, record.losses["parts"] = found["scales"], found["parts"]
         plan = planner.final(record.scales)
+        if allocator.needs_spectra and context.initializer.needs_gradients and context.world.is_main:
+            prediction = Prediction(context, store, record.scales)
+            record.losses["unit"], record.losses["predicted"] = prediction.unit, prediction.of(plan)
+            record.losses["sizes"] = [[s.reduction, s.loss] for s in prediction.sizes(REDUCTIONS)]
         record.plan = {"format": plan.format, "ranks": dict(plan.ranks), "channels": dict(plan.channels)}
         record.plan["shapes"] = {
             b.path_of(name): list(shape) for b in spec.all_blocks for name, shape in plan.shapes_of(b).items()
@@ -88,8 +98,12 @@ class AllocateStage(Stage):
         )
         context.put(plan)
 
-    def _measure_losses(self, context: Context, plan: RankPlan) -> dict[str, float]:
-        """What the predicted loss of each map counts for, measured on some of the rows that are fitted to."""
+    def _measure_losses(self, context: Context, plan: RankPlan) -> dict[str, Any]:
+        """What the predicted loss of each map counts for, measured on some of the rows that are fitted to.
+
+        ``scales`` by the paths of maps, and ``parts``: for each part of the model that was measured its name, and what
+        it was predicted to lose and lost.
+        """
         dense, store = context.get(DenseModel), context.get(Statistics).store
         split, parts = context.get(CalibrationSplit), self.options.parts
         rows = split.rows_for(context.recipe.rescaling_tokens, context.given_tokens)
@@ -113,6 +127,8 @@ class AllocateStage(Stage):
             return changed
 
         scales: dict[str, float] = {}
+        table: list[list[Any]] = []
+        factor = Prediction(context, store, {}).factor
         for chain in context.get(CalibrationRows).chains:
             small, _ = fitted.first_rows(len(context.world.numbers(rows)), ROWS_PER_BATCH, context.device)
             context.progress.phase("Measuring what each part costs", sum(len(h.blocks) for h in chain))
@@ -129,5 +145,10 @@ class AllocateStage(Stage):
             ablation = Ablation(chain, dense.source, small, compressed, context.progress, context.world)
             costs = iter(ablation.costs([variant for of_stack in variants for variant in of_stack]))
             for found, of_stack in zip(errors, variants, strict=True):
-                scales |= found.scales(parts, [next(costs) for _ in of_stack])
-        return scales
+                measured = [next(costs) for _ in of_stack]
+                scales |= found.scales(parts, measured)
+                table += [
+                    [variant.name, factor * predicted, factor * cost]
+                    for variant, predicted, cost in zip(of_stack, found.predicted(parts), measured, strict=True)
+                ]
+        return {"scales": scales, "parts": table}
