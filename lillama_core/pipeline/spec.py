@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,9 +64,16 @@ class CompressionSpec:
 
 
 def prepare(
-    model: str, recipe: Recipe, architecture: str | Architecture | None = None, trust_remote_code: bool = False
+    model: str,
+    recipe: Recipe,
+    architecture: str | Architecture | None = None,
+    trust_remote_code: bool = False,
+    known: CompressionSpec | None = None,
 ) -> CompressionSpec:
-    """Find the maps of a model and the budget from its config alone, on the meta device."""
+    """Find the maps of a model and the budget from its config alone, on the meta device.
+
+    What is ``known`` of the same model by another recipe need not be read again: a config in GGUF takes two seconds.
+    """
     format_ = make("formats", recipe.format)
     check_options_are_read(recipe)
     if not math.isfinite(recipe.reduction) or not 0 < recipe.reduction < 1:
@@ -75,8 +83,8 @@ def prepare(
             f"--target-speedup: the allocator {recipe.allocation.name!r} shares out parameters, not time;"
             " 'spectrum' does"
         )
-    source = locate(model, trust_remote_code)
-    config = load_config(source)
+    source = locate(model, trust_remote_code) if known is None else known.source
+    config = load_config(source) if known is None else copy.deepcopy(known.config)
     found = find_architecture(config, architecture, trust_remote_code)
     meta = meta_model(config, found, trust_remote_code)
     choice = MapChoice(recipe.include, recipe.exclude, recipe.share_experts)

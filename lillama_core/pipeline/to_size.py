@@ -30,7 +30,7 @@ from lillama_core.pipeline.fitting import least_bytes, whole_bytes
 from lillama_core.pipeline.pipeline import compress
 from lillama_core.pipeline.quantize import QuantizeRequest, left_alone, quantize, separated
 from lillama_core.pipeline.request import Request
-from lillama_core.pipeline.spec import make_plan, prepare
+from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.quantization.options import DATA_FIELDS, TOKENS
 from lillama_core.quantization.packing import GROUP
 from lillama_core.recipe.model import Recipe
@@ -86,21 +86,23 @@ def way_to(request: Request, target: int) -> Way:
         return Way(0.0, recipe)
     reduction = 1 - target / least
     for _ in range(TRIES):
-        chosen = _within(request, reduction + MARGIN, target)
-        if (taken := _in_four_bits(request, chosen, dtype)) <= target:
+        chosen, within = _within(request, reduction + MARGIN, target, spec)
+        if (taken := _in_four_bits(request, within, chosen, dtype)) <= target:
             break
         # Just below 1: what cannot be met is told by what the maps can give.
         reduction = min(reduction + (taken - target) / least, 0.99)
     return Way(chosen.reduction, chosen)
 
 
-def _within(request: Request, reduction: float, target: int) -> Recipe:
-    """The recipe of the compression before all is rounded; raises UserError for a reduction that is out of reach."""
+def _within(
+    request: Request, reduction: float, target: int, known: CompressionSpec
+) -> tuple[Recipe, CompressionSpec]:
+    """The compression before all is rounded; raises UserError for a reduction that is out of reach."""
     recipe = request.recipe
     options: dict[str, Any] = {"reduction": reduction, "format": "factored"}
     try:
         chosen = recipe.with_options(options, "--target-size")
-        spec = prepare(request.model, chosen, request.architecture, request.trust_remote_code)
+        spec = prepare(request.model, chosen, request.architecture, request.trust_remote_code, known)
         allocator, width = make("allocators", recipe.allocation), max(m.map.full_rank for m in spec.maps)
         if hasattr(allocator.options, "rank_multiple") and width >= WIDE:
             # Columns that do not fill a group of codes cost as much as if they did.
@@ -108,12 +110,11 @@ def _within(request: Request, reduction: float, target: int) -> Recipe:
             chosen = chosen.with_options({"rank_multiple": multiple}, "--target-size")
     except UserError as error:
         raise UserError(f"a --target-size of {show_size(target)} cannot be met: {error}") from None
-    return chosen
+    return chosen, spec
 
 
-def _in_four_bits(request: Request, recipe: Recipe, dtype: torch.dtype) -> int:
+def _in_four_bits(request: Request, spec: CompressionSpec, recipe: Recipe, dtype: torch.dtype) -> int:
     """Bytes of the result with even ranks and all weights in 4 bits, by its shapes."""
-    spec = prepare(request.model, recipe, request.architecture, request.trust_remote_code)
     multiple = make("allocators", recipe.allocation).rank_multiple
     plan = make_plan(spec, StrategyChoice(name="uniform", options={"rank_multiple": multiple}), None)
     config = copy.deepcopy(spec.config)
