@@ -28,7 +28,7 @@ from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.block import Block
 from lillama_core.architecture.targets.channels import are_channels, take_out, weight_of
-from lillama_core.architecture.targets.linear import LinearTarget, linear_targets
+from lillama_core.architecture.targets.linear import LinearTarget, linear_targets, plain_modules
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError
 from lillama_core.initialization import Fisher, MapStatistics
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 def block_of(module: nn.Module) -> Block:
-    return Block("stack", 0, "", tuple(linear_targets(module)))
+    return Block("stack", 0, "", tuple(linear_targets(module)), plain_modules(module))
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -74,6 +74,43 @@ def test_channels_are_found_by_shapes_and_proved_by_trying(gate: bool) -> None:
     before = {name: p.clone() for name, p in net.named_parameters()}
     assert are_channels(block, net, channels, lambda module: module(x))
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+class Fused(nn.Module):
+    """Gate and values of ten channels from one map: one after the other, or in turns."""
+
+    def __init__(self, in_turns: bool) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.in_turns = nn.Linear(6, 20), nn.Linear(10, 6), in_turns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.gate_up(x)
+        gate, up = (both[..., ::2], both[..., 1::2]) if self.in_turns else both.chunk(2, -1)
+        return self.down(torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_gate_and_values_of_one_map_are_two_runs_of_channels(in_turns: bool) -> None:
+    torch.manual_seed(0)
+    net = Fused(in_turns).requires_grad_(False)
+    block, x = block_of(net), torch.randn(2, 5, 6)
+    (channels,) = block.channels
+    assert (channels.size, channels.runs) == (10, 2)
+    assert are_channels(block, net, channels, lambda module: module(x)) != in_turns
+    if not in_turns:
+        kept = torch.tensor([0, 3, 7])
+        small = copy.deepcopy(net)
+        take_out(block, small, channels, kept, net.down.weight[:, kept], net.down.bias)
+        gate, up = net.gate_up(x).chunk(2, -1)
+        inner = (torch.nn.functional.silu(gate) * up)[..., kept]
+        assert torch.allclose(small(x), inner @ net.down.weight[:, kept].T + net.down.bias, atol=1e-6)
+
+
+def test_a_map_beside_other_weights_is_no_net() -> None:
+    """As the mixer of a state-space model."""
+    net = Fused(False)
+    net.decay = nn.Parameter(torch.ones(10))
+    assert block_of(net).channels == ()
 
 
 @pytest.mark.parametrize("between", [nn.LayerNorm(10), nn.Softmax(-1), nn.Unflatten(-1, (5, 2))], ids=type)
@@ -102,7 +139,8 @@ def test_a_gate_that_is_left_out_keeps_its_channels() -> None:
         ("gpt2", {"mlp.c_proj"}),
         ("opt", {"fc2"}),
         ("whisper", {"fc2"}),
-        ("phi3", set()),
+        ("phi3", {"mlp.down_proj"}),
+        ("glm4", {"mlp.down_proj"}),
         ("mamba", set()),
     ],
 )
@@ -233,9 +271,13 @@ def test_spectrum_takes_channels_where_they_are_cheap() -> None:
     assert plan.ranks
 
 
-@pytest.fixture(scope="module")
-def dense(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("channels") / "dense", intermediate_size=96)
+@pytest.fixture(scope="module", params=["llama", "phi3"])
+def dense(
+    request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """With gate and values as maps of their own, and in one map."""
+    more = {"pad_token_id": 0} if request.param == "phi3" else {}
+    return make_model(tmp_path_factory.mktemp("channels") / "dense", request.param, intermediate_size=96, **more)
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +303,11 @@ def test_a_result_has_the_parameters_that_were_planned(narrow: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]["parameters_after"]
     for path, count in record["plan"]["channels"].items():
         mlp = model.get_submodule(path.removesuffix(".down_proj.channels"))
-        assert mlp.gate_proj.out_features == mlp.up_proj.out_features == mlp.down_proj.in_features == count
-        assert count < 96
+        assert mlp.down_proj.in_features == count < 96
+        if hasattr(mlp, "gate_up_proj"):
+            assert mlp.gate_up_proj.out_features == 2 * count
+        else:
+            assert mlp.gate_proj.out_features == mlp.up_proj.out_features == count
     sites = json.loads((narrow / "config.json").read_text())["quantization_config"]
     assert sites["version"] == 3
 
@@ -342,10 +387,10 @@ def test_channels_stay_on_request(dense: Path, calibration_text: Path, tmp_path:
 
 
 def test_a_model_without_such_nets_says_so(make_model: Callable[..., Path], tmp_path: Path, run_cli: Cli) -> None:
-    fused = make_model(tmp_path / "fused", "phi3")
-    ended = run_cli("plan", fused, "--remove-channels", "--reduction", "0.2")
-    assert "has a net of separate linear layers" in ended.error
-    assert run_cli("plan", fused, "--reduction", "0.2").status == 0
+    experts = make_model(tmp_path / "experts", "mixtral")
+    ended = run_cli("plan", experts, "--remove-channels", "--reduction", "0.2")
+    assert "has a net of linear layers that could lose channels" in ended.error
+    assert run_cli("plan", experts, "--reduction", "0.2").status == 0
 
 
 @pytest.mark.parametrize(
@@ -357,6 +402,10 @@ def test_a_model_without_such_nets_says_so(make_model: Callable[..., Path], tmp_
         {"kind": "linear", "shape": "3x3"},
         {"kind": "linear", "shape": [3, 3], "ranks": {}},
         {"kind": "linear"},
+        {"kind": "linear", "shape": [4, 3], "runs": 3},
+        {"kind": "linear", "shape": [4, 3], "runs": 0},
+        {"kind": "linear", "shape": [4, 3], "runs": True},
+        {"kind": "linear", "format": "factored", "rank": 2, "runs": 2},
     ],
 )
 def test_a_config_with_a_wrong_shape_is_refused(entry: dict[str, Any]) -> None:
@@ -376,7 +425,8 @@ def test_only_a_linear_layer_may_be_smaller(narrow: Path) -> None:
 def test_a_config_with_a_larger_shape_is_refused(shape: list[int], narrow: Path) -> None:
     config = load_config(locate(str(narrow)), allow_compressed=True)
     sites = quantization_of(config)["sites"]
-    sites["model.layers.0.mlp.up_proj"] = {"kind": "linear", "shape": shape}
+    # Of another kind of net: rows and columns the other way round.
+    sites["model.layers.0.mlp.down_proj"] = {"kind": "linear", "shape": shape[::-1]}
     del config.quantization_config
     with pytest.raises(LillamaError, match="cannot have the shape"):
         compressed_meta_model(find_architecture(config), config, LillamaConfig(sites, 3))

@@ -30,6 +30,8 @@ class PlannedMap:
     reads: str = ""
     """Likewise of its inputs."""
     has_bias: bool = False
+    runs: int = 1
+    """How many of its outputs each of the channels is that it writes."""
 
     @property
     def dense_parameters(self) -> int:
@@ -39,7 +41,7 @@ class PlannedMap:
         """The map that is left when of some ``channels`` only so many stay."""
         if self.writes not in channels and self.reads not in channels:
             return self
-        outputs = channels.get(self.writes, self.map.out_features)
+        outputs = channels[self.writes] * self.runs if self.writes in channels else self.map.out_features
         inputs = channels.get(self.reads, self.map.in_features)
         return replace(self, map=replace(self.map, out_features=outputs, in_features=inputs))
 
@@ -64,7 +66,7 @@ class RankPlan:
         for channels in block.channels:
             if channels.name in counts:
                 count = counts[channels.name]
-                found |= {m.name: (count, m.in_features) for m in channels.sources}
+                found |= {m.name: (count * channels.runs, m.in_features) for m in channels.sources}
                 found[channels.sink.name] = (channels.sink.out_features, count)
         return found
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.linear import plain_modules
 from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.errors import UserError, nearest
 
@@ -41,10 +42,11 @@ def find_blocks(
             raise UserError(f"{path!r} of {type(model).__name__} is not a non-empty list of blocks")
         if selected and name not in selected:
             continue
-        blocks = [
-            Block(name, i, of, tuple(architecture.targets(model.get_submodule(of), choice or MapChoice())))
-            for i, of in enumerate(architecture.block_paths(model, name))
-        ]
+        blocks = []
+        for i, of in enumerate(architecture.block_paths(model, name)):
+            module = model.get_submodule(of)
+            targets = tuple(architecture.targets(module, choice or MapChoice()))
+            blocks.append(Block(name, i, of, targets, plain_modules(module)))
         if not any(block.targets for block in blocks):
             raise UserError(f"no linear map found in the {name} blocks of {type(model).__name__}")
         found[name] = blocks

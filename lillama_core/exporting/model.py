@@ -151,6 +151,7 @@ class CompressedModel:
             tensors = self._state(path, module)
             for name, entry in self._targets_in(path):
                 target = get("targets", entry.kind).at(name, module.get_submodule(name))
+                target.runs = entry.runs
                 replaced = target.paths(module)
                 tensors = {k: t for k, t in tensors.items() if not any(k.startswith(f"{p}.") for p in replaced)}
                 tensors |= target.dense_tensors(module, place)

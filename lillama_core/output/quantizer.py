@@ -52,11 +52,13 @@ class TargetConfig:
     """By the map's name within its target; empty for the only map of a target."""
     shape: tuple[int, int] | None = None
     """(out, in) of the only map of a target where that is less than in the dense model; None: as there."""
+    runs: int = 1
+    """In how many runs of equal length its outputs lie, where each has become shorter."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> TargetConfig:
         """Check an entry of an untrusted config; raise LillamaError for one that is not valid."""
-        if not isinstance(entry, Mapping) or set(entry) not in (
+        if not isinstance(entry, Mapping) or set(entry) - ({"runs"} if "shape" in entry else set()) not in (
             {"kind", "format", "rank"},
             {"kind", "format", "ranks"},
             {"kind", "format", "rank", "shape"},
@@ -64,7 +66,7 @@ class TargetConfig:
         ):
             raise LillamaError(
                 f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'; a 'shape' goes"
-                " with 'rank', or with 'kind' alone"
+                " with 'rank', or with 'kind' alone, and 'runs' with a 'shape'"
             )
         kind, format_ = entry["kind"], entry.get("format", "")
         if not isinstance(kind, str) or kind not in names("targets"):
@@ -91,7 +93,11 @@ class TargetConfig:
             and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
         ):
             raise LillamaError(f"the shape of {name!r} must be two positive whole numbers, not {shape!r}")
-        return cls(kind, format_, {str(k): v for k, v in ranks.items()}, None if shape is None else tuple(shape))
+        runs = entry.get("runs", 1)
+        if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1 or (shape is not None and shape[0] % runs):
+            raise LillamaError(f"the runs of {name!r} must be a whole number that divides its rows, not {runs!r}")
+        parsed = {str(k): v for k, v in ranks.items()}
+        return cls(kind, format_, parsed, None if shape is None else (shape[0], shape[1]), runs)
 
 
 def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
@@ -99,6 +105,7 @@ def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[st
     found: dict[str, dict[str, Any]] = {}
     for block in blocks:
         shapes = plan.shapes_of(block)
+        runs = {source.name: c.runs for c in block.channels for source in c.sources}
         for target in block.targets:
             names = {target.local_name(m): block.full_name(m) for m in target.maps}
             ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
@@ -107,6 +114,8 @@ def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[st
                 entry |= {"format": plan.format, **({"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks})}
             if target.name in shapes:
                 entry["shape"] = list(shapes[target.name])
+                if runs.get(target.name, 1) > 1:
+                    entry["runs"] = runs[target.name]
             if len(entry) > 1:
                 found[block.path_of(target.name)] = entry
     return found
@@ -273,7 +282,7 @@ def _as_packed(model: nn.Module, on_disk: str, in_memory: str) -> Any:
 def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target = get("targets", entry.kind).at(path, model.get_submodule(path))
     if entry.shape is not None:
-        _narrow(model, path, target, entry.shape)
+        _narrow(model, path, target, entry.shape, entry.runs)
         target = get("targets", entry.kind).at(path, model.get_submodule(path))
         if not entry.ranks:
             return
@@ -300,14 +309,16 @@ def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target.replace(model, layers)
 
 
-def _narrow(model: nn.Module, path: str, target: TargetModule, shape: tuple[int, int]) -> None:
-    """Put a linear layer of ``shape`` in the place of a larger one."""
+def _narrow(model: nn.Module, path: str, target: TargetModule, shape: tuple[int, int], runs: int) -> None:
+    """Put a linear layer of ``shape`` in the place of a larger one, of which each of ``runs`` becomes shorter."""
     if target.kind != LinearTarget.kind:
         raise LillamaError(f"{path!r} is a target of kind {target.kind!r}, and cannot have the shape {list(shape)}")
     (map_,) = target.maps
     full = (map_.out_features, map_.in_features)
     if shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
         raise LillamaError(f"{path!r} cannot have the shape {list(shape)}: it has to be smaller than {list(full)}")
+    if full[0] % runs:
+        raise LillamaError(f"{path!r} has {full[0]} rows, which are not {runs} runs")
     weight, bias = target.weight(model, map_), target.bias(model, map_)
     layer = empty_linear(shape[1], shape[0], bias is not None, weight.dtype, str(weight.device))
     target.replace(model, {map_.name: layer.requires_grad_(weight.requires_grad)})

@@ -100,7 +100,9 @@ def prepare(
         raise UserError(f"--share-experts: model {model!r} has no experts")
     removes_channels = _removes_channels(recipe)
     if recipe.remove_channels and not any(block.channels for stack in blocks.values() for block in stack):
-        raise UserError(f"--remove-channels: no block of model {model!r} has a net of separate linear layers")
+        raise UserError(
+            f"--remove-channels: no block of model {model!r} has a net of linear layers that could lose channels"
+        )
     maps = planned_maps(whole, meta, removes_channels)
     check_format(format_, {(m.map.out_features, m.map.in_features) for m in maps})
     of_what = "the model" if not recipe.stacks else f"the stacks {', '.join(recipe.stacks)}"
@@ -200,13 +202,23 @@ def planned_maps(blocks: dict[str, list[Block]], model: nn.Module, with_channels
         nets = block.channels if with_channels else ()
         writes = {source.name: block.path_of(c.name) for c in nets for source in c.sources}
         reads = {c.sink.name: block.path_of(c.name) for c in nets}
+        runs = {source.name: c.runs for c in nets for source in c.sources}
         module = model.get_submodule(block.path)
         for map_ in block.maps:
             writes_to, reads_from = writes.get(map_.name, ""), reads.get(map_.name, "")
             # Only what may lose rows has a bias that matters here.
             has_bias = bool(writes_to) and bias_of(block, module, map_) is not None
             found.append(
-                PlannedMap(block.full_name(map_), block.stack, block.index, map_, writes_to, reads_from, has_bias)
+                PlannedMap(
+                    block.full_name(map_),
+                    block.stack,
+                    block.index,
+                    map_,
+                    writes_to,
+                    reads_from,
+                    has_bias,
+                    runs.get(map_.name, 1),
+                )
             )
     return found
 

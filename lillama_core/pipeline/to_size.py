@@ -94,9 +94,7 @@ def way_to(request: Request, target: int) -> Way:
     return Way(chosen.reduction, chosen)
 
 
-def _within(
-    request: Request, reduction: float, target: int, known: CompressionSpec
-) -> tuple[Recipe, CompressionSpec]:
+def _within(request: Request, reduction: float, target: int, known: CompressionSpec) -> tuple[Recipe, CompressionSpec]:
     """The compression before all is rounded; raises UserError for a reduction that is out of reach."""
     recipe = request.recipe
     options: dict[str, Any] = {"reduction": reduction, "format": "factored"}

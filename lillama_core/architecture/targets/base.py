@@ -26,6 +26,8 @@ class TargetModule(ABC):
 
     kind: str
     """Name of this class of targets in the config of a compressed model."""
+    runs: int = 1
+    """In how many runs of equal length the outputs of its map lie, of which each may have become shorter."""
 
     def __init__(self, name: str, maps: tuple[TargetLinear, ...]) -> None:
         self.name = name

@@ -19,6 +19,8 @@ class Block:
     path: str
     """Path of the block from the model: ``model.layers.3``; empty for the model itself."""
     targets: tuple[TargetModule, ...]
+    plain: frozenset[str] = frozenset()
+    """Paths from the block of modules in which all weights are those of linear layers."""
 
     @property
     def name(self) -> str:
@@ -31,7 +33,7 @@ class Block:
     @functools.cached_property
     def channels(self) -> tuple[Channels, ...]:
         """What may be channels that can be taken out, by names and shapes."""
-        return find_channels(self.targets)
+        return find_channels(self.targets, self.plain)
 
     def full_name(self, map_: TargetLinear) -> str:
         """The map's path from the model."""

@@ -2,13 +2,14 @@
 
 Between the maps that widen a block's stream and the one that brings it back stand elementwise steps: an activation, a
 product of two. What one channel gives depends on one row of every map before them, and enters one column of the map
-behind. So a channel can be taken out whole, and every map stays a matrix, only smaller. Names and shapes say where that
-may be so; whether it is, is tried.
+behind. So a channel can be taken out whole, and every map stays a matrix, only smaller. Where gate and values are one
+map, its rows are two runs, and a channel is a row of each. Names and shapes say where that may be so; whether it is, is
+tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ class Channels:
     """The ``size`` features between some maps of a block that write them and the one map that reads them."""
 
     sources: tuple[TargetLinear, ...]
-    """[size, width] each, with size > width."""
+    """[size, width] each, with size > width; or one [2 size, width] that writes gate and values after each other."""
     sink: TargetLinear
     """[width, size]."""
 
@@ -41,9 +42,18 @@ class Channels:
     def size(self) -> int:
         return self.sink.in_features
 
+    @property
+    def runs(self) -> int:
+        """How many rows of each source a channel is; those of all channels lie in as many runs."""
+        return self.sources[0].out_features // self.size
 
-def find_channels(targets: Sequence[TargetModule]) -> tuple[Channels, ...]:
-    """Return what may be channels, by the shapes of the linear maps that have one parent; see `are_channels`."""
+
+def find_channels(targets: Sequence[TargetModule], plain: Collection[str] = ()) -> tuple[Channels, ...]:
+    """Return what may be channels, by the shapes of the linear maps that have one parent; see `are_channels`.
+
+    One map that writes gate and values counts where the two maps are all that their parent holds, which ``plain`` says:
+    a state-space mixer looks alike from its maps.
+    """
     maps = [m for target in targets if target.kind == "linear" for m in target.maps]
     found = []
     for sink in maps:
@@ -51,6 +61,8 @@ def find_channels(targets: Sequence[TargetModule]) -> tuple[Channels, ...]:
         near = [m for m in maps if m.name.rpartition(".")[0] == parent]
         sources = tuple(m for m in near if m.out_features == size and m.in_features < size)
         readers = [m for m in near if m.in_features == size]
+        if not sources and len(near) == 2 and parent in plain:
+            sources = tuple(m for m in near if m.out_features == 2 * size and m.in_features < size)
         if sources and len(readers) == 1 and sink.out_features < size:
             found.append(Channels(sources, sink))
     return tuple(found)
@@ -73,7 +85,7 @@ def are_channels(block: Block, module: nn.Module, channels: Channels, run: Calla
         expected = run(masked)
         try:
             found = run(narrow)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             # Something else than these maps knows how many there are.
             return False
         whole = run(module)
@@ -96,7 +108,7 @@ def take_out(
     """
     for source in channels.sources:
         own, shift = weight_of(block, module, source), bias_of(block, module, source)
-        rows = kept.to(own.device)
+        rows = torch.cat([kept + run * channels.size for run in range(channels.runs)]).to(own.device)
         _put(block, module, source, own[rows], None if shift is None else shift[rows])
     _put(block, module, channels.sink, sink, bias)
 

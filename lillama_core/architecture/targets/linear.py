@@ -90,15 +90,29 @@ class LinearTarget(TargetModule):
         whole = dense.get_submodule(self.name)
         (map_,) = LinearTarget(self.name, whole).maps
         # Of channels that were taken out nothing comes, and nothing is read.
-        missing = (map_.out_features - weight.shape[0], map_.in_features - weight.shape[1])
-        weight = functional.pad(weight, (0, missing[1], 0, missing[0]))
+        missing = (map_.out_features - weight.shape[0]) // self.runs, map_.in_features - weight.shape[1]
+        parts = weight.unflatten(0, (self.runs, -1))
+        weight = functional.pad(parts, (0, missing[1], 0, missing[0])).flatten(0, 1)
         found = {f"{self.name}.weight": weight.T if _is_conv1d(whole) else weight}
-        return found if bias is None else {**found, f"{self.name}.bias": functional.pad(bias.detach(), (0, missing[0]))}
+        if bias is not None:
+            parts = bias.detach().unflatten(0, (self.runs, -1))
+            found[f"{self.name}.bias"] = functional.pad(parts, (0, missing[0])).flatten()
+        return found
 
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
         (map_,) = self.maps
         stored = format_.stored_as_weight(map_.out_features, map_.in_features)
         return [(f"{self.name}.weight", f"{self.name}.{stored}.weight")]
+
+
+def plain_modules(block: nn.Module) -> frozenset[str]:
+    """Paths of the modules in a block in which all weights are those of linear layers."""
+    mixed: set[str] = set()
+    for name, module in block.named_modules():
+        if not LinearTarget.accepts(module) and any(True for _ in module.parameters(recurse=False)):
+            parts = name.split(".")
+            mixed |= {".".join(parts[:end]) for end in range(len(parts) + 1)}
+    return frozenset(name for name, _ in block.named_modules() if name not in mixed)
 
 
 def linear_targets(
