@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lillama_core.api import (
         CompressionResult,
         EvaluationResult,
+        analyze,
         bench,
         compress,
         evaluate,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
         finetune,
         load,
         lora_targets,
+        push,
         quantize,
+        reproduce,
     )
     from lillama_core.architecture.base import Architecture
     from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
@@ -57,6 +60,7 @@ _HOMES = {
     "Samples": "lillama_core.data.modality",
     "Subject": "lillama_core.evaluation.base",
     "UserError": "lillama_core.errors",
+    "analyze": "lillama_core.api",
     "bench": "lillama_core.api",
     "compress": "lillama_core.api",
     "evaluate": "lillama_core.api",
@@ -67,7 +71,9 @@ _HOMES = {
     "load": "lillama_core.api",
     "load_recipe": "lillama_core.recipe.loading",
     "lora_targets": "lillama_core.api",
+    "push": "lillama_core.api",
     "quantize": "lillama_core.api",
+    "reproduce": "lillama_core.api",
 }
 """Public name -> the module that it is imported from when it is first used."""
 
@@ -88,6 +94,7 @@ __all__ = [
     "Samples",
     "Subject",
     "UserError",
+    "analyze",
     "bench",
     "compress",
     "evaluate",
@@ -98,7 +105,9 @@ __all__ = [
     "load",
     "load_recipe",
     "lora_targets",
+    "push",
     "quantize",
+    "reproduce",
 ]
 
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import lillama_core
 from lillama_core.allocation.effective_rank import effective_rank, stable_rank
 
 Cli = Callable[..., Ended]
@@ -79,3 +80,13 @@ def test_a_model_is_analysed(tiny_model: Path, calibration_text: Path, tmp_path:
 )
 def test_what_cannot_be_analysed(options: tuple[str, ...], message: str, tiny_model: Path, run_cli: Cli) -> None:
     assert message in run_cli("analyze", tiny_model, *options).error
+
+
+def test_python_analyses_too(tiny_model: Path, calibration_text: Path) -> None:
+    options = {"tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128, "self_share": 0.0}
+    found = lillama_core.analyze(tiny_model, calibration=calibration_text, quiet=True, **options)
+    assert [size.reduction for size in found.sizes] == sorted(size.reduction for size in found.sizes)
+    assert "predicted loss" in repr(found)
+    assert found.to_dict()["maps"]
+    with pytest.raises(lillama_core.UserError, match=r"analyze\(\) has no option 'stram'; did you mean 'stream'"):
+        lillama_core.analyze(tiny_model, stram=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 from conftest import WEIGHTS_ONLY, Ended, environment, run_process
 from huggingface_hub import ModelCard
+
+import lillama_core
 
 Cli = Callable[..., Ended]
 
@@ -205,6 +209,15 @@ def test_a_push_that_fails_leaves_the_result_and_keeps_the_token(
     assert TOKEN not in done.stdout + done.stderr
     assert (tmp_path / "bits" / "model.safetensors").is_file()
     assert hub.repositories == {"me/bits": {}}
+
+
+def test_python_pushes_too(compressed: Path, hub: Hub, reaching: dict[str, str], tmp_path: Path) -> None:
+    program = f"import lillama_core; print(lillama_core.push({str(compressed)!r}, 'me/again', private=True))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=reaching, check=True)
+    assert done.stdout == f"{hub.url}/me/again\n"
+    assert hub.repositories["me/again"].keys() == {p.name for p in compressed.iterdir()}
+    with pytest.raises(lillama_core.UserError, match="is no directory that lillama has made"):
+        lillama_core.push(tmp_path, "me/again")
 
 
 def test_private_without_push_does_nothing(run_cli: Cli, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from conftest import Ended, run_process, tree
 from safetensors.torch import load_file, save_file
 
+import lillama_core
+
 Cli = Callable[..., Ended]
 
 
@@ -110,3 +112,16 @@ def test_a_run_that_cannot_be_repeated(
 def test_what_is_no_record(run_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     assert "lillama.json' cannot be read" in run_cli("reproduce", tiny_model).error
     assert "lillama.json' cannot be read" in run_cli("reproduce", tmp_path / "nowhere").error
+
+
+def test_python_reproduces_too(finished: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    where: dict[str, Any] = {"model": tiny_model, "calibration": calibration_text, "quiet": True}
+    found = lillama_core.reproduce(finished, **where)
+    assert found.differences == []
+    assert found.files >= 6
+    edited(finished, plan={"format": "factored"})
+    found = lillama_core.reproduce(finished, output=tmp_path / "new", **where)
+    assert found.differences
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+    with pytest.raises(lillama_core.UserError, match="overwrite=True does nothing without output="):
+        lillama_core.reproduce(finished, overwrite=True, **where)

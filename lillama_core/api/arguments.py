@@ -143,11 +143,11 @@ def recipe_of(recipe: Any, calibration: Any, options: dict[str, Any], function: 
     for name in options:
         # Options of the call itself, misspelt; those of the recipe are known to it.
         if not hasattr(found, name) and difflib.get_close_matches(name, own_names, n=1, cutoff=0.8):
-            raise UserError(f"compress() has no option {name!r}{nearest(name, own_names)}")
+            raise UserError(f"{function.__name__}() has no option {name!r}{nearest(name, own_names)}")
     given = {name: _plain(value) for name, value in options.items()}
     if calibration is not None:
         given["calibration"] = _sources(calibration)
-    return found.with_options(given, "compress()") if given else found
+    return found.with_options(given, f"{function.__name__}()") if given else found
 
 
 def _plain(value: Any) -> Any:
