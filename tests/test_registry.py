@@ -414,7 +414,7 @@ def test_a_plugins_strategy_brings_its_own_options(tmp_path: Path, tiny_model: P
     assert "capped  Even ranks up to a largest one." in listed.stdout
     assert "--allocation.largest  largest rank (default: 99)" in listed.stdout
     shown = " ".join(run_with(target, "compress", "--help").stdout.split())
-    theirs = "capped, effective-rank, plain, variance-threshold"
+    theirs = "bayesian-search, block-influence, capped, effective-rank, plain, variance-threshold"
     assert f"bottom- first or top-first (default: spectrum); of plugins: {theirs}; its" in shown
 
 
