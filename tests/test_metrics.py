@@ -218,6 +218,11 @@ def test_examples_before_a_question(subject: Subject, monkeypatch: pytest.Monkey
             assert sum(question in context for question in asked) == 1 + shots
         data.append(found.data)
     assert len(contexts) >= 8
+    # Every model sees the same examples.
+    first = list(contexts)
+    contexts.clear()
+    ZeroShotAccuracy().measure(subject, options, lambda line: None)
+    assert contexts == first
     # The same questions are asked.
     assert data[0] == data[1]
 

@@ -84,8 +84,10 @@ def _task_manager(names: tuple[str, ...]) -> Any:
     return manager
 
 
-def _load(manager: Any, name: str, shots: int) -> dict[str, Any]:
+def _load(manager: Any, name: str, shots: int, seed: int) -> dict[str, Any]:
     """The lm-eval tasks behind ``name`` (several for a group), ready with so many examples before each question.
+
+    Where a task draws its examples, ``seed`` says which.
 
     Raises UserError when the data of one cannot be had.
     """
@@ -101,6 +103,7 @@ def _load(manager: Any, name: str, shots: int) -> dict[str, Any]:
         ) from error
     for task in tasks.values():
         task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed)
     return tasks
 
 
@@ -210,7 +213,7 @@ class ZeroShotAccuracy:
         names = expand(options.tasks or self._tasks)
         with _quiet(report):
             manager = _task_manager(names)
-            members = {name: _load(manager, name, options.shots) for name in names}
+            members = {name: _load(manager, name, options.shots, options.seed) for name in names}
             scores = self._run(subject, members, options, report)
         measurements = [self._measurement(name, scores[name], options.shots, _sha256(members[name])) for name in names]
         if len(names) > 1:
