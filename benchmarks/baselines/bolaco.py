@@ -1,10 +1,10 @@
 """Bolaco (arXiv 2405.10616): principal components of the outputs, their number by Bayesian optimisation, no training.
 
 Factors are those of `lillama_benchmarks.baselines.liteasr`: with mu = E[y] and V the leading principal directions of
-y = W x, B = V, A = V^T W (section 3.1). Values stay dense. Every other kind of map keeps one fraction of its parameters
+y = W x, B = V, A = V^T W. Values stay dense. Every other kind of map keeps one fraction of its parameters
 in all blocks, queries and keys a common one, between 0.2 and 1, so that a transformer's block has five numbers. A
-Gaussian process looks for those that cost least by a small validation set (section 3.2): in each of 50 runs the model
-is put together from the slices of the factors and measured.
+Gaussian process looks for those that cost least by a small validation set: in each of 50 runs the model is put together
+from the slices of the factors and measured. Numbers and bounds are those of the paper's code.
 
 Deviations: the loss is the divergence from the dense model, on rows that are calibrated on; the paper's code adds a
 thousandth of it to the perplexity of other text. Each proposal is scaled onto the budget, where the paper's code takes

@@ -1,15 +1,16 @@
 """MoDeGPT (arXiv 2408.09632), its type I alone: Nyström's approximation of feed-forward nets, no training.
 
 With C = E[z z^T] of what the last map W of a net reads, the k channels K of the highest ridge leverage scores
-s_i = [C (C + lambda I)^-1]_ii stay, and W' = W C_:K C_KK^-1 (algorithm 1). That is how the core refits a map behind
-channels, in another order.
+s_i = [C (C + lambda I)^-1]_ii stay, and W' = W C_:K C_KK^-1 (its algorithm for type I). That is how the core refits a
+map behind channels, in another order.
 
-Of L nets, net l gives up the part phi_l = L phi softmax(-s_l / epsilon) of its channels (section 3.3), with s_l the
-Block Influence of its block, 1 - E[cos(h, h')] of what enters and leaves it, and phi the part that all give up.
+Of L nets, net l gives up the part phi_l = L phi softmax(-s_l / epsilon) of its channels (its global sparsity
+allocation), with s_l the Block Influence of its block, 1 - E[cos(h, h')] of what enters and leaves it (ShortGPT, arXiv
+2403.03853), and phi the part that all give up.
 
 Deviations: types II and III, which narrow the heads of attention, are left out, and attention stays dense. Biases are
 left as they are. lambda is relative to the mean diagonal of C, and C_KK is inverted with a small ridge in place of a
-pseudo-inverse. The text that was at hand states no values of lambda and epsilon: those here are of public
+pseudo-inverse. The paper's values of lambda and epsilon are not known to us: those here are of public
 re-implementations, with their highest phi_l of 0.8; what a net would give beyond that, the others give.
 """
 
@@ -51,7 +52,7 @@ class NystromOptions(WhitenedOptions):
 
 
 class Nystrom(Whitened):
-    """Channels by their ridge leverage scores (algorithm 1); ranks, where any are lowered, as ``whitened`` does."""
+    """Channels by their ridge leverage scores; ranks, where any are lowered, as ``whitened`` does."""
 
     name = "nystrom"
     Options = NystromOptions

@@ -22,7 +22,7 @@ def block_influences(
     progress: Progress,
     world: World = ALONE,
 ) -> dict[tuple[str, int], float]:
-    """1 - E[cos(h, h')] of what enters and leaves each block, by stack and number of the block (section 2, equation 1).
+    """1 - E[cos(h, h')] of what enters and leaves each block, by stack and number of the block.
 
     ``activations`` are those of the dense model for this process's rows; the mean is over the positions of all rows of
     all processes, without padding.
