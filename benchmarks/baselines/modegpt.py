@@ -16,6 +16,7 @@ re-implementations, with their highest phi_l of 0.8; what a net would give beyon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,17 +96,16 @@ class BlockInfluence(Allocator):
     compares_channels = False
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
-        if request.measurements is None:
-            raise UserError(
-                f"{self.name} runs the model, which cannot be done for --target-speedup; give a --reduction"
-            )
+        # It is asked for.
+        assert request.measurements is not None
         nets: dict[str, list[PlannedMap]] = {}
         for map_ in request.maps:
             for name in {map_.writes, map_.reads} & request.channels.keys():
                 nets.setdefault(name, []).append(map_)
         if not nets:
             raise UserError(
-                f"{self.name} takes channels out of feed-forward nets, and this model has none that allow it"
+                f"{self.name} takes channels out of feed-forward nets, and this model has none of separate linear"
+                " layers; choose another --allocation"
             )
         sizes = {name: int(request.channels[name].counts[-1]) for name in nets}
         each = {name: sum(m.dense_parameters for m in maps) // sizes[name] for name, maps in nets.items()}
@@ -127,10 +127,9 @@ class BlockInfluence(Allocator):
         influences: Mapping[str, float],
     ) -> dict[str, int]:
         """How many channels stay of each net, rounded down; a scale of the softmax is found by bisection."""
-        softmax = torch.softmax(
-            -torch.tensor(list(influences.values()), dtype=torch.float64) / self.options.smoothing, 0
-        )
-        weights = dict(zip(influences, (softmax / softmax.max()).tolist(), strict=True))
+        least = min(influences.values())
+        # Relative to the largest; what is nothing beside it gives up channels when no other has any left.
+        weights = {n: max(math.exp((least - s) / self.options.smoothing), 1e-15) for n, s in influences.items()}
 
         def kept(scale: float) -> dict[str, int]:
             given_up = {name: min(scale * weights[name], self.options.most) for name in sizes}
