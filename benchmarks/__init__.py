@@ -9,6 +9,7 @@ from lillama_registry import LazyCommand, hookimpl
 def lillama_initializers() -> dict[str, str]:
     return {
         "activation-scaled": "lillama_benchmarks.baselines.asvd:ActivationScaled",
+        "nystrom": "lillama_benchmarks.baselines.modegpt:Nystrom",
         "output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents",
     }
 
@@ -16,6 +17,8 @@ def lillama_initializers() -> dict[str, str]:
 @hookimpl
 def lillama_allocators() -> dict[str, str]:
     return {
+        "bayesian-search": "lillama_benchmarks.baselines.bolaco:BayesianSearch",
+        "block-influence": "lillama_benchmarks.baselines.modegpt:BlockInfluence",
         "effective-rank": "lillama_benchmarks.baselines.d_rank:EffectiveRank",
         "variance-threshold": "lillama_benchmarks.baselines.liteasr:VarianceThreshold",
     }

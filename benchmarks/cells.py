@@ -5,6 +5,8 @@ Each command runs in a process of its own, so that its failure ends that cell al
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lillama_benchmarks.arena import LABEL
 from lillama_benchmarks.methods import Method
 from lillama_benchmarks.results import DENSE, Result
 from lillama_benchmarks.suites import Options, SuiteModel
@@ -159,7 +162,7 @@ def run_cell(runner: SuiteRunner, model: SuiteModel, method: Method, reduction: 
             "bytes": record["bytes"]["compressed"],
             "seconds": record["seconds"]["total"],
             "peak_memory_bytes": record["peak_memory_bytes"],
-            "versions": record["versions"],
+            "versions": {**record["versions"], **_measured_by()},
             "machine": record["machine"],
         }
         for name in KEPT:
@@ -183,7 +186,7 @@ def run_dense(runner: SuiteRunner, model: SuiteModel) -> Result:
 
     options = planned_options(model, None, 0.0)
     folder = runner.cell(model.name, DENSE)
-    values = dict(vars(Result(model.name, "", DENSE, 0.0, options, versions=versions())))
+    values = dict(vars(Result(model.name, "", DENSE, 0.0, options, versions={**versions(), **_measured_by()})))
     try:
         source = runner.fetch(model)
         values |= {"architecture": _architecture(source).name}
@@ -192,6 +195,15 @@ def run_dense(runner: SuiteRunner, model: SuiteModel) -> Result:
     except Exception as error:  # whatever it is, it ends this cell alone
         values["error"] = one_line(error)
     return Result(**values)
+
+
+def _measured_by() -> dict[str, str]:
+    """Versions of what only evaluations depend on, where it is installed."""
+    found = {}
+    for name in ("lm-eval", "datasets"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _architecture(source: Path) -> Architecture:
@@ -236,10 +248,11 @@ def _evaluate(
             folder / f"evaluation-{number}.log",
             *("evaluate", measured, *baseline),
             *("--json", file, "--details", folder / f"details-{number}", "--device", runner.device, "--quiet"),
-            *command_line(options),
+            *command_line({k: v for k, v in options.items() if k != LABEL}),
         )
         for metric in json.loads(file.read_text(encoding="utf-8")).get(str(measured), []):
-            found.setdefault(metric["name"], metric)
+            name = f"{metric['name']}/{options[LABEL]}" if LABEL in options else metric["name"]
+            found.setdefault(name, {**metric, "name": name})
     return list(found.values())
 
 

@@ -33,10 +33,17 @@ NOT_READ = {
     cls=LillamaCommand,
     help="Compress every model of a suite by every method and measure what comes out, and the dense model.",
 )
-@option("--suite", default="cross-architecture", metavar="NAME", help="cross-architecture (default) or smoke")
+@option(
+    "--suite",
+    default="cross-architecture",
+    metavar="NAME",
+    help="cross-architecture (default), arena, arena-local or smoke",
+)
 @option("--models", default="", metavar="A,B", help="models of the suite or directories (default: all)")
 @option("--methods", default="", metavar="A,B", help="methods or recipes (default: those of the suite)")
-@option("--reductions", default="", metavar="X,Y", help="parts of the parameters to remove (default: 0.2)")
+@option(
+    "--reductions", default="", metavar="X,Y", help="parts of the parameters to remove (default: 0.2; arenas: 0.2,0.4)"
+)
 @option("-o", "--output", metavar="DIR", help="where results go (default: benchmark-SUITE)")
 @option("--resume", is_flag=True, help="go on in DIR with the cells that it lacks or that failed")
 @option("--keep-models", is_flag=True, help="keep the compressed models in DIR/cells")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lillama_benchmarks.baselines import asvd, d_rank, liteasr, obd_llm, skipcat, svd_llm
+from lillama_benchmarks.baselines import asvd, bolaco, d_rank, liteasr, modegpt, obd_llm, skipcat, svd_llm
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ BASELINES = tuple(
         "d-rank": d_rank.OPTIONS,
         "obd-llm": obd_llm.OPTIONS,
         "liteasr": liteasr.OPTIONS,
+        "modegpt": modegpt.OPTIONS,
+        "bolaco": bolaco.OPTIONS,
     }.items()
 )
 """Published methods that run when they are named; each module has the formula, its source and what deviates from it."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 import lillama_core.output
-from lillama_benchmarks.results import DENSE, Result, by_model
+from lillama_benchmarks.results import DENSE, Result, by_model, with_retention
+from lillama_benchmarks.suites import SUITES
 from lillama_core.output.numbers import count, duration, number, size
 
 if TYPE_CHECKING:
@@ -66,13 +67,18 @@ def table(model: str, rows: list[Result]) -> Table:
             for row in good
         ],
         [(_cell(row), row.error) for row in rows if row.error is not None],
-        [(name, metric["meaning"]) for name, metric in metrics.items()],
+        [(name, _meaning(metric)) for name, metric in metrics.items()],
         [(_cell(row), _told(row)) for row in rows],
     )
 
 
 def _arrow(metric: dict[str, Any]) -> str:
     return "↑" if metric["better"] == "higher" else "↓"
+
+
+def _meaning(metric: dict[str, Any]) -> str:
+    data = metric.get("data")
+    return metric["meaning"] if data is None else f"{metric['meaning']} SHA-256 of the data: {data}."
 
 
 def _value(metric: dict[str, Any] | None) -> str:
@@ -119,9 +125,10 @@ def where(results: Iterable[Result]) -> list[str]:
 
 def markdown(suite: str, results: list[Result]) -> str:
     """The page results.md."""
-    parts = [f"# Suite {suite}\n"]
+    known = SUITES.get(suite)
+    parts = [f"# Suite {suite}\n", *([f"{_escaped(known.protocol)}\n"] if known and known.protocol else [])]
     for model, rows in by_model(results).items():
-        shown = table(model, rows)
+        shown = table(model, with_retention(rows, known.retained if known else ()))
         parts.append(f"## {model}\n")
         if shown.architecture:
             parts.append(f"Architecture `{shown.architecture}`.\n")
@@ -197,12 +204,14 @@ def page(suite: str, results: list[Result]) -> str:
     """The page results.html, which needs nothing besides itself."""
     from lillama_core.output.plots import drawing, svg
 
+    known = SUITES.get(suite)
     methods = list(dict.fromkeys(r.method for r in results if r.method != DENSE))
     sections = []
     with drawing():
         for model, rows in by_model(results).items():
             figure = plot(rows, methods)
-            sections.append({"table": table(model, rows), "plot": None if figure is None else svg(figure)})
+            shown = table(model, with_retention(rows, known.retained if known else ()))
+            sections.append({"table": shown, "plot": None if figure is None else svg(figure)})
     folders = [Path(__file__).parent, *map(Path, lillama_core.output.__path__)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
@@ -213,6 +222,7 @@ def page(suite: str, results: list[Result]) -> str:
     )
     return environment.get_template("results.html.j2").render(
         suite=suite,
+        protocol=known.protocol if known else "",
         sections=sections,
         where=where(results),
         cells=sum(r.method != DENSE for r in results),

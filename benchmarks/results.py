@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,53 @@ def by_model(results: Iterable[Result]) -> dict[str, list[Result]]:
     for rows in grouped.values():
         rows.sort(key=lambda r: (r.method != DENSE, r.reduction, methods.index(r.method)))
     return grouped
+
+
+def with_retention(rows: Sequence[Result], names: Sequence[str]) -> list[Result]:
+    """``rows`` of one model, the compressed ones with what they keep of the dense one's metrics ``names``, in %.
+
+    That is compressed over dense where higher is better, else dense over compressed; no finite number keeps nothing.
+    Shown are the means over the metrics of one kind, such as ``perplexity/…``, and over all. A row that lacks one of
+    ``names``, or of which the dense one does, stays as it is: means of other metrics are not to be compared.
+    """
+    dense = next((row for row in rows if row.method == DENSE), None)
+    wanted = {} if dense is None else {name: dense.metric(name) for name in names}
+    if not wanted or any(metric is None or not _is_positive(metric["value"]) for metric in wanted.values()):
+        return list(rows)
+    return [row if row.method == DENSE else _retaining(row, {n: m for n, m in wanted.items() if m}) for row in rows]
+
+
+def _retaining(row: Result, dense: dict[str, dict[str, Any]]) -> Result:
+    own = {name: row.metric(name) for name in dense}
+    kept = {
+        name: _kept(metric["value"], dense[name]["value"], metric["better"])
+        for name, metric in own.items()
+        if metric is not None
+    }
+    if len(kept) < len(dense):
+        return row
+    groups: dict[str, list[float]] = {}
+    for name, value in kept.items():
+        groups.setdefault(f"retention/{name.partition('/')[0]}", []).append(value)
+    groups["retention/mean"] = list(kept.values())
+    return replace(row, metrics=[*row.metrics, *(_mean(name, values) for name, values in groups.items())])
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _kept(value: float, dense: float, better: str) -> float:
+    if better == "higher":
+        return value / dense if math.isfinite(value) else 0.0
+    return dense / value if _is_positive(value) else 0.0
+
+
+def _mean(name: str, values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": 100 * sum(values) / len(values),
+        "unit": "%",
+        "better": "higher",
+        "meaning": f"Of the dense model's, mean of {len(values)} metrics with the same weight.",
+    }

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lillama_benchmarks import arena
 from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, nearest
 
 DATA = Path(__file__).parent / "data"
 CALIBRATION_TEXT = DATA / "wikitext2-valid.txt"
 EVALUATION_TEXT = DATA / "wikitext2-test.txt"
+LOCAL_EVALUATIONS = arena.local(EVALUATION_TEXT, DATA / "tales-grimm.txt", DATA / "code-lillama.txt")
+"""Of the suite ``arena-local``."""
 SYNTHETIC_SPEECH = DATA / "speech" / "synthetic"
 
 made_here = contextlib.ExitStack()
@@ -27,6 +30,8 @@ atexit.register(made_here.close)
 
 Options = Mapping[str, Any]
 """Options of a command by the names of their fields; the command line's have dashes."""
+ANY_MODEL: tuple[Options, ...] = ({"windows": 40, "limit": 120},)
+"""What a model of the user's is measured on where the suite does not say: what its modality takes by itself."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class SuiteModel:
     """The model's directory, made or downloaded at the first call."""
     calibration: tuple[Path | str, ...] = ()
     evaluations: tuple[Options, ...] = ({},)
-    """Options of ``lillama evaluate``, one run of it each; where two measure one thing, the first counts."""
+    """Options of ``lillama evaluate``, one run of it each, with an `arena.LABEL` where several measure one thing on
+    other data; where two have one name, the first counts."""
     compress: Options = field(default_factory=dict)
     """Options of every compression of this model, over those of the method."""
     on_request: bool = False
@@ -71,6 +77,14 @@ class Suite:
     reductions: tuple[float, ...]
     jobs: int = 1
     """Models worked on at a time; more than one spoils what is measured of speed."""
+    calibration: tuple[Path | str, ...] = ()
+    """Of models of the user's."""
+    evaluations: tuple[Options, ...] = ANY_MODEL
+    """Likewise."""
+    retained: tuple[str, ...] = ()
+    """Metrics of which is shown what a compressed model keeps of the dense one's, each with the same weight."""
+    protocol: str = ""
+    """How things are measured, for whoever reads the results."""
 
 
 def _text(windows: int = 40, limit: int = 120, data: Path = EVALUATION_TEXT) -> tuple[Options, ...]:
@@ -167,9 +181,48 @@ def smoke(_: Path) -> list[SuiteModel]:
     return [made(architecture) for architecture in first.values()]
 
 
+def arena_local(_: Path) -> list[SuiteModel]:
+    """SmolLM2; empty outside of a clone of the repository."""
+    if importlib.util.find_spec("lillama_benchmarks.zoo") is None:
+        return []
+    from lillama_benchmarks import zoo
+
+    name = "smollm2-135m"
+    (revision,) = (model.revision for model in zoo.models() if model.name == name)
+    return [
+        SuiteModel(
+            name,
+            lambda: zoo.fetch(name),
+            (CALIBRATION_TEXT,),
+            LOCAL_EVALUATIONS,
+            identity=lambda: f"revision {revision}",
+        )
+    ]
+
+
 SUITES = {
     "cross-architecture": Suite("cross-architecture", cross_architecture, (), (0.2,)),
     "smoke": Suite("smoke", smoke, ("fast",), (0.2,), jobs=2),
+    "arena": Suite(
+        "arena",
+        lambda _: [],
+        ("fast", "default"),
+        (0.2, 0.4),
+        calibration=("wikitext2",),
+        evaluations=arena.HUB,
+        retained=arena.HUB_RETAINED,
+        protocol=arena.HUB_PROTOCOL,
+    ),
+    "arena-local": Suite(
+        "arena-local",
+        arena_local,
+        ("fast", "default"),
+        (0.2, 0.4),
+        calibration=(CALIBRATION_TEXT,),
+        evaluations=LOCAL_EVALUATIONS,
+        retained=arena.retained(LOCAL_EVALUATIONS, arena.LOCAL_TASKS),
+        protocol=arena.LOCAL_PROTOCOL,
+    ),
 }
 
 
@@ -181,6 +234,11 @@ def choose_models(suite: Suite, names: tuple[str, ...], folder: Path) -> list[Su
     """
     known = {m.name: m for m in suite.models(folder)}
     if not known and not (names and all(Path(name).is_dir() for name in names)):
+        if suite is SUITES["arena"]:
+            raise UserError(
+                "suite 'arena' has no models of its own: name directories of models with --models, or take --suite"
+                " arena-local, which needs no hub"
+            )
         raise UserError(
             f"the models of suite {suite.name!r} come with the repository, not with the package: work in a clone of it,"
             " or name directories of models with --models"
@@ -212,8 +270,8 @@ def _named(suite: Suite, names: tuple[str, ...], known: dict[str, SuiteModel]) -
             yield SuiteModel(
                 path.name,
                 functools.partial(Path, path),
-                (),
-                ({"windows": 40, "limit": 120},),
+                suite.calibration,
+                suite.evaluations,
                 directory=path,
                 identity=functools.partial(_fingerprint, path),
             )

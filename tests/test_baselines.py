@@ -15,13 +15,15 @@ import torch
 from conftest import Ended
 
 from lillama_benchmarks.baselines.asvd import ActivationScaled
+from lillama_benchmarks.baselines.bolaco import BayesianSearch
 from lillama_benchmarks.baselines.d_rank import EffectiveRank, effective_rank
 from lillama_benchmarks.baselines.liteasr import OutputComponents, VarianceThreshold
 from lillama_benchmarks.cells import command_line
 from lillama_benchmarks.methods import BASELINES, Method, find_methods
-from lillama_core.allocation import AllocationRequest, Spectrum
+from lillama_core.allocation import AllocationRequest, ChannelCurve, Spectrum
 from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, make_budget
 from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.errors import UserError
 from lillama_core.formats.pivoted import InputPivotedLinear
 from lillama_core.initialization import MapStatistics, PlainSVD
 from lillama_core.recipe.loading import load_recipe
@@ -360,3 +362,179 @@ def test_a_threshold_is_found_where_mlps_have_to_lose_nearly_all(fraction: float
     budget = make_budget(maps, 3 * 1600, fraction, format_)
     plan = VarianceThreshold().allocate(AllocationRequest(maps, budget, format_, spectra))
     assert 0 <= budget.maps_kept - kept_parameters(maps, plan, format_) < 160
+
+
+# MoDeGPT
+
+
+class Told:
+    """Measurements that a test makes up; notes the plans that were asked for."""
+
+    def __init__(
+        self,
+        influences: dict[tuple[str, int], float] | None = None,
+        cost: Callable[[RankPlan], float] = lambda plan: 0.0,
+    ) -> None:
+        self._influences, self._cost = influences or {}, cost
+        self.asked: list[RankPlan] = []
+
+    def divergence(self, plan: RankPlan) -> float:
+        self.asked.append(plan)
+        return self._cost(plan)
+
+    def influences(self) -> dict[tuple[str, int], float]:
+        return self._influences
+
+
+def test_modegpt_keeps_channels_of_high_leverage_and_refits() -> None:
+    W, z, statistics = drawn(6, 20)
+    found = strategies_of("modegpt").init.eliminate(W, statistics)
+    C = (z.double().T @ z.double() / len(z)).numpy()
+    ridge = 1e-2 * np.diagonal(C).mean()
+    # The diagonal of C (C + lambda I)^-1 another way: each eigenvector counts by what the ridge leaves of it.
+    values, vectors = np.linalg.eigh(C)
+    scores = (vectors**2 * (values / (values + ridge))).sum(1)
+    order = scores.argsort()[::-1]
+    assert found.order.tolist() == order.tolist()
+    for k in (1, 7, 20):
+        kept = sorted(order[:k])
+        assert found.kept(k).tolist() == kept
+        # What least squares makes of the channels that stay, for these very inputs.
+        expected = np.linalg.lstsq(z.double().numpy()[:, kept], (z @ W.T).double().numpy(), rcond=None)[0].T
+        refitted, bias = found.refit(W, torch.ones(6), k)
+        np.testing.assert_allclose(refitted.double().numpy(), expected, rtol=2e-2, atol=2e-3)
+        assert bias is not None
+        assert bias.tolist() == [1.0] * 6
+        lost = ((z @ W.T - z[:, kept] @ refitted.T).double() ** 2).sum().item() / len(z)
+        assert float(found.curve.errors[k - 1]) == pytest.approx(lost, rel=1e-2, abs=1e-4)
+
+
+def nets(widths: Sequence[int], size: int = 40) -> tuple[list[PlannedMap], dict[str, ChannelCurve]]:
+    """A net of three maps and an attention map in each of several blocks of these widths, and what may be taken out."""
+    maps, curves = [], {}
+    for block, width in enumerate(widths):
+        name = f"layers.{block}.down.channels"
+        for kind, shape, ends in (
+            ("o", (width, width), {}),
+            ("gate", (size, width), {"writes": name}),
+            ("up", (size, width), {"writes": name}),
+            ("down", (width, size), {"reads": name}),
+        ):
+            maps.append(PlannedMap(f"layers.{block}.{kind}", "decoder", block, TargetLinear(kind, *shape), **ends))
+        curves[name] = ChannelCurve(torch.arange(1, size + 1), torch.zeros(size), torch.ones(size))
+    return maps, curves
+
+
+def shares_given_up(plan: RankPlan, blocks: int, size: int) -> list[float]:
+    return [1 - plan.channels.get(f"layers.{i}.down.channels", size) / size for i in range(blocks)]
+
+
+def request_for_nets(widths: Sequence[int], size: int, reduction: float, told: Told) -> AllocationRequest:
+    maps, curves = nets(widths, size)
+    format_ = make("formats", "factored")
+    budget = make_budget(maps, sum(m.dense_parameters for m in maps), reduction, format_)
+    return AllocationRequest(maps, budget, format_, {}, curves, measurements=told)
+
+
+def test_modegpt_shares_out_channels_by_the_softmax_of_influences() -> None:
+    """Equal nets, so that the paper's formula holds as it stands."""
+    influences = [0.30, 0.05, 0.10, 0.08]
+    told = Told({("decoder", i): s for i, s in enumerate(influences)})
+    size, width = 2000, 10
+    request = request_for_nets([width] * 4, size, 0.2, told)
+    plan = strategies_of("modegpt").allocation.allocate(request)
+    assert plan.ranks == {}
+    left = request.budget.maps_kept - request.kept({}, plan.channels)
+    assert 0 <= left < 3 * width
+
+    phi = request.budget.removed / (4 * 3 * width * size)
+    e = np.exp(-np.array(influences) / 0.071)
+    expected = 4 * phi * e / e.sum()
+    np.testing.assert_allclose(shares_given_up(plan, 4, size), expected, atol=5 / size)
+
+
+def test_modegpt_takes_no_more_than_most_of_a_net() -> None:
+    told = Told({("decoder", 0): 0.0, ("decoder", 1): 0.5, ("decoder", 2): 0.5})
+    request = request_for_nets([8, 8, 16], 100, 0.45, told)
+    plan = strategies_of("modegpt").allocation.allocate(request)
+    first, second, third = shares_given_up(plan, 3, 100)
+    assert first == pytest.approx(0.8)
+    # What the first cannot give, the others give alike.
+    assert second == pytest.approx(third, abs=0.03)
+    assert 0 <= request.budget.maps_kept - request.kept({}, plan.channels) < 3 * 16
+    with pytest.raises(UserError, match=r"block-influence keeps .* lower --reduction"):
+        strategies_of("modegpt").allocation.allocate(request_for_nets([8, 8, 16], 100, 0.8, told))
+    bare = AllocationRequest(request.maps, request.budget, request.format, measurements=told)
+    with pytest.raises(UserError, match="this model has none of separate linear layers"):
+        strategies_of("modegpt").allocation.allocate(bare)
+
+
+# Bolaco
+
+
+def searched(reduction: float, told: Told, **options: Any) -> tuple[RankPlan, AllocationRequest]:
+    shapes = {**attention(64, 32), **{f"layers.{i}.mlp.{k}": (64, 64) for i in range(2) for k in ("up", "down")}}
+    maps = [
+        PlannedMap(name, "decoder", int(name.split(".")[1]), TargetLinear(name.split(".", 2)[2], *shape))
+        for name, shape in shapes.items()
+    ]
+    format_ = make("formats", "factored")
+    budget = make_budget(maps, sum(m.dense_parameters for m in maps), reduction, format_)
+    request = AllocationRequest(maps, budget, format_, measurements=told)
+    return BayesianSearch(BayesianSearch.Options(**options)).allocate(request), request
+
+
+def test_bolaco_finds_the_kind_that_matters() -> None:
+    """Of a loss that one kind of map causes the search finds a plan that leaves little of it."""
+
+    def cost(plan: RankPlan) -> float:
+        # Rank 32 of a square map is as large as the dense one.
+        return float(sum((32 - rank) ** 2 for name, rank in plan.ranks.items() if name.endswith("up")))
+
+    told = Told(cost=cost)
+    plan, request = searched(0.3, told, trials=25)
+    losses = [cost(p) for p in told.asked]
+    assert len(losses) == 25
+    assert cost(plan) == min(losses)
+    assert min(losses) < 0.2 * losses[0]
+    # Even fractions come first.
+    first = told.asked[0].ranks
+    fractions = {m.name: request.cost(m, first.get(m.name)) / m.dense_parameters for m in request.maps}
+    searched_for = [f for name, f in fractions.items() if "v_proj" not in name]
+    assert max(searched_for) - min(searched_for) < 0.05
+    for proposal in told.asked:
+        assert not [name for name in proposal.ranks if "v_proj" in name]
+        assert 0 <= request.budget.maps_kept - request.kept(proposal.ranks) < 2 * 128
+        # One number for each kind in all blocks, and one for queries and keys.
+        for kind in ("mlp.up", "mlp.down"):
+            one, two = (proposal.ranks.get(f"layers.{i}.{kind}", 32) for i in range(2))
+            assert abs(one - two) <= 2
+        for i in range(2):
+            q, k = (
+                request.cost(m, proposal.ranks.get(m.name)) / m.dense_parameters
+                for m in request.maps
+                if m.name in (f"layers.{i}.self_attn.q_proj", f"layers.{i}.self_attn.k_proj")
+            )
+            assert q == pytest.approx(k, abs=0.07)
+
+
+def test_bolaco_searches_alike_with_one_seed() -> None:
+    def cost(plan: RankPlan) -> float:
+        return float(sum(plan.ranks.values()))
+
+    first, second, other = Told(cost=cost), Told(cost=cost), Told(cost=cost)
+    searched(0.3, first, trials=12)
+    searched(0.3, second, trials=12)
+    searched(0.3, other, trials=12, seed=1)
+    assert first.asked == second.asked
+    assert first.asked != other.asked
+
+
+def test_bolaco_bears_plans_that_give_no_numbers() -> None:
+    told = Told(cost=lambda plan: math.nan if len(told.asked) % 2 else 1.0)
+    plan, _ = searched(0.3, told, trials=6)
+    assert plan in told.asked[1::2]
+    with pytest.raises(UserError, match=r"no plan of 3 gave finite numbers"):
+        searched(0.3, Told(cost=lambda plan: math.inf), trials=3)
+    with pytest.raises(UserError, match=r"bayesian-search keeps .* lower --reduction"):
+        searched(0.9, Told(), trials=3)

@@ -65,6 +65,7 @@ def test_promised_options(run_cli: Cli, option: str) -> None:
         (("plan", "m", "--output", "o"), "unknown option '--output'"),
         (("evaluate", "m", "--windows", "-1"), "--windows must be at least 0, not -1"),
         (("evaluate", "m", "--limit", "0"), "--limit must be at least 1, not 0"),
+        (("evaluate", "m", "--shots", "-1"), "--shots must be at least 0, not -1"),
         (("evaluate", "m", "--sequence-length", "1"), "--sequence-length must be at least 2, not 1"),
         (("evaluate", "m", "--json", "nowhere/at/all.json"), "cannot be written"),
         (("evaluate", "./nowhere"), "no model at './nowhere'"),
@@ -198,6 +199,16 @@ def test_evaluate(run_cli: Cli, compressed: Path, tiny_model: Path, calibration_
     assert done.stderr.splitlines()[0] == f"Measuring {tiny_model}"
     for measurements in numbers.values():
         assert {"perplexity"} < {m["name"] for m in measurements}
+
+
+def test_evaluate_some_metrics(run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    words = ("evaluate", tiny_model, "--data", calibration_text, "--windows", "2", "--sequence-length", "16")
+    assert run_cli(*words, "--metrics", "footprint,perplexity", "--json", tmp_path / "n.json").status == 0
+    (measured,) = json.loads((tmp_path / "n.json").read_text()).values()
+    assert [m["name"].partition("/")[0] for m in measured] == ["perplexity", *["footprint"] * 3]
+    said = run_cli(*words, "--metrics", "perplexety").error
+    assert said.startswith("no metric named 'perplexety' (there are: perplexity, accuracy, speed, footprint)")
+    assert said.endswith("did you mean 'perplexity'?")
 
 
 def test_evaluate_too_little_text(run_cli: Cli, tiny_model: Path, tmp_path: Path) -> None:

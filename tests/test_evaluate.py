@@ -122,7 +122,7 @@ def test_transcripts_are_answers(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_without_answers_says_so() -> None:
-    with pytest.raises(UserError, match="--answers does nothing: a model of this kind neither writes nor transcribes"):
+    with pytest.raises(UserError, match="--answers does nothing: none of the metrics writes or transcribes"):
         Evaluation("perplexity").check(EvaluationOptions(answers=1))
 
 

@@ -91,6 +91,21 @@ def test_windows_longer_than_a_chunk_of_logits(subject: Subject) -> None:
     torch.testing.assert_close(found.float(), expected)
 
 
+def test_what_perplexity_is_of_is_told_by_a_hash(subject: Subject, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words and then some more " * 30, encoding="utf-8")
+
+    def data(windows: int) -> str | None:
+        options = EvaluationOptions(data=str(text), sequence_length=16, windows=windows)
+        return Perplexity().measure(subject, options, lambda line: None)[0].data
+
+    first = data(2)
+    assert first == data(2)
+    assert first != data(3)
+    text.write_text("a few words and then some less " * 30, encoding="utf-8")
+    assert first != data(2)
+
+
 def test_perplexity_of_one_window_has_no_standard_error(subject: Subject) -> None:
     [found] = Perplexity().measure(subject, EvaluationOptions(windows=1, sequence_length=16), print)
     assert found.name == "perplexity"
@@ -179,6 +194,37 @@ def test_a_group_counts_all_its_items(subject: Subject) -> None:
     [group] = ZeroShotAccuracy().measure(subject, options, lambda line: None)
     assert group.value == pytest.approx(single[2].value)
     assert "16 questions" in group.meaning
+
+
+def test_examples_before_a_question(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    contexts: list[str] = []
+    loglikelihood = huggingface.HFLM.loglikelihood
+
+    def noted(self: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        contexts.extend(request.args[0] for request in requests)
+        return loglikelihood(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(huggingface.HFLM, "loglikelihood", noted)
+    asked = [question["context"] for question in items("cloze")]
+    data = []
+    for shots in (0, 2):
+        contexts.clear()
+        options = EvaluationOptions(tasks=("lillama_cloze",), limit=4, shots=shots)
+        [found] = ZeroShotAccuracy().measure(subject, options, lambda line: None)
+        assert ("with 2 examples before each" in found.meaning) == (shots == 2)
+        for context in contexts:
+            assert context.endswith(tuple(asked[:4]))
+            assert sum(question in context for question in asked) == 1 + shots
+        data.append(found.data)
+    assert len(contexts) >= 8
+    # Every model sees the same examples.
+    first = list(contexts)
+    contexts.clear()
+    ZeroShotAccuracy().measure(subject, options, lambda line: None)
+    assert contexts == first
+    # The same questions are asked.
+    assert data[0] == data[1]
 
 
 def test_aliases_and_repetitions() -> None:

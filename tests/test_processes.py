@@ -175,6 +175,51 @@ def test_three_processes_share_experts_speech_and_batches_of_two(
     assert_close(three / "whisper", one / "whisper", 3, weights_too=False)
 
 
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ("--init", "nystrom", "--allocation", "block-influence", "--format", "factored"),
+        ("--init", "output-pca", "--allocation", "bayesian-search", "--allocation.trials", "3", "--format", "factored"),
+    ],
+    ids=["influences", "divergences"],
+)
+def test_an_allocator_that_runs_the_model_sees_the_rows_of_all_processes(
+    strategies: tuple[str, ...], make_model: Callable[..., Path], calibration_text: Path, tmp_path: Path
+) -> None:
+    """Three processes share five rows that are measured on: of the last batch of two one of them has none."""
+    model = make_model(tmp_path / "model", num_hidden_layers=3, change=grow)
+
+    def arguments(output: Path) -> list[str]:
+        words = (
+            *(
+                "compress",
+                model,
+                "-o",
+                output,
+                "--recipe",
+                "fast",
+                "--compute",
+                "float32",
+                "--quiet",
+                "--self-share",
+                "0",
+            ),
+            *("--calibration", calibration_text, "--tokens", "1024", "--sequence-length", "32"),
+            *("--rescaling-tokens", "160", "--reduction", "0.3", *strategies),
+        )
+        return [str(word) for word in words]
+
+    one, three = tmp_path / "one", tmp_path / "three"
+    assert main(arguments(one)) == 0
+    done = job([arguments(three)] * 3)
+    assert done.status == 0, lines(done) or done
+    found, expected = record_of(three)["plan"], record_of(one)["plan"]
+    assert found["channels"].keys() == expected["channels"].keys()
+    # A last bit may decide a tie.
+    for kind in ("channels", "ranks"):
+        assert all(abs(found[kind].get(name, 0) - number) <= 1 for name, number in expected[kind].items()), kind
+
+
 def process_of(torchrun_: subprocess.Popen[str], rank: int) -> psutil.Process:
     found = psutil.Process(torchrun_.pid).children()
     return next(p for p in found if p.environ().get("RANK") == str(rank))

@@ -21,7 +21,7 @@ from conftest import Ended, command, environment, run_process
 from lillama_benchmarks.cells import SuiteRunner, command_line, compress_options, planned_options, run_dense
 from lillama_benchmarks.methods import METHODS, Method, find_methods
 from lillama_benchmarks.pages import markdown, page, quality_metric, write_pages
-from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read
+from lillama_benchmarks.results import DENSE, FILE, Result, append, by_model, read, with_retention
 from lillama_benchmarks.suites import DATA, SUITES, Suite, SuiteModel, choose_models
 from lillama_core.cli.compress import compress
 from lillama_core.cli.options import recipe_of
@@ -130,7 +130,10 @@ def test_smoke_has_a_model_of_every_architecture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--suite", "smok"], "no suite named 'smok' (there are: cross-architecture, smoke); did you mean 'smoke'?"),
+        (
+            ["--suite", "smok"],
+            "no suite named 'smok' (there are: cross-architecture, smoke, arena, arena-local); did you mean 'smoke'?",
+        ),
         (["--suite", "smoke", "--models", "tiny-lama"], "did you mean 'tiny-llama'?"),
         (["--suite", "smoke", "--models", "tiny-llama,,x"], "--models 'tiny-llama,,x' has an empty name"),
         (["--suite", "smoke", "--methods", "fsat"], "no method named 'fsat'"),
@@ -328,6 +331,85 @@ def test_smoke(tmp_path: Path) -> None:
     # Whatever is compared case by case is compared with the dense model, which was measured once.
     for model, name in (("tiny-whisper", "wer_change/read"), ("tiny-mixtral", "routing/agreement")):
         assert read(tmp_path / "out")[model, "fast", 0.2].metric(name), model
+
+
+# Arenas
+
+
+def test_what_is_kept_of_the_dense_model() -> None:
+    names = ("perplexity/a", "perplexity/b", "accuracy/x")
+    measured = (("perplexity/a", 20.0, "lower"), ("perplexity/b", 10.0, "lower"), ("accuracy/x", 80.0, "higher"))
+    dense = result(DENSE, 0.0, metrics=[metric(value, name, better) for name, value, better in measured])
+
+    def compressed(a: float, b: float, x: float) -> Result:
+        found = zip((a, b, x), measured, strict=True)
+        return result("fast", metrics=[metric(value, name, better) for value, (name, _, better) in found])
+
+    some = compressed(25.0, 40.0, 60.0)
+    rows = with_retention(
+        [dense, some, compressed(float("inf"), 10.0, 80.0), replace(some, metrics=some.metrics[:2])], names
+    )
+    assert rows[0] == dense
+    values = [{m["name"]: m["value"] for m in row.metrics if m["name"].startswith("retention")} for row in rows]
+    # (20 / 25 + 10 / 40) / 2 and 60 / 80.
+    assert values[1] == pytest.approx(
+        {"retention/perplexity": 52.5, "retention/accuracy": 75.0, "retention/mean": 100 * (0.8 + 0.25 + 0.75) / 3}
+    )
+    # What overflows keeps nothing.
+    assert values[2] == pytest.approx(
+        {"retention/perplexity": 50.0, "retention/accuracy": 100.0, "retention/mean": 200 / 3}
+    )
+    # Of a row that lacks a metric no mean is shown, and of none where the dense model does.
+    assert values[3] == {}
+    assert with_retention(rows[1:], names) == rows[1:]
+    assert with_retention([replace(dense, metrics=[]), some], names)[1] == some
+
+
+def test_the_arenas_ask_for_what_their_pages_show(tmp_path: Path) -> None:
+    tasks = {"arena": "arc_challenge", "arena-local": "lillama_cloze"}
+    for name, task in tasks.items():
+        suite = SUITES[name]
+        labels = [e["label"] for e in suite.evaluations if e["metrics"] == "perplexity"]
+        assert all(e["sequence_length"] == 2048 for e in suite.evaluations if e["metrics"] == "perplexity")
+        assert [n for n in suite.retained if n.startswith("perplexity")] == [f"perplexity/{label}" for label in labels]
+        assert f"accuracy/{task}" in suite.retained
+    assert "accuracy/mmlu_abstract_algebra/5-shot" in SUITES["arena"].retained
+    with pytest.raises(UserError, match=r"suite 'arena' has no models of its own: .*--models"):
+        choose_models(SUITES["arena"], (), tmp_path)
+    assert [m.name for m in choose_models(SUITES["arena-local"], (), tmp_path)] == ["smollm2-135m"]
+
+
+def test_an_arena_of_a_tiny_model(tmp_path: Path, make_model: Any) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    make_model(model, max_position_embeddings=2048, tie_word_embeddings=False)
+    words = ("benchmark", "--suite", "arena-local", "--models", model, "--output", out)
+    done = run_process(*words, "--methods", "svd", "--reductions", "0.2")
+    assert done.status == 0, done
+    found = read(out)
+    dense, svd = found["model", DENSE, 0.0], found["model", "svd", 0.2]
+    names = [m["name"] for m in svd.metrics]
+    assert names == [m["name"] for m in dense.metrics]
+    assert names == [
+        *("perplexity/wikitext2", "perplexity/tales", "perplexity/code"),
+        *("accuracy/lillama_continuation", "accuracy/lillama_cloze", "accuracy/mean"),
+    ]
+    # Both saw the same, and no two runs did.
+    data = [m["data"] for m in dense.metrics[:5]]
+    assert data == [m["data"] for m in svd.metrics[:5]]
+    assert len(set(data)) == 5
+    assert {"lm-eval", "datasets", "torch"} <= svd.versions.keys()
+
+    html = Text((out / "results.html").read_text(encoding="utf-8"))
+    kept = [svd.metric(n)["value"] / dense.metric(n)["value"] for n in names[3:5]]  # type: ignore[index]
+    kept += [dense.metric(n)["value"] / svd.metric(n)["value"] for n in names[:3]]  # type: ignore[index]
+    (shown,) = with_retention([dense, svd], SUITES["arena-local"].retained)[1:]
+    assert shown.metric("retention/mean")["value"] == pytest.approx(20 * sum(kept))  # type: ignore[index]
+    assert "retention/mean (%) ↑" in html.said
+    assert SUITES["arena-local"].protocol in html.said
+    text = (out / "results.md").read_text(encoding="utf-8")
+    assert SUITES["arena-local"].protocol in text
+    assert f"SHA-256 of the data: {data[0]}." in text
+    assert "lm-eval 0." in text
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)

@@ -5,7 +5,7 @@ W S = U Sigma V^T: W' = U_r Sigma_r V_r^T S^-1.
 
 Deviations: statistics hold second moments, so that s_i = (E[x_i^2]^1/2)^alpha here; where inputs differ in scale alone,
 the two are proportional, and W' is the same. Ranks are uniform: the paper's search (section 3.4) measures perplexity
-with one map cut at a time, for every map at each of several ratios, and an allocator cannot run the model.
+with one map cut at a time, for every map at each of several ratios: hundreds of runs of the model, which are left out.
 """
 
 from __future__ import annotations

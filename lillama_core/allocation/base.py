@@ -75,6 +75,22 @@ class Prices(Protocol):
         ...
 
 
+class Measurements(Protocol):
+    """What running the model on a few calibration rows tells; the embedding is dense meanwhile.
+
+    Each question costs passes over the model, and its answer is kept: a run that is resumed gets the same ones.
+    """
+
+    def divergence(self, plan: RankPlan) -> float:
+        """Twice the divergence of what the model predicts under ``plan``, untrained, from the dense model, in nats a
+        row; of outputs that are no predictions, their relative squared error."""
+        ...
+
+    def influences(self) -> Mapping[tuple[str, int], float]:
+        """By stack and number of a block, 1 - E[cos(h, h')] of the hidden states that enter and leave it."""
+        ...
+
+
 @dataclass(frozen=True)
 class AllocationRequest:
     """All that an allocator may look at."""
@@ -89,6 +105,8 @@ class AllocationRequest:
     """By the names that maps have for what they write or read: channels that may be taken out."""
     prices: Prices | None = None
     """None: maps cost their parameters."""
+    measurements: Measurements | None = None
+    """For an allocator that ``needs_measurements``, but for time."""
 
     @property
     def width(self) -> int:
@@ -131,8 +149,12 @@ class Allocator(Strategy, ABC):
     """Chooses a rank for each map within a budget; found by its name."""
 
     needs_spectra: bool = False
+    needs_measurements: bool = False
+    """Whether it looks at ``AllocationRequest.measurements``; it needs spectra then, too, which wait for weights."""
     removes_channels: bool = False
     """Whether it looks at ``AllocationRequest.channels``."""
+    compares_channels: bool = True
+    """Whether it sets what channels cost against other errors, for which both have to be in one unit."""
     reads_prices: bool = False
     """Whether it spends whatever unit the request's costs are in, and not parameters alone."""
 

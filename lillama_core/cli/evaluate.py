@@ -42,6 +42,7 @@ def _path(options: dict[str, Any], name: str) -> Path | None:
     group="comparison",
     help="compare with a model measured before: what --details kept of it",
 )
+@option("--metrics", default="", metavar="A,B", group="measurement", help="measure these alone (default: all)")
 @option("--data", metavar="SRC", group="measurement", help="text for perplexity (default: the offline set)")
 @option(
     "--tasks",
@@ -67,6 +68,14 @@ def _path(options: dict[str, Any], name: str) -> Path | None:
     help="windows of text, 0 for all (default: 40)",
 )
 @option("--limit", type=int, metavar="N", group="measurement", help="items of each task (default: all)")
+@option(
+    "--shots",
+    type=int,
+    default=0,
+    metavar="N",
+    group="measurement",
+    help="solved examples before each item of a task (default: 0)",
+)
 @option(
     "--dtype",
     metavar="auto|float32|bfloat16|float16",
@@ -116,10 +125,12 @@ def run(options: dict[str, Any]) -> int:
             sequence_length=options["sequence_length"],
             windows=options["windows"],
             limit=options["limit"],
+            shots=options["shots"],
             answers=options["answers"],
             seed=options["seed"],
             details=_path(options, "details"),
         ),
+        metrics=tuple(m for m in options["metrics"].split(",") if m),
         baseline_details=_path(options, "baseline_details"),
         architecture=options["architecture"],
         tokenizer=options["tokenizer"],

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lillama_core.errors import UserError
+from lillama_core.errors import UserError, nearest
 from lillama_core.strategies import make
 from lillama_core.system.processes import ALONE, World
 
@@ -35,6 +35,8 @@ class Measurement:
     standard_error: float | None = None
     interval: tuple[float, float] | None = None
     """Within which 95 % of resamples lie; shown instead of the standard error."""
+    data: str | None = None
+    """SHA-256 of what was measured on, where the metric tells: the same of models that saw the same."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class EvaluationOptions:
     """Number of windows for perplexity; 0 means all of the data."""
     limit: int | None = None
     """Items per task; None means all."""
+    shots: int = 0
+    """Solved examples of a task that stand before each of its questions."""
     answers: int = 0
     """How many answers to keep, to be read."""
     seed: int = 0
@@ -119,10 +123,23 @@ class Evaluation:
         """The metrics as objects; raises UserError for a name that is not registered."""
         return tuple(make("metrics", metric) if isinstance(metric, str) else metric for metric in self.declared)
 
+    def only(self, names: tuple[str, ...]) -> Evaluation:
+        """The metrics of these names alone, in their own order; all of them when there are no names.
+
+        Raises UserError for a name that no metric has.
+        """
+        if not names:
+            return self
+        there = [metric.name for metric in self.metrics]
+        for name in names:
+            if name not in there:
+                raise UserError(f"no metric named {name!r} (there are: {', '.join(there)}){nearest(name, there)}")
+        return Evaluation(*(metric for metric in self.metrics if metric.name in names))
+
     def check(self, options: EvaluationOptions) -> None:
         """Raise UserError for what a metric can refuse without a model: a metric may have a method of this name."""
         if options.answers and not self.gives_answers:
-            raise UserError("--answers does nothing: a model of this kind neither writes nor transcribes")
+            raise UserError("--answers does nothing: none of the metrics writes or transcribes")
         for metric in self._wanted(options):
             check = getattr(metric, "check", None)
             if check is not None:

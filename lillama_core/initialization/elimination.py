@@ -93,12 +93,25 @@ def eliminate(
     strength = columns[:, staying].square().sum(0) / inverse.diagonal()[staying]
     del inverse, columns
     order = torch.cat([staying[strength.argsort(descending=True)], *reversed(gone)])
+    counts = torch.tensor(list(itertools.accumulate((len(g) for g in reversed(gone)), initial=left)))
+    return in_order(order, counts, inputs, weighted, center)
+
+
+def in_order(
+    order: torch.Tensor,
+    counts: torch.Tensor,
+    inputs: torch.Tensor,
+    weighted: torch.Tensor,
+    center: torch.Tensor | None = None,
+) -> Elimination:
+    """The elimination that takes channels out from the end of ``order`` [n], offered at ``counts``, rising.
+
+    ``inputs`` and ``weighted`` are those of `eliminate`.
+    """
     root = torch.linalg.cholesky(inputs[order][:, order])
     tails = (weighted[:, order] @ root).square().sum(0)
     tails = torch.cat([tails.flip(0).cumsum(0).flip(0), tails.new_zeros(1)])
     energies = (weighted.square().sum(0) * inputs.diagonal())[order]
     shares = torch.cat([energies.new_zeros(1), energies.cumsum(0) / energies.sum().clamp(min=1e-300)])
-    counts = torch.tensor(list(itertools.accumulate((len(g) for g in reversed(gone)), initial=left)))
     errors, shares = tails.float().cpu()[counts], shares.clamp(max=1.0).float().cpu()[counts]
-    curve = ChannelCurve(counts, errors, shares)
-    return Elimination(curve, order.cpu(), root.float().cpu(), center)
+    return Elimination(ChannelCurve(counts, errors, shares), order.cpu(), root.float().cpu(), center)

@@ -102,7 +102,8 @@ def analyze(request: Request, verbosity: Verbosity = "normal") -> Analysis:
     """
     recipe = request.recipe
     allocator, initializer = make("allocators", recipe.allocation), make("initializers", recipe.init)
-    if not (allocator.needs_spectra and initializer.needs_gradients):
+    measures = getattr(allocator, "needs_measurements", False)
+    if not (allocator.needs_spectra and initializer.needs_gradients) or measures:
         raise UserError("'lillama analyze' needs losses that are predicted: --init fisher and --allocation spectrum")
     if recipe.target_speedup is not None:
         raise UserError("--target-speedup does nothing: 'lillama analyze' looks at sizes")

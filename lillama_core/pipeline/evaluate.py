@@ -12,7 +12,7 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, one_line
-from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Subject
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import DTYPES, load_config
@@ -36,6 +36,8 @@ class EvaluationRequest:
     models: tuple[str, ...]
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     """Its ``details`` get a folder for each model."""
+    metrics: tuple[str, ...] = ()
+    """Names of those of the architectures' metrics that are measured; empty: all."""
     baseline_details: Path | None = None
     """Such a folder of an earlier run: its model stands before ``models``, and is not measured again."""
     architecture: str | Architecture | None = None
@@ -58,6 +60,7 @@ def _check(request: EvaluationRequest) -> None:
         ("--sequence-length", options.sequence_length, 2),
         ("--windows", options.windows, 0),
         ("--limit", options.limit, 1),
+        ("--shots", options.shots, 0),
         ("--answers", options.answers, 0),
         ("--seed", options.seed, 0),
     ):
@@ -74,12 +77,19 @@ def _check(request: EvaluationRequest) -> None:
         check_new_folder(options.details, "--details")
 
 
-def check_measurable(architecture: Architecture, processor: Any, options: EvaluationOptions) -> None:
-    """Raise UserError for what stands against measuring models of ``architecture``."""
+def check_measurable(
+    architecture: Architecture, processor: Any, options: EvaluationOptions, metrics: tuple[str, ...] = ()
+) -> Evaluation:
+    """The evaluation of models of ``architecture``, ``metrics`` alone if there are any.
+
+    Raises UserError for what stands against measuring them.
+    """
     if not architecture.evaluation.metrics:
         raise UserError(f"architecture {architecture.name!r} has no evaluation")
-    architecture.evaluation.check(options)
-    architecture.evaluation.check_with(processor, options)
+    evaluation = architecture.evaluation.only(metrics)
+    evaluation.check(options)
+    evaluation.check_with(processor, options)
+    return evaluation
 
 
 def _dtype(request: EvaluationRequest, device: torch.device) -> torch.dtype | str:
@@ -113,7 +123,7 @@ def compare(request: EvaluationRequest) -> list[Evaluated]:
     """
     with joined() as world:
         asked = {"models": list(request.models), "options": str(request.options), "dtype": request.dtype}
-        check_alike(world, {**asked, "stream": request.stream})
+        check_alike(world, {**asked, "stream": request.stream, "metrics": list(request.metrics)})
         return compare_in(world, request)
 
 
@@ -133,14 +143,14 @@ def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
         config = load_config(source, allow_compressed=True)
         architecture = find_architecture(config, request.architecture, request.trust_remote_code)
         processor = modality_of(architecture).load_processor(source, request.tokenizer)
-        check_measurable(architecture, processor, options)
-        prepared.append((spec, source, config, architecture, processor))
+        evaluation = check_measurable(architecture, processor, options, request.metrics)
+        prepared.append((spec, source, config, architecture, evaluation, processor))
     found = []
     recalled = request.baseline_details
     baseline = None if recalled is None else _recalled(recalled, prepared[0][3], device)
     with Progress("quiet" if request.quiet or not world.is_main else "normal") as progress:
         progress.release()
-        for number, (spec, source, config, architecture, processor) in enumerate(prepared, start=1):
+        for number, (spec, source, config, architecture, evaluation, processor) in enumerate(prepared, start=1):
             opened = open_model(source, config, architecture, _dtype(request, device), device, request.stream)
             # Not before: what cannot be loaded ends in the one line that says so.
             how = "" if opened.streamed is None else f", block by block from disk: {opened.streamed}"
@@ -157,8 +167,7 @@ def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
             own = options
             if options.details is not None:
                 own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
-            measurements = architecture.evaluation.run(subject, own, progress.line)
-            found.append(Evaluated(spec, measurements, subject.answers))
+            found.append(Evaluated(spec, evaluation.run(subject, own, progress.line), subject.answers))
             subject.model = None
             baseline = baseline or subject
             del opened, subject

@@ -14,9 +14,11 @@ from lillama_core.data.modality import Modality
 from lillama_core.data.workload import Workload, WorkloadOptions
 from lillama_core.errors import UserError, nearest
 from lillama_core.pipeline.context import Context, DenseModel
+from lillama_core.pipeline.measuring import ModelMeasurements
 from lillama_core.pipeline.spec import make_plan
 from lillama_core.speed.target import SpeedPlanner
 from lillama_core.statistics.store import DecompositionStore
+from lillama_core.strategies import make as make_strategy
 from lillama_core.system.files import read_json, write_json
 
 LENGTH = 512
@@ -29,6 +31,10 @@ class Planner:
     def __init__(self, context: Context, store: DecompositionStore) -> None:
         self._context, self._store = context, store
         self._speed: SpeedPlanner | None = None
+        measures = getattr(make_strategy("allocators", context.recipe.allocation), "needs_measurements", False)
+        # Of plans for a speed each process would time others.
+        alike = context.recipe.target_speedup is None
+        self._measurements = ModelMeasurements(context) if measures and alike else None
         self.measured: dict[str, Any] | None = None
         """How many times as fast as the dense model a model of the final shapes was, where a speed is asked for."""
 
@@ -81,13 +87,19 @@ class Planner:
         scales: Mapping[str, float] = MappingProxyType({}),
     ) -> RankPlan:
         context = self._context
-        return make_plan(context.spec, context.recipe.allocation, self._store, scales, budget, prices)
+        return make_plan(
+            context.spec, context.recipe.allocation, self._store, scales, budget, prices, self._measurements
+        )
 
     def _agreed(self, make: Any) -> RankPlan:
         def plain() -> dict[str, Any]:
             found = make()
             return {"format": found.format, "ranks": dict(found.ranks), "channels": dict(found.channels)}
 
+        if self._measurements is not None:
+            # All processes run the model, each on its own rows, and see the same numbers.
+            mine = plain()
+            return RankPlan(**self._context.world.from_main(lambda: mine))
         return RankPlan(**self._context.world.from_main(plain))
 
     def _planner(self) -> SpeedPlanner:

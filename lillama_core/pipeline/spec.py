@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lillama_core.allocation import AllocationRequest
-from lillama_core.allocation.base import Prices
+from lillama_core.allocation.base import Measurements, Prices
 from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, make_budget
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block, check_apart
@@ -82,6 +82,11 @@ def prepare(
         raise UserError(
             f"--target-speedup: the allocator {recipe.allocation.name!r} shares out parameters, not time;"
             " 'spectrum' does"
+        )
+    if getattr(make("allocators", recipe.allocation), "needs_measurements", False) and not recipe.rescaling_tokens:
+        raise UserError(
+            f"--rescaling-tokens 0: the allocator {recipe.allocation.name!r} runs the model on those tokens; give it"
+            " some, such as 2048"
         )
     source = locate(model, trust_remote_code) if known is None else known.source
     config = load_config(source) if known is None else copy.deepcopy(known.config)
@@ -170,7 +175,8 @@ def _removes_channels(recipe: Recipe) -> bool:
         return recipe.remove_channels
     allocator, initializer = make("allocators", recipe.allocation), make("initializers", recipe.init)
     # A plugin's may be of a class of its own.
-    return getattr(allocator, "removes_channels", False) and getattr(initializer, "needs_gradients", False)
+    comparable = getattr(initializer, "needs_gradients", False) or not getattr(allocator, "compares_channels", True)
+    return getattr(allocator, "removes_channels", False) and comparable
 
 
 def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice) -> None:
@@ -230,8 +236,9 @@ def make_plan(
     scales: Mapping[str, float] = MappingProxyType({}),
     budget: Budget | None = None,
     prices: Prices | None = None,
+    measurements: Measurements | None = None,
 ) -> RankPlan:
-    """The plan of an allocator; ``store`` gives the spectra to those that want them.
+    """The plan of an allocator; ``store`` gives the spectra to those that want them, ``measurements`` what they ask.
 
     ``scales`` says by the names of maps what their energies count for; one that is not named counts as they do on
     average. ``budget`` and ``prices`` stand in for parameters, see `AllocationRequest`.
@@ -247,7 +254,9 @@ def make_plan(
                 spectra[name] = scaled_spectrum(found[map_.name], scales.get(name, typical))
             for own, curve in store.curves(block).items():
                 channels[block.path_of(own)] = curve.scaled(scales.get(block.path_of(own), typical))
-    request = AllocationRequest(prepared.maps, budget or prepared.budget, prepared.format, spectra, channels, prices)
+    request = AllocationRequest(
+        prepared.maps, budget or prepared.budget, prepared.format, spectra, channels, prices, measurements
+    )
     plan = allocator.allocate(request)
     _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
     return plan

@@ -146,7 +146,8 @@ class Recipe(Validated):
     rescaling_tokens: int = option(
         2048,
         "ranks",
-        "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured; 0: none",
+        "calibration tokens on which the loss that 'spectrum' expects of each part of the model is measured, or an"
+        " allocator that runs the model runs it; 0: none",
         ge=0,
     )
 

@@ -77,13 +77,14 @@ def unread_options(recipe: Recipe, chosen: ChosenStrategies) -> dict[str, str]:
     if recipe.remove_channels:
         if not getattr(chosen.allocation, "removes_channels", False):
             found["remove_channels"] = f"the allocator {allocation!r} shares out ranks alone"
-        elif not gradients:
+        elif not gradients and getattr(chosen.allocation, "compares_channels", True):
             found["remove_channels"] = f"the initialiser {init!r} predicts no losses that could be compared"
     if not getattr(chosen.init, "corrects", False):
         found["correction_tokens"] = f"the initialiser {init!r} makes no correction{_those_that_correct()}"
-    if not getattr(chosen.allocation, "needs_spectra", False):
+    measures = getattr(chosen.allocation, "needs_measurements", False)
+    if not (measures or getattr(chosen.allocation, "needs_spectra", False)):
         found["rescaling_tokens"] = f"the allocator {allocation!r} looks at no spectra"
-    elif not gradients:
+    elif not (measures or gradients):
         found["rescaling_tokens"] = f"the initialiser {init!r} needs no gradients, so that its spectra predict no loss"
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lillama_core.data.hashing import rows_sha256
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import Source
 from lillama_core.data.text.calibration import check_rows, load_text_windows
@@ -113,5 +114,6 @@ class Perplexity:
                 meaning="How many equally likely next tokens the model hesitates between on average; "
                 f"{len(rows)} windows of {length} tokens.",
                 standard_error=error if math.isfinite(error) else None,
+                data=rows_sha256(rows),
             )
         ]

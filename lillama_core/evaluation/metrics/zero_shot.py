@@ -1,12 +1,14 @@
-"""Accuracy on multiple-choice tasks without examples in the prompt, by way of lm-eval."""
+"""Accuracy on multiple-choice tasks, by default without examples in the prompt, by way of lm-eval."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import io
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,7 +40,7 @@ ALIASES = {
     "afrimmlu": ("afrimmlu_tasks_prompt_1",),
 }
 """Short names for sets of lm-eval's tasks; ``paper`` is the set of the low-rank distillation paper."""
-NORMALISED = frozenset({"arc_easy", "arc_challenge", "piqa", "openbookqa", "logiqa"})
+NORMALISED = frozenset({"arc_easy", "arc_challenge", "hellaswag", "logiqa", "mathqa", "openbookqa", "piqa"})
 """Tasks whose usual figure divides the likelihood of an answer by its length (acc_norm)."""
 OFFLINE_LENGTH = 64
 """Tokens of the longest offline question, which decides how many go into a batch."""
@@ -83,8 +85,10 @@ def _task_manager(names: tuple[str, ...]) -> Any:
     return manager
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
-    """The lm-eval tasks behind ``name`` (several for a group), ready without few-shot examples.
+def _load(manager: Any, name: str, shots: int, seed: int) -> dict[str, Any]:
+    """The lm-eval tasks behind ``name`` (several for a group), ready with so many examples before each question.
+
+    Where a task draws its examples, ``seed`` says which.
 
     Raises UserError when the data of one cannot be had.
     """
@@ -99,8 +103,18 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             "or leave out --tasks to use the sets that come with lillama"
         ) from error
     for task in tasks.values():
-        task.set_config(key="num_fewshot", value=0)
+        task.set_config(key="num_fewshot", value=shots)
+        task.set_fewshot_seed(seed)
     return tasks
+
+
+def _sha256(tasks: dict[str, Any]) -> str:
+    """Of all questions of ``tasks``, whatever part of them is asked."""
+    digest = hashlib.sha256()
+    for name in sorted(tasks):
+        for question in tasks[name].eval_docs:
+            digest.update(json.dumps([name, question], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 class _Lines(io.StringIO):
@@ -201,9 +215,9 @@ class ZeroShotAccuracy:
         names = expand(options.tasks or self._tasks)
         with _quiet(report):
             manager = _task_manager(names)
-            members = {name: _load(manager, name) for name in names}
+            members = {name: _load(manager, name, options.shots, options.seed) for name in names}
             scores = self._run(subject, members, options, report)
-        measurements = [self._measurement(name, scores[name]) for name in names]
+        measurements = [self._measurement(name, scores[name], options.shots, _sha256(members[name])) for name in names]
         if len(names) > 1:
             measurements.append(self._mean(measurements))
         return measurements
@@ -251,15 +265,17 @@ class ZeroShotAccuracy:
         every = world.gather(own)
         return {name: _pool([_Score(**score) for found in every for score in found[name]]) for name in members}
 
-    def _measurement(self, task: str, score: _Score) -> Measurement:
+    def _measurement(self, task: str, score: _Score, shots: int, data: str) -> Measurement:
         rule = "likelihood per character" if score.metric == "acc_norm" else "likelihood"
         return Measurement(
             name=f"{self.name}/{task}",
             value=100 * score.accuracy,
             unit="%",
             better="higher",
-            meaning=f"Share of {score.items} questions whose right answer has the highest {rule}.",
+            meaning=f"Share of {score.items} questions whose right answer has the highest {rule}"
+            + (f", with {shots} examples before each." if shots else "."),
             standard_error=100 * _standard_error(score),
+            data=data,
         )
 
     def _mean(self, measurements: list[Measurement]) -> Measurement:

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
-from torch import nn
 
 from lillama_core.allocation.plan import RankPlan, describe_plan
-from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
-from lillama_core.distillation.finished_blocks import factored_layers, narrowed, put_layers
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
+from lillama_core.pipeline.measuring import UntrainedBlocks, measured_rows
 from lillama_core.pipeline.planning import Planner
 from lillama_core.pipeline.prediction import Prediction
 from lillama_core.pipeline.stage import Stage
-from lillama_core.pipeline.stages.statistics import ROWS_PER_BATCH
-from lillama_core.runtime.activations import ActivationStore
-from lillama_core.runtime.modules import shared_copy
-from lillama_core.statistics.loss_calibration import (
-    Ablation,
-    Ranks,
-    StackErrors,
-    predicted_errors,
-)
+from lillama_core.statistics.loss_calibration import Ablation, StackErrors, predicted_errors
 from lillama_core.strategies import ChosenStrategies, StrategyOptions, make
 from lillama_core.system.files import read_json, write_json
 from lillama_core.system.memory import release_memory
@@ -60,14 +50,16 @@ class AllocateStage(Stage):
         return {"parts": "no losses are measured before ranks are shared out"}
 
     def found(self, context: Context) -> str | None:
-        return "measured losses" if (context.directory.store / "scales.json").is_file() else None
+        there = [(context.directory.store / name).is_file() for name in ("scales.json", "measured.json")]
+        return "measured losses" if any(there) else None
 
     def run(self, context: Context) -> None:
         spec, recipe, record = context.spec, context.recipe, context.record
         store = context.get(Statistics).store
         planner = Planner(context, store)
         allocator = make("allocators", recipe.allocation)
-        if allocator.needs_spectra and context.initializer.needs_gradients and recipe.rescaling_tokens:
+        predicts = allocator.needs_spectra and context.initializer.needs_gradients
+        if predicts and recipe.rescaling_tokens:
             path = context.directory.store / "scales.json"
             if not context.world.from_main(path.is_file):
                 measured = self._measure_losses(context, planner.first())
@@ -78,7 +70,8 @@ class AllocateStage(Stage):
             found = context.world.from_main(lambda: read_json(path))
             record.scales, record.losses["parts"] = found["scales"], found["parts"]
         plan = planner.final(record.scales)
-        if allocator.needs_spectra and context.initializer.needs_gradients and context.world.is_main:
+        # One that runs the model for its plan is not asked for plans of other sizes.
+        if predicts and context.world.is_main and not getattr(allocator, "needs_measurements", False):
             prediction = Prediction(context, store, record.scales)
             record.losses["unit"], record.losses["predicted"] = prediction.unit, prediction.of(plan)
             record.losses["sizes"] = [[s.reduction, s.loss] for s in prediction.sizes(REDUCTIONS)]
@@ -104,33 +97,13 @@ class AllocateStage(Stage):
         ``scales`` by the paths of maps, and ``parts``: for each part of the model that was measured its name, and what
         it was predicted to lose and lost.
         """
-        dense, store = context.get(DenseModel), context.get(Statistics).store
-        split, parts = context.get(CalibrationSplit), self.options.parts
-        rows = split.rows_for(context.recipe.rescaling_tokens, context.given_tokens)
-        fitted = ActivationStore(context.recorder, [split.batches[i] for i in split.here(split.fit)])
-
-        built: dict[tuple[str, bool], tuple[nn.Module, dict[str, nn.Module]]] = {}
-
-        def compressed(block: Block, module: nn.Module, part: Ranks) -> nn.Module:
-            counts = {name: count for name, count in plan.channels_of(block).items() if name in part}
-            key, ranks = (block.name, bool(counts)), plan.of(block)
-            if key not in built:
-                # All variants of a block are asked for one after the other.
-                if not any(name == block.name for name, _ in built):
-                    built.clear()
-                narrow = narrowed(block, module, counts, store)
-                seed = context.recipe.seed
-                built[key] = narrow, factored_layers(block, narrow, ranks, counts, store, context.initializer, seed)
-            narrow, layers = built[key]
-            changed = shared_copy(narrow)
-            put_layers(block, changed, {name: layer for name, layer in layers.items() if name in part})
-            return changed
-
+        dense, store, parts = context.get(DenseModel), context.get(Statistics).store, self.options.parts
+        compressed = UntrainedBlocks(plan, store, context.initializer, context.recipe.seed)
         scales: dict[str, float] = {}
         table: list[list[Any]] = []
         factor = Prediction(context, store, {}).factor
         for chain in context.get(CalibrationRows).chains:
-            small, _ = fitted.first_rows(len(context.world.numbers(rows)), ROWS_PER_BATCH, context.device)
+            small = measured_rows(context)
             context.progress.phase("Measuring what each part costs", sum(len(h.blocks) for h in chain))
             errors = []
             for harness in (h for h in chain if h.stack in dense.chosen):

@@ -11,6 +11,7 @@ from torch import nn
 from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
+from lillama_core.pipeline.measuring import ROWS_PER_BATCH
 from lillama_core.pipeline.stage import Stage
 from lillama_core.runtime.activations import ActivationStore, StackActivations
 from lillama_core.runtime.harness import StackHarness
@@ -21,8 +22,6 @@ from lillama_core.statistics.sensitivity import Piece, SensitivityPass
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.memory import release_memory
 
-ROWS_PER_BATCH = 2
-"""Rows of a batch of the passes with gradients: the graph of a block is held for one."""
 MOMENTS_OF_DISK = 0.25
 """Part of the free disk that moments may take while they wait for the backward pass."""
 
@@ -84,6 +83,9 @@ class StatisticsStage(Stage):
             fitted = len(split.fit) if goes_back and not keeps_moments else split.batches_with(rows)
             correcting = split.batches_for(context.recipe.correction_tokens / context.given_tokens)
             kept -= set(split.fit[max(fitted, correcting if context.corrects else 0) :])
+            if context.spec.removes_channels:
+                # Whether they are channels is tried on one.
+                kept |= set(numbers[:1])
         dense_pass = DensePass(
             source=dense.source,
             states=states,
