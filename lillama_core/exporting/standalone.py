@@ -178,8 +178,11 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
         for part in ("run_experts", "gated"):
             yield _source(getattr(expert_modules, part))
         yield "Gate = Callable[[torch.Tensor], torch.Tensor]\n"
-        yield _source(expert_modules.gate_of)
+        for part in ("gate_of", "parts_of", "is_transposed", "as_stored", "fused_weight"):
+            yield _source(getattr(expert_modules, part))
     if "experts" in kinds:
+        for part in ("arguments_of", "identities_of", "fused_bias", "in_order", "run_called", "run_parts"):
+            yield _source(getattr(expert_modules, part))
         yield _source(expert_modules.LowRankExperts)
     if "shared-experts" in kinds:
         yield _source(expert_modules.SharedExperts)
