@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.architecture.targets.bands import band_sizes
+from lillama_core.architecture.targets.convolution import PatchLinear
 from lillama_core.architecture.targets.embedding_modules import (
     Band,
     BandedEmbedding,
@@ -32,6 +33,7 @@ from lillama_core.architecture.targets.expert_modules import (
     gate_of,
     parts_of,
 )
+from lillama_core.architecture.targets.grouped import GroupMaps
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, index_dtype
 
@@ -113,6 +115,26 @@ def put_linear(model: Any, path: str, how: dict[str, Any]) -> None:
     else:
         layer = nn.Linear(in_features, out_features, bias=bias)
     model.set_submodule(path, layer)
+
+
+def put_convolution(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace a convolution by a low-rank map of its patches."""
+    dense = model.get_submodule(path)
+    layer = FORMATS[how["format"]](len(dense.weight), dense.weight[0].numel(), how["rank"], dense.bias is not None)
+    model.set_submodule(path, PatchLinear(dense, layer))
+
+
+def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace a grouped projection by a module for each group."""
+    dense, maps = model.get_submodule(path), []
+    out_features, in_features = len(dense.weight) // dense.n_groups, dense.weight.shape[1]
+    for group in range(dense.n_groups):
+        rank = how["ranks"].get(str(group))
+        if rank is None:
+            maps.append(nn.Linear(in_features, out_features, bias=False))
+        else:
+            maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
+    model.set_submodule(path, GroupMaps(maps))
 
 
 def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:
@@ -225,6 +247,8 @@ def put_low_rank_modules(model: Any, low_rank: dict[str, Any] | None, kinds: dic
 
 KINDS = {
     "linear": put_linear,
+    "convolution": put_convolution,
+    "grouped": put_grouped,
     "experts": put_experts,
     "shared-experts": put_shared_experts,
     "embedding": put_embedding,
