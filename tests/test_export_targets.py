@@ -85,7 +85,8 @@ def folders(
         if model_type not in made:
             at = tmp_path_factory.mktemp("targets")
             specimen = conformer if model_type == conformer.model_type else tiny_model(model_type, at / "dense")[0]
-            save_with_random_factors(specimen.load(), SITES[model_type], at / "low")
+            model = getattr(transformers, specimen.architecture.auto_class).from_pretrained(specimen.folder)
+            save_with_random_factors(model, SITES[model_type], at / "low")
             made[model_type] = specimen.folder, at / "low"
         return made[model_type]
 
@@ -128,13 +129,7 @@ def test_standalone_and_dense_give_what_the_compressed_model_gives(
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("model_type", "to"),
-    [("wav2vec2-conformer", "standalone"), ("wav2vec2-conformer", "onnx"), ("deepseek_v4", "standalone")],
-)
-def test_exports_run_without_lillama(
-    model_type: str, to: str, folders: Callable[[str], tuple[Path, Path]], tmp_path: Path
-) -> None:
-    made = export(folders(model_type)[1], tmp_path / to, to=to, quiet=True)
-    assert made.agreements
+def test_what_is_exported_runs_without_lillama(folders: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    made = export(folders("wav2vec2-conformer")[1], tmp_path / "out", to="standalone", quiet=True)
+    assert len(made.agreements) > 1
     assert all(agreement.holds for agreement in made.agreements)
