@@ -126,7 +126,8 @@ def put_convolution(model: Any, path: str, how: dict[str, Any]) -> None:
 
 def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
     """Replace a grouped projection by a module for each group."""
-    dense, maps = model.get_submodule(path), []
+    dense = model.get_submodule(path)
+    maps: list[nn.Module] = []
     out_features, in_features = len(dense.weight) // dense.n_groups, dense.weight.shape[1]
     for group in range(dense.n_groups):
         rank = how["ranks"].get(str(group))
