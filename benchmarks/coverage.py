@@ -71,6 +71,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note_text": {
         **{"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16},
@@ -106,7 +107,17 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 8,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {
+        **{"num_hidden_layers": 4, "layer_types": ["chunked_attention", "full_attention"] * 2},
+        **{"no_rope_layers": [1, 0] * 2, "moe_layers": [1, 2], "intermediate_size_mlp": 64},
+    },
+    "longcat_flash": {"n_routed_experts": 4, "moe_topk": 3, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "nemotron_h": {
+        **{"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8, "ssm_state_size": 8},
+        **{"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"], "moe_latent_size": 16},
+        "moe_shared_expert_intermediate_size": 64,
+    },
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
         **{"indexer_compress_ratio": 2, "hc_lowrank": 8},

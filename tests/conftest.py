@@ -23,6 +23,7 @@ from tokenizers import processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core.cli.main import main
+from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer, attach
 from lillama_registry import registry
 from lillama_testing.tiny import byte_level_tokenizer
 
@@ -198,6 +199,25 @@ def run_process(*arguments: str | Path, fresh: bool = False, **options: Any) -> 
     run: Callable[..., Any] = subprocess.run if fresh else warm.run
     done = run(command(*arguments), capture_output=True, text=True, env=env, timeout=300, check=False, **options)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def save_with_random_factors(model: Any, sites: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write ``model`` as a compression leaves it whose config names ``sites``, but with random factors."""
+    config = LillamaConfig(sites)
+    before = list(model.parameters())  # held, so that no new one gets the place of an old one
+    known = {id(p) for p in before}
+    LillamaHfQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in known:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith((".permutation", ".positions")):
+                buffer.copy_(torch.randperm(len(buffer)))
+    model.tie_weights()
+    attach(model, config)
+    model.save_pretrained(folder)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

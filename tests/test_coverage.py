@@ -77,7 +77,7 @@ def test_what_works_works(model_type: str) -> None:
     assert try_type(known(model_type)) == WORKS[model_type]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bart", "gemma3", "llama4_text", "hrm_text", "rwkv", "falcon"])
+@pytest.mark.parametrize("model_type", ["bert", "bart", "gemma3", "jetmoe", "hrm_text", "rwkv", "falcon"])
 def test_what_is_refused_is_refused_for_the_reason_given(model_type: str) -> None:
     with pytest.raises(Refused) as refused:
         try_type(known(model_type))

@@ -181,7 +181,7 @@ def test_the_mean_of_few_rows_is_blended_as_their_moment_is(layer: Layer, call: 
 
 
 def test_biases_cannot_be_shared(layer: Layer) -> None:
-    with pytest.raises(UserError, match=r"--share-experts: the experts 'experts' have biases"):
+    with pytest.raises(UserError, match=r"--share-experts: the experts 'experts' have biases of their own"):
         find_targets(layer, choice=MapChoice(share_experts=True))
 
 

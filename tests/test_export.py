@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import Ended
+from conftest import Ended, save_with_random_factors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +25,6 @@ from lillama_core.exporting.dense import DenseExporter
 from lillama_core.exporting.run import ExportRequest, open_compressed
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import locate
-from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer, attach
 from lillama_core.strategies import make
 from lillama_core.system.progress import Progress
 from lillama_registry import registry
@@ -93,21 +92,7 @@ def compressed_of(
         else:
             make_tiny_model(architecture, model_type, dense)
         model = getattr(transformers, architecture.auto_class).from_pretrained(dense)
-        config = LillamaConfig(sites_of(model_type, format_))
-        before = list(model.parameters())  # held, so that no new one gets the place of an old one
-        known = {id(p) for p in before}
-        LillamaHfQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if id(parameter) not in known:
-                    parameter.copy_(torch.randn(parameter.shape) * 0.3)
-            for name, buffer in model.named_buffers():
-                if name.endswith((".permutation", ".positions")):
-                    buffer.copy_(torch.randperm(len(buffer)))
-        model.tie_weights()
-        attach(model, config)
-        model.save_pretrained(folder)
+        save_with_random_factors(model, sites_of(model_type, format_), folder)
         modality = modality_of(architecture)
         modality.save_processor(modality.load_processor(locate(str(dense)), None), folder)
         made[model_type, format_] = folder

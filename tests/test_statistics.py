@@ -126,7 +126,7 @@ def block_wise_gradients(
         batches.keep_output(harness.stack, found.hidden)
 
     def begin() -> SensitivityPass:
-        pieces = [Piece(0, slice(0, len(samples)))]
+        pieces = [Piece(0, slice(0, len(samples)), len(samples))]
         return SensitivityPass(stacks, recorder, batches, pieces, range(len(samples)), states, folder, 7)
 
     measured = begin()

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from lillama_core import Architecture, Recipe, UserError
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.targets.linear_map import MapChoice
-from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples
+from lillama_core.data.modality import Inputs, Modality, SampleRequest, Samples, pack_on_call, packed_inputs
 from lillama_core.data.objects import given_data
 from lillama_core.models.loading import count_parameters, load_config
 from lillama_core.models.outputs import main_output
@@ -25,6 +25,7 @@ from lillama_core.models.shards import BlockReader
 from lillama_core.models.source import ModelSource, locate
 from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.harness import StackHarness
+from lillama_core.runtime.states import rows_of
 from lillama_testing.checks import run_check
 from lillama_testing.tiny import TinyModel
 
@@ -94,7 +95,33 @@ class Captions(Architecture):
     stacks: Mapping[str, str] = {"encoder": "encoder.layers", "decoder": "decoder.transformer.h"}
 
 
-PLUGINS = {t: kind for kind in (SideBySide, VisionLanguage, Captions) for t in kind.model_types}
+class Patches(Pictures):
+    """Two images of 4 x 4 patches, and tokens of which four stand for each, a row: as many patches for every row."""
+
+    def rows(self, count: int, seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(6, VOCABULARY, (count, 16), generator=generator)
+        ids[:, 4:8] = ids[:, 10:14] = IMAGE_TOKEN
+        return {
+            "input_ids": ids,
+            "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+            "pixel_values": torch.randn(count, 2 * 16, 3 * PATCH * PATCH, generator=generator),
+            "image_grid_thw": torch.tensor([1, 4, 4]).repeat(count, 2, 1),
+        }
+
+
+class PatchesInOneRow(Architecture):
+    """A vision tower that takes the patches of all images in one row, and a language model."""
+
+    model_types = ("qwen2_vl", "qwen2_5_vl")
+    auto_class = "AutoModelForImageTextToText"
+    modality = Patches()
+    stacks: Mapping[str, str] = {"vision": "model.visual.blocks", "text": "model.language_model.layers"}
+    packed: Mapping[str, int] = {"pixel_values": 2, "image_grid_thw": 2}
+
+
+KINDS = (SideBySide, VisionLanguage, Captions, PatchesInOneRow)
+PLUGINS = {t: kind for kind in KINDS for t in kind.model_types}
 
 
 def pair(model_type: str) -> Any:
@@ -121,11 +148,25 @@ def captions(_: str) -> Any:
     )
 
 
+def patches(model_type: str) -> Any:
+    first = {"embed_dim": 24, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    second = {"hidden_size": 24, "out_hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 48,
+              "fullatt_block_indexes": [1], "window_size": 2 * PATCH}  # fmt: skip
+    shared = {"in_channels": 3, "patch_size": PATCH, "temporal_patch_size": 1, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, **WORDS, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": rope}
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 4, "vision_start_token_id": 2, "vision_end_token_id": 3}
+    vision = {**(first if model_type == "qwen2_vl" else second), **shared}
+    return AutoConfig.for_model(model_type, vision_config=vision, text_config=text, **ids)
+
+
 CONFIGS: dict[str, Callable[[str], Any]] = {
     "clip": pair,
     "siglip": pair,
     "llava": llava,
     "vision-encoder-decoder": captions,
+    "qwen2_vl": patches,
+    "qwen2_5_vl": patches,
 }
 
 
@@ -155,7 +196,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
     return make_one
 
 
-@pytest.mark.parametrize("kind", [SideBySide, VisionLanguage, Captions])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_plugin_is_a_declaration(kind: type[Architecture]) -> None:
     kind().check_declaration()
     assert len(inspect.getsource(kind).splitlines()) <= 30
@@ -172,7 +213,7 @@ def outputs(model: Any, inputs: Inputs) -> torch.Tensor:
         return main_output(model.eval()(**inputs))
 
 
-@pytest.mark.parametrize("model_type", ["clip", "llava", "vision-encoder-decoder"])
+@pytest.mark.parametrize("model_type", ["clip", "llava", "vision-encoder-decoder", "qwen2_vl", "qwen2_5_vl"])
 def test_compress_load_save_again(model_type: str, tiny: Callable[[str], TinyModel], tmp_path: Path) -> None:
     specimen, out = tiny(model_type), tmp_path / "out"
     modality = specimen.architecture.modality
@@ -185,15 +226,47 @@ def test_compress_load_save_again(model_type: str, tiny: Callable[[str], TinyMod
         assert any(name.startswith(path) for name in smaller)
 
     load = getattr(transformers, specimen.architecture.auto_class).from_pretrained
-    dense, found, inputs = load(specimen.folder), load(out), modality.rows(3, 9)
+    inputs, others = (packed_inputs(modality.rows(3, seed), specimen.architecture.packed) for seed in (9, 10))
+    dense, found = load(specimen.folder), load(out)
     assert count_parameters(found) == record.parameters["parameters_after"]
     assert count_parameters(found) == pytest.approx(0.8 * count_parameters(dense), rel=0.02)
     found.save_pretrained(tmp_path / "again")
     assert torch.equal(outputs(load(tmp_path / "again"), inputs), outputs(found, inputs))
     # Each tower says something in it still.
     assert outputs(found, inputs).isfinite().all()
-    for name, value in modality.rows(3, 10).items():
+    for name in (modality.tokens, "pixel_values"):
+        value = others[name]
         assert not torch.allclose(outputs(found, {**inputs, name: value}), outputs(found, inputs))
+
+
+def test_what_is_packed_is_taken_as_data_and_as_the_model_has_it() -> None:
+    specimen, modality = model_of(patches("qwen2_vl")), Patches()
+    rows, packed = modality.rows(3, 1), PatchesInOneRow.packed
+    as_model = packed_inputs(rows, packed)
+    assert as_model["pixel_values"].shape == (3 * 2 * 16, 3 * PATCH * PATCH)
+    assert as_model["image_grid_thw"].shape == (6, 3)
+    assert as_model["input_ids"] is rows["input_ids"]
+    expected = outputs(specimen, as_model)
+    pack_on_call(specimen, packed)
+    for given in (rows, as_model):
+        assert torch.equal(outputs(specimen, given), expected)
+    # Without images there is nothing to join.
+    words = {"input_ids": torch.randint(6, VOCABULARY, (2, 9)), "pixel_values": None}
+    assert outputs(specimen, words).shape[:2] == (2, 9)
+
+
+def test_rows_of_a_stream_that_has_none_are_equal_parts_of_it() -> None:
+    stream = torch.arange(12.0).reshape(6, 2)
+    assert torch.equal(rows_of(stream, slice(1, 3), 3), stream[2:])
+    assert torch.equal(rows_of(stream, slice(1, 3), 6), stream[1:3])
+
+
+@pytest.mark.parametrize("packed", [["pixel_values"], {"pixel_values": "2"}])
+def test_what_is_packed_is_declared_with_its_dimensions(packed: Any) -> None:
+    architecture = PatchesInOneRow()
+    architecture.packed = packed
+    with pytest.raises(TypeError, match=r"packed of architecture .* number of dimensions"):
+        architecture.check_declaration()
 
 
 @pytest.mark.parametrize(("read", "count"), [(-1, 3), (-2, 2), (1, 1), (3, 3)])

@@ -47,6 +47,9 @@ class Architecture:
     teacher's did."""
     modality: str | Modality = "text"
     """What the models are fed: a name that ``lillama_modalities`` knows, or an object."""
+    packed: Mapping[str, int] = {}
+    """Name of an input that the model takes as one row of things for all samples (the patches of all images) -> with
+    how many dimensions it does. Data has one more, [samples, n, ...]: as many things for each sample."""
     auto_class: str = "AutoModelForCausalLM"
     """The transformers auto class that loads the models."""
     evaluation: Evaluation = Evaluation()
@@ -97,6 +100,13 @@ class Architecture:
                 f" not {self.read_after!r}; its stacks are {', '.join(self.stacks)}"
             )
 
+        packed = self.packed
+        if not isinstance(packed, Mapping) or not all(type(dimensions) is int for dimensions in packed.values()):
+            raise TypeError(
+                f"packed of architecture {self.name!r} must be a dict of the name of an input to the number of"
+                f" dimensions that the model takes it with ({{'pixel_values': 2}}), not {packed!r}"
+            )
+
     def block_paths(self, model: nn.Module, stack: str) -> list[str]:
         """The paths from ``model`` of the blocks of ``stack``, in order, without those that nobody reads.
 
@@ -139,8 +149,12 @@ class Architecture:
 
         For models that pick a kernel, or read a module's weight instead of calling it. What the model computes and
         what is saved must stay the same. The weights may be elsewhere: blocks that are read later are copies of those
-        that ``model`` has now, with their hooks and flags.
+        that ``model`` has now, with their hooks and flags. Whoever declares ``packed`` inputs calls this one, too.
         """
+        if self.packed:
+            from lillama_core.data.modality import pack_on_call
+
+            pack_on_call(model, self.packed)
 
     def between_blocks(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the model does to the hidden stream after block ``index``; nothing, for most."""

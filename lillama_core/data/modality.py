@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lillama_core.data.workload import Workload, WorkloadOptions, forward, in_batches, placed
 from lillama_core.errors import UserError
@@ -178,9 +180,34 @@ def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+def packed_inputs(inputs: Mapping[str, Any], packed: Mapping[str, int]) -> dict[str, Any]:
+    """``inputs`` with those of the samples in one row that ``packed`` names: [samples, n, ...] -> [samples n, ...].
+
+    ``packed`` says how many dimensions they have then; what has them already stays.
+    """
+    joins = {k for k, v in inputs.items() if k in packed and v is not None and v.dim() == packed[k] + 1}
+    return {k: v.flatten(0, 1) if k in joins else v for k, v in inputs.items()}
+
+
+def pack_on_call(model: nn.Module, packed: Mapping[str, int]) -> None:
+    """Make ``model`` take the inputs that ``packed`` names as data has them, too; see `packed_inputs`."""
+    model.register_forward_pre_hook(partial(_pack, dict(packed)), with_kwargs=True)
+
+
+def _pack(
+    packed: Mapping[str, int], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, packed_inputs(kwargs, packed)
+
+
 def modality_of(architecture: Any) -> Modality:
     """What the models of ``architecture`` are fed: the modality that it has, or that is registered under its name."""
     named = architecture.modality
     found = make("modalities", named) if isinstance(named, str) else named
     assert isinstance(found, Modality)
     return found
+
+
+def made_up_inputs(architecture: Any, config: Any) -> Inputs:
+    """Two rows of made-up input as a model of ``architecture`` takes them that nobody has adapted."""
+    return packed_inputs(modality_of(architecture).dummy_inputs(config), architecture.packed)

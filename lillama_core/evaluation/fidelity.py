@@ -15,6 +15,7 @@ from lillama_core.data.modality import IGNORE_INDEX, Samples
 from lillama_core.models.outputs import class_logits, main_output
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.modules import swapped_modules
+from lillama_core.runtime.states import rows_of
 from lillama_core.system.processes import ALONE, World
 
 
@@ -158,8 +159,9 @@ def measure_costs(
                     one: dict[str, torch.Tensor] = one,
                     kept: torch.Tensor | None = kept,
                     row: int = row,
+                    of: int = len(samples),
                 ) -> tuple[torch.Tensor, bool]:
-                    outputs = harness.outputs(one, hidden[row : row + 1].to(device))
+                    outputs = harness.outputs(one, rows_of(hidden, slice(row, row + 1), of).to(device))
                     found = main_output(outputs)[0]
                     found = found.reshape(-1, found.shape[-1])
                     return found if kept is None else found[kept], class_logits(harness.model, outputs) is not None

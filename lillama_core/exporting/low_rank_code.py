@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.architecture.targets.bands import band_sizes
+from lillama_core.architecture.targets.convolution import PatchLinear
 from lillama_core.architecture.targets.embedding_modules import (
     Band,
     BandedEmbedding,
@@ -24,7 +25,15 @@ from lillama_core.architecture.targets.embedding_modules import (
     Projection,
     TiedEmbedding,
 )
-from lillama_core.architecture.targets.expert_modules import LowRankExperts, SharedExperts, gate_of
+from lillama_core.architecture.targets.expert_modules import (
+    LowRankExperts,
+    SharedExperts,
+    fused_bias,
+    fused_weight,
+    gate_of,
+    parts_of,
+)
+from lillama_core.architecture.targets.grouped import GroupMaps
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, index_dtype
 
@@ -108,30 +117,47 @@ def put_linear(model: Any, path: str, how: dict[str, Any]) -> None:
     model.set_submodule(path, layer)
 
 
+def put_convolution(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace a convolution by a low-rank map of its patches."""
+    dense = model.get_submodule(path)
+    layer = FORMATS[how["format"]](len(dense.weight), dense.weight[0].numel(), how["rank"], dense.bias is not None)
+    model.set_submodule(path, PatchLinear(dense, layer))
+
+
+def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace a grouped projection by a module for each group."""
+    dense = model.get_submodule(path)
+    maps: list[nn.Module] = []
+    out_features, in_features = len(dense.weight) // dense.n_groups, dense.weight.shape[1]
+    for group in range(dense.n_groups):
+        rank = how["ranks"].get(str(group))
+        if rank is None:
+            maps.append(nn.Linear(in_features, out_features, bias=False))
+        else:
+            maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
+    model.set_submodule(path, GroupMaps(maps))
+
+
 def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:
     """Replace the fused experts of a layer by a module for each matrix."""
     dense = model.get_submodule(path)
-    lists: dict[str, list[nn.Module]] = {"gate_up": [], "down": []}
-    for part, layers in lists.items():
-        experts, out_features, in_features = getattr(dense, f"{part}_proj").shape
-        if getattr(dense, "is_transposed", False):
-            out_features, in_features = in_features, out_features
-        bias = hasattr(dense, f"{part}_proj_bias")
-        for number in range(experts):
+    maps: dict[str, list[nn.Module]] = {part: [] for part in parts_of(dense)}
+    for part, layers in maps.items():
+        _, out_features, in_features = fused_weight(dense, part).shape
+        bias = fused_bias(dense, part) is not None
+        for number in range(len(fused_weight(dense, "down"))):
             rank = how["ranks"].get(f"{part}.{number}")
             if rank is None:
                 layers.append(nn.Linear(in_features, out_features, bias=bias))
             else:
                 layers.append(FORMATS[how["format"]](out_features, in_features, rank, bias))
-    model.set_submodule(path, LowRankExperts(gate_of(dense), lists["gate_up"], lists["down"]))
+    model.set_submodule(path, LowRankExperts(dense, maps))
 
 
 def put_shared_experts(model: Any, path: str, how: dict[str, Any]) -> None:
     """Replace the fused experts of a layer by two maps that all experts share one side of."""
     dense = model.get_submodule(path)
-    experts, twice, width = dense.gate_up_proj.shape
-    if getattr(dense, "is_transposed", False):
-        twice, width = width, twice
+    experts, twice, width = fused_weight(dense, "gate_up").shape
 
     def layer(part: str, out_features: int, in_features: int) -> nn.Module:
         rank = how["ranks"].get(part)
@@ -222,6 +248,8 @@ def put_low_rank_modules(model: Any, low_rank: dict[str, Any] | None, kinds: dic
 
 KINDS = {
     "linear": put_linear,
+    "convolution": put_convolution,
+    "grouped": put_grouped,
     "experts": put_experts,
     "shared-experts": put_shared_experts,
     "embedding": put_embedding,

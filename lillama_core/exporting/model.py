@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lillama_core.data.modality import Inputs, as_dtype, modality_of
+from lillama_core.data.modality import Inputs, as_dtype, made_up_inputs
 from lillama_core.errors import LillamaError
 from lillama_core.exporting.settings import copy_small_files
 from lillama_core.models.loading import load_model, meta_model
@@ -44,7 +44,6 @@ class CompressedModel:
         self.source = source
         self.config = config
         self.architecture = architecture
-        self.modality = modality_of(architecture)
         self.reader, self.targets = compressed_reader(source, config, architecture)
         self.dtype: torch.dtype = self.reader.model.dtype
         """Of the weights on disk."""
@@ -83,7 +82,7 @@ class CompressedModel:
 
     def inputs(self) -> Inputs:
         """Inputs to compare outputs on."""
-        return self.modality.dummy_inputs(self.config)
+        return made_up_inputs(self.architecture, self.config)
 
     @contextlib.contextmanager
     def running(self, noise: float = 0.0) -> Iterator[Any]:

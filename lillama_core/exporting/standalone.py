@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import torch
 
-from lillama_core.architecture.targets import bands, embedding_modules, expert_modules
+from lillama_core.architecture.targets import bands, convolution, embedding_modules, expert_modules, grouped
 from lillama_core.data.modality import as_dtype
 from lillama_core.exporting import low_rank_code
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob
@@ -143,6 +143,7 @@ def code_of(model: CompressedModel) -> str:
         prefix=PREFIX,
         embeddings=bool(kinds & EMBEDDINGS),
         experts=bool(kinds & EXPERTS),
+        functional=bool(kinds & (EMBEDDINGS | EXPERTS | {"convolution"})),
     )
 
 
@@ -174,12 +175,21 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
         yield _source(own.FORMATS[name])
     table = ", ".join(f'"{name}": {own.FORMATS[name].__name__}' for name in sorted(formats))
     yield f"FORMATS = {{{table}}}\n"
+    if "convolution" in kinds:
+        yield "Convolution = nn.Conv1d | nn.Conv2d\nGeometry = dict[str, tuple[int, ...]]\n"
+        for part in ("geometry_of", "patches_of", "positions_of", "PatchLinear"):
+            yield _source(getattr(convolution, part))
+    if "grouped" in kinds:
+        yield _source(grouped.GroupMaps)
     if kinds & EXPERTS:
         for part in ("run_experts", "gated"):
             yield _source(getattr(expert_modules, part))
         yield "Gate = Callable[[torch.Tensor], torch.Tensor]\n"
-        yield _source(expert_modules.gate_of)
+        for part in ("gate_of", "parts_of", "is_transposed", "as_stored", "fused_weight"):
+            yield _source(getattr(expert_modules, part))
     if "experts" in kinds:
+        for part in ("arguments_of", "identities_of", "fused_bias", "in_order", "run_called", "run_parts"):
+            yield _source(getattr(expert_modules, part))
         yield _source(expert_modules.LowRankExperts)
     if "shared-experts" in kinds:
         yield _source(expert_modules.SharedExperts)

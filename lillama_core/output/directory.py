@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lillama_core.data.modality import Inputs, as_dtype, modality_of
+from lillama_core.data.modality import Inputs, as_dtype, made_up_inputs, modality_of
 from lillama_core.errors import LillamaError, UserError, is_out_of_memory, one_line
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import ModelSource, local_file
@@ -97,7 +97,8 @@ def write_result(
         "compressed": sum(f.stat().st_size for f in result.glob("*.safetensors")),
     }
     progress.line("Checking that a fresh process loads the result")
-    architecture, inputs = prepared.architecture, modality.dummy_inputs(prepared.config)
+    architecture = prepared.architecture
+    inputs = made_up_inputs(architecture, prepared.config)
     # What was made in fp32 meets weights of the model's dtype.
     check_reload(
         model.output(inputs),

@@ -13,7 +13,7 @@ from torch import nn
 
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
-from lillama_core.data.modality import Modality, SampleRequest, Samples, as_dtype, modality_of
+from lillama_core.data.modality import Modality, SampleRequest, Samples, as_dtype, made_up_inputs, modality_of
 from lillama_core.data.objects import given_data
 from lillama_core.data.self_generated.sampling import converted
 from lillama_core.data.sharing import shared_samples
@@ -294,7 +294,7 @@ def _write(
     modality.save_processor(processor, result)
     copy_processors(source, result)
     record.bytes["compressed"] = sum(file.stat().st_size for file in result.glob("*.safetensors"))
-    inputs = modality.dummy_inputs(student.config)
+    inputs = made_up_inputs(origin.architecture, student.config)
     with torch.no_grad():
         expected = main_output(student(**as_dtype(inputs, dtype))).float()
     check_reload(expected, inputs, result, (WHOLE, origin.architecture.auto_class))

@@ -18,7 +18,7 @@ from lillama_core.architecture.targets.expert_layouts import fused_experts
 from lillama_core.architecture.targets.experts import ExpertsTarget
 from lillama_core.architecture.targets.linear_map import matches_any
 from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
-from lillama_core.data.modality import SampleRequest, as_dtype, modality_of
+from lillama_core.data.modality import SampleRequest, as_dtype, made_up_inputs, modality_of
 from lillama_core.data.objects import given_data
 from lillama_core.errors import UserError, in_one_line, nearest
 from lillama_core.formats import Factored, FactoredLinear
@@ -156,7 +156,7 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         modality.save_processor(processor, result)
         copy_processors(source, result)
         progress.line("Checking that a fresh process loads the result")
-        inputs = modality.dummy_inputs(model.config)
+        inputs = made_up_inputs(architecture, model.config)
         with torch.no_grad():
             expected = main_output(model(**as_dtype(inputs, model.dtype))).float()
         check_reload(expected, inputs, result, (WHOLE, architecture.auto_class), request.trust_remote_code)

@@ -19,6 +19,7 @@ from lillama_core.data.modality import Samples
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.masks import StackMasks
+from lillama_core.runtime.states import rows_of
 
 if TYPE_CHECKING:
     from lillama_core.architecture.blocks import Block
@@ -102,6 +103,6 @@ class ActivationStore:
                 taken.append((index, slice(start, stop)))
                 chosen.batches.append(batch.part(start, stop).to(device))
                 for stack, hidden in self._outputs.items():
-                    chosen._outputs[stack].append(hidden[index][start:stop].to(device))
+                    chosen._outputs[stack].append(rows_of(hidden[index], taken[-1][1], len(batch)).to(device))
                 rows -= stop - start
         return chosen, taken

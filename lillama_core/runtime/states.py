@@ -14,6 +14,15 @@ from lillama_core.system.files import write_tensors
 from lillama_core.system.names import safe_file_stem
 
 
+def rows_of(hidden: torch.Tensor, rows: slice, of: int) -> torch.Tensor:
+    """The hidden states of some rows of a batch that has ``of``: a view.
+
+    A model that takes the things of all rows in one has a stream [of n, width], with n positions for each.
+    """
+    each = len(hidden) // of
+    return hidden[rows.start * each : rows.stop * each]
+
+
 @dataclass(frozen=True)
 class StateStore:
     """The hidden states [rows, length, width] that enter the blocks of stacks, one file a block, batch by batch.

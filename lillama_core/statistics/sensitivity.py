@@ -23,7 +23,7 @@ from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.links import LinkedInputs
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.runtime.recording import Recorder
-from lillama_core.runtime.states import StateStore
+from lillama_core.runtime.states import StateStore, rows_of
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 from lillama_core.statistics.observers import GradientObserver
 from lillama_core.system import seeds
@@ -89,6 +89,8 @@ class Piece:
     batch: int
     """Its number among all batches."""
     rows: slice
+    of: int
+    """How many rows the batch has."""
 
 
 class SensitivityPass:
@@ -158,15 +160,17 @@ class SensitivityPass:
         for piece, batch in zip(self._pieces, self._activations.batches, strict=True):
             hidden = self._hidden(harness.stack, len(harness.blocks), piece)
             parts = []
-            for i in range(len(hidden)):
+            for i in range(len(batch)):
                 # Row by row: the logits and their gradients would be the largest tensors of the whole run.
                 mask = None if batch.output_mask is None else batch.output_mask[i : i + 1]
                 inputs = {k: v[i : i + 1] for k, v in batch.inputs.items()}
                 with self._recorder.runner([]).autocast():
                     # A seed of its own for each row: its labels do not depend on who else is there.
                     labels = seeds.stream(self._seed, "labels", self._row_numbers[row + i])
-                    parts.append(output_gradient(harness, inputs, hidden[i : i + 1], labels, mask))
-            row += len(hidden)
+                    parts.append(
+                        output_gradient(harness, inputs, rows_of(hidden, slice(i, i + 1), len(batch)), labels, mask)
+                    )
+            row += len(batch)
             found.append(torch.cat(parts).float())
         self._gradients = {harness.stack: found}
         self.enter(harness)
@@ -228,7 +232,7 @@ class SensitivityPass:
 
     def _hidden(self, stack: str, position: int, piece: Piece) -> torch.Tensor:
         states = self._states.read(stack, position, [piece.batch])
-        return states[0][piece.rows].to(self._recorder.device)
+        return rows_of(states[0], piece.rows, piece.of).to(self._recorder.device)
 
     def _file(self, stack: str, position: int) -> Path:
         return self._folder / f"{safe_file_stem(f'{stack}.{position}')}.safetensors"

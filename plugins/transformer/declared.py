@@ -10,10 +10,15 @@ class Declared(Transformer):
     fallback = True
     exclude = (
         # What decides which expert, or which position, a token goes to.
-        *("mlp.gate.*", "mlp.router.*", "mlp.shared_expert_gate", "self_attn.indexer.*"),
+        *("mlp.gate.*", "mlp.router.*", "mlp.shared_expert_gate", "feed_forward.router"),
+        *("self_attn.indexer.*", "self_attn.compressor.indexer.*", "self_attn.compressor.indexer.*.*"),
         # Weights that are read instead of called.
         *("mamba.dt_proj", "temporal_block.rg_lru.*"),
+        # What makes the kernels of convolutions: transformers has another name for its weight on disk.
+        *("self_attn.k_sconv.weight_proj", "self_attn.v_sconv.weight_proj"),
+        *("post_attention_convolution.weight_proj", "post_mlp_convolution.weight_proj"),
     )
+    optional = ("self_attn.o_a_proj",)  # a grouped projection, which is taken on request
 
 
 def declared() -> list[Declared]:

@@ -209,6 +209,8 @@ def covered_parameters(block: nn.Module, description: Block) -> set[str]:
                 shape = (map_.out_features, map_.in_features)
                 require(weight.shape == shape, f"{map_.name} is said to be {shape}, its weight {tuple(weight.shape)}")
                 weight.add_(1)
+            for tensor in target.idle(marked):
+                tensor.add_(1)
     covered = {name for name, p in marked.named_parameters() if p.any()}
     for name, parameter in marked.named_parameters():
         if name in covered:
@@ -258,13 +260,21 @@ def check_observing(tiny: TinyModel) -> None:
             require(type(block) is type(original), "a copy of a block is of another type")
             rows: dict[str, list[torch.Tensor]] = {m.name: [] for m in description.maps}
             outs: dict[str, list[torch.Tensor]] = {m.name: [] for m in description.maps}
+            shown: dict[str, list[torch.Tensor]] = {m.name: [] for m in description.maps}
 
             def on_input(map_: TargetLinear, x: torch.Tensor, rows: dict[str, list[torch.Tensor]] = rows) -> None:
                 rows[map_.name].append(x)
 
-            def on_output(map_: TargetLinear, y: torch.Tensor, outs: dict[str, list[torch.Tensor]] = outs) -> None:
+            def on_output(
+                map_: TargetLinear,
+                y: torch.Tensor,
+                outs: dict[str, list[torch.Tensor]] = outs,
+                shown: dict[str, list[torch.Tensor]] = shown,
+            ) -> None:
                 y.retain_grad()
                 outs[map_.name].append(y)
+                # A block may add something to it in place.
+                shown[map_.name].append(y.detach().clone())
 
             handles = [target.observe(block, on_input, on_output) for target in description.targets]
             for handle in handles:
@@ -283,13 +293,13 @@ def check_observing(tiny: TinyModel) -> None:
                 for map_ in target.maps:
                     where = description.full_name(map_)
                     x = _stacked(rows[map_.name], map_.in_features)
-                    y = _stacked(outs[map_.name], map_.out_features)
+                    y = _stacked(shown[map_.name], map_.out_features)
                     require(len(x) == len(y), f"{where} is shown {len(x)} rows and {len(y)} outputs")
                     seen_maps += len(x) > 0
                     W, b = target.weight(block, map_).detach(), target.bias(block, map_)
                     if len(x):
                         multiplied = x @ W.T + (0 if b is None else b.detach())
-                        require_close(y.detach(), multiplied, f"outputs shown of {where} and W x + b")
+                        require_close(y, multiplied, f"outputs shown of {where} and W x + b")
                     g = _stacked([_gradient(t) for t in outs[map_.name]], map_.out_features)
                     truth = target.weight(gradients, map_).detach()
                     if truth.norm() == 0 and not len(x):

@@ -14,6 +14,9 @@ from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format
 
+CLOSE = 0.02
+"""Relative difference of two computations of one thing, in half precision perhaps."""
+
 OnRows = Callable[[TargetLinear, torch.Tensor], None]
 """Receives a map and rows [..., in] that it multiplies, or its output [..., out]."""
 
@@ -80,6 +83,10 @@ class TargetModule(ABC):
         """
         raise LillamaError(f"the plugin of targets of kind {self.kind!r} does not say how {self.name!r} becomes dense")
 
+    def idle(self, block: nn.Module) -> list[torch.Tensor]:
+        """Return views on what the dense modules hold beside their maps and never multiply by; mostly nothing."""
+        return []
+
     def paths(self, block: nn.Module) -> list[str]:
         """Return the paths from ``block`` of the modules that `replace` puts others in the place of."""
         return [self.name]
@@ -109,3 +116,9 @@ def make_hook(map_: TargetLinear, on_input: OnRows | None, on_output: OnRows | N
             on_output(map_, output)
 
     return hook
+
+
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether both, of one shape, are the same but for rounding."""
+    difference = (found.detach() - expected.detach()).float().norm()
+    return bool(difference <= CLOSE * expected.detach().float().norm())

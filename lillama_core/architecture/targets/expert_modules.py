@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +42,28 @@ def run_experts(
     return placed.view(len(rows), choices, -1).sum(1).to(rows.dtype)
 
 
+def run_called(
+    call: tuple[torch.Tensor, ...], experts: int, expert: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """What experts give that are called with one tensor, two or three, as the head of `expert_layouts` says.
+
+    ``expert`` as for `run_experts`.
+    """
+    if len(call) == 3:
+        return run_experts(*call, experts, expert)
+    if len(call) == 2:
+        hidden, weights = call
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        everyone = torch.arange(experts, device=rows.device).expand(len(rows), experts)
+        return run_experts(rows, everyone, weights.reshape(-1, experts), experts, expert).view(hidden.shape)
+    (rows,) = call
+    numbers = torch.arange(experts, device=rows.device).repeat_interleave(len(rows) // experts)
+    # A row of zeros is a token that was not sent to the expert: it would give zeros.
+    sent = rows.detach().any(-1).nonzero().squeeze(-1)
+    found = run_experts(rows[sent], numbers[sent, None], rows.new_ones(len(sent), 1), experts, expert)
+    return torch.zeros_like(rows).index_copy(0, sent, found)
+
+
 def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Tensor) -> torch.Tensor:
     """act(g) * u [..., I] of [g; u] [..., 2I]."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -48,18 +71,95 @@ def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate_up: torch.Tensor)
 
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
-"""What an expert computes between its two matrices: [..., 2I] -> [..., I]."""
+"""What an expert computes before its last matrix: [..., 2I] -> [..., I], or of I numbers without a gate."""
 
 
 def gate_of(experts: Any) -> Gate:
     """The gate of dense ``experts``, as a function that does not keep their weights alive."""
+    if not getattr(experts, "has_gate", True):
+        gate: Gate = experts.act_fn
+        return gate
     if not hasattr(experts, "_apply_gate"):
         return partial(gated, experts.act_fn)
     hollow = copy.copy(experts)
     hollow.__dict__ |= {"_parameters": dict.fromkeys(experts._parameters)}
     hollow.__dict__.pop("forward", None)
-    gate: Gate = hollow._apply_gate
+    gate = hollow._apply_gate
     return gate
+
+
+def arguments_of(experts: nn.Module) -> tuple[str, ...]:
+    """Names of the tensors that dense ``experts`` are called with."""
+    return tuple(inspect.signature(type(experts).forward).parameters)[1:]
+
+
+def parts_of(experts: nn.Module) -> dict[str, str]:
+    """The parts of an expert -> the parameter that holds each for all of the dense ``experts``; the last is ``down``.
+
+    ``gate_up`` and ``down``, or ``gate``, ``up`` and ``down``, or ``up`` and ``down``.
+    """
+    names = [name for name, _ in experts.named_parameters(recurse=False)]
+    firsts = ("gate_up",) if "gate_up_proj" in names else ("gate", "up") if "gate_proj" in names else ("up",)
+    return {part: f"{part}_proj" for part in (*firsts, "down")}
+
+
+def as_stored(experts: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """Turn matrices [E, out, in] into those that dense ``experts`` hold, and those into these: a view."""
+    return weight.transpose(1, 2) if is_transposed(experts) else weight
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether dense ``experts`` hold matrices [in, out]: they say so, or their inner sizes do."""
+    if hasattr(experts, "is_transposed") or "gate_up" not in parts_of(experts):
+        return bool(getattr(experts, "is_transposed", False))
+    return bool(experts.gate_up_proj.shape[2] == 2 * experts.down_proj.shape[1])
+
+
+def fused_weight(experts: nn.Module, part: str) -> torch.Tensor:
+    """A view [E, out, in] of the parameter that holds ``part`` of all ``experts``."""
+    return as_stored(experts, getattr(experts, f"{part}_proj"))
+
+
+def fused_bias(experts: nn.Module, part: str) -> torch.Tensor | None:
+    """The biases [E, out] of ``part`` of all ``experts``, or None."""
+    bias = getattr(experts, f"{part}_proj_bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
+def identities_of(experts: Any) -> int:
+    """How many experts behind the others of the dense ``experts`` give what they get."""
+    first = next(iter(parts_of(experts)))
+    return len(getattr(experts, f"{first}_proj")) - len(experts.down_proj)
+
+
+def in_order(
+    arguments: tuple[str, ...], tensors: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of a call of experts whose ``arguments`` have these names, in their order."""
+    return (*tensors, *(named[name] for name in arguments[len(tensors) :]))
+
+
+def run_parts(
+    call: tuple[torch.Tensor, ...],
+    parts: tuple[str, ...],
+    experts: int,
+    identities: int,
+    gate: Gate,
+    apply: Callable[[str, int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What a call of experts gives, where ``apply`` multiplies the rows [n, in] of one by a part of it.
+
+    The last of ``parts`` is ``down``.
+    """
+    *firsts, down = parts
+
+    def expert(e: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if e >= experts:
+            return rows * weights
+        units = [apply(part, e, rows) for part in firsts]
+        return apply(down, e, gate(torch.cat(units, -1) if len(units) > 1 else units[0])) * weights
+
+    return run_called(call, experts + identities, expert)
 
 
 def dense_linear(weight: torch.Tensor, requires_grad: bool, bias: torch.Tensor | None = None) -> nn.Linear:
@@ -76,26 +176,35 @@ def dense_linear(weight: torch.Tensor, requires_grad: bool, bias: torch.Tensor |
 class LowRankExperts(nn.Module):
     """Experts with a module for each matrix: a low-rank one of a rank of its own, or a linear one while dense."""
 
+    down_maps: nn.ModuleList
+
     # The names must not begin with those of the fused parameters and a dot: transformers' converters would cut the
     # tensors up on saving.
-    def __init__(self, gate: Gate, gate_up_maps: list[nn.Module], down_maps: list[nn.Module]) -> None:
+    def __init__(self, dense: nn.Module, maps: dict[str, list[nn.Module]]) -> None:
+        """``maps`` are the modules of each part, by expert, that stand for those of ``dense``."""
         super().__init__()
-        self.gate = gate
-        self.gate_up_maps = nn.ModuleList(gate_up_maps)
-        self.down_maps = nn.ModuleList(down_maps)
+        self.gate = gate_of(dense)
+        self.arguments = arguments_of(dense)
+        self.identities = identities_of(dense)
+        self.parts = tuple(maps)
+        for part, layers in maps.items():
+            self.add_module(f"{part}_maps", nn.ModuleList(layers))
+        if self.identities:
+            # Nothing multiplies by them, but checkpoints have them.
+            rest = fused_weight(dense, "gate_up")[len(self.down_maps) :]
+            self.rest = nn.Parameter(rest.detach().clone(), requires_grad=False)
 
     @property
     def num_experts(self) -> int:
-        return len(self.gate_up_maps)
+        return len(self.down_maps) + self.identities
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        def expert(e: int, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.down_maps[e](self.gate(self.gate_up_maps[e](rows)))
-            return out * weights
+    def forward(self, *tensors: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        def apply(part: str, e: int, rows: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = getattr(self, f"{part}_maps")[e](rows)
+            return out
 
-        return run_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, expert)
+        call = in_order(self.arguments, tensors, named)
+        return run_parts(call, self.parts, len(self.down_maps), self.identities, self.gate, apply)
 
 
 class SharedExperts(nn.Module):

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.architecture.targets.base import OnRows, TargetModule
+from lillama_core.architecture.targets.base import OnRows, TargetModule, is_close
 from lillama_core.architecture.targets.expert_modules import dense_linear
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, is_asked_for
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format, dense_weight
-
-CLOSE = 0.02
-"""Relative difference of two computations of one thing, in half precision perhaps."""
 
 
 class GroupMaps(nn.Module):
@@ -93,7 +90,7 @@ class GroupedTarget(TargetModule):
                     on_output(map_, found[-1])
             together = torch.stack(found, -2)
             # What the class computes is its own affair: see that it is this.
-            if together.shape != output.shape or not _close(together, output):
+            if together.shape != output.shape or not is_close(together, output):
                 raise LillamaError(
                     f"{self.name!r} is a {type(module).__name__} that gives something else than a map for each of its"
                     f" {len(self.maps)} groups does; leave it dense with --exclude {self.name}"
@@ -130,11 +127,6 @@ class GroupedTarget(TargetModule):
         first = self.maps[0]
         stored = format_.stored_as_weight(first.out_features, first.in_features) + "." if first.name in ranks else ""
         return [(f"{self.name}.weight", f"{self.name}.maps.0.{stored}weight")]
-
-
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    difference = (found.detach() - expected.detach()).float().norm()
-    return bool(difference <= CLOSE * expected.detach().float().norm())
 
 
 def grouped_targets(

@@ -133,7 +133,7 @@ class StatisticsStage(Stage):
         world, seed = context.world, context.recipe.seed
         own_rows = world.numbers(rows)
         small, taken = fitted.first_rows(len(own_rows), ROWS_PER_BATCH, context.device)
-        pieces = [Piece(dense_pass.numbers[position], part) for position, part in taken]
+        pieces = [Piece(dense_pass.numbers[i], part, len(fitted.batches[i])) for i, part in taken]
         folder = world.own(context.directory.gradients)
         sensitivity = SensitivityPass(
             stacks, context.recorder, small, pieces, own_rows, dense_pass.states, folder, seed, world
