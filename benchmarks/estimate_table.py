@@ -94,16 +94,12 @@ MACHINES = ("a100-80gb", "8xa100-80gb")
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """A directory with the config of a published model in bfloat16, and a file of no weights."""
-    import torch
-    from safetensors.torch import save_file
+    """A directory with the config of a published model in bfloat16."""
     from transformers import CONFIG_MAPPING
 
     model_type, sizes = MODELS[name]
     target = folder / name
     CONFIG_MAPPING[model_type](dtype="bfloat16", **sizes).save_pretrained(str(target))
-    # A directory without weights is no model: a file that holds none.
-    save_file({"none": torch.zeros(1)}, str(target / "model.safetensors"))
     return target
 
 

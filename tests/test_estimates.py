@@ -17,6 +17,7 @@ from conftest import QUICK, TEXT, run_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lillama_core
+from lillama_benchmarks import estimate_table
 from lillama_core.data.modality import Samples
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import UserError
@@ -328,6 +329,27 @@ def test_plan_shows_the_estimate(run_cli: Any, tiny_model: Path) -> None:
     assert "refused: " in refused
     assert "estimate for" not in run_cli(*arguments, "--no-estimate").stdout
     assert "--machine has no effect" in run_cli(*arguments, "--no-estimate", "--machine", "a100-80gb").error
+
+
+def test_a_plan_needs_no_weights(run_cli: Any, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "config-alone").mkdir()
+    (tmp_path / "config-alone" / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    whole, alone = (run_cli("plan", folder) for folder in (tiny_model, tmp_path / "config-alone"))
+    assert alone.status == 0, alone
+    assert alone.stdout.splitlines()[1:3] == whole.stdout.splitlines()[1:3]
+    ended = run_cli("compress", tmp_path / "config-alone", "--output", tmp_path / "o")
+    assert "has no .safetensors weights" in ended.error
+    (tmp_path / "config-alone" / "pytorch_model.bin").write_bytes(b"")
+    assert "a pickle, which is never loaded" in run_cli("plan", tmp_path / "config-alone").error
+
+
+def test_the_table_of_large_models_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_table, "MODELS", {"Whisper-large": estimate_table.MODELS["Whisper-large"]})
+    found = estimate_table.rows()
+    page = (Path(__file__).parents[1] / "docs" / "estimates.md").read_text(encoding="utf-8")
+    assert len(found) == 4
+    for row in found:
+        assert row in page
 
 
 def test_named_machines_are_sound() -> None:

@@ -101,9 +101,10 @@ def made_once(what: str, origin: Path, files: Iterable[Path], make: Callable[[Pa
     return target
 
 
-def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
+def locate(spec: str, trust_remote_code: bool = False, with_weights: bool = True) -> ModelSource:
     """Tell a GGUF file, a local directory and a hub id apart, and check what can be checked without loading.
 
+    A directory may hold its config alone where nothing is to be done ``with_weights``.
     Raises UserError for a missing or empty directory, a file that is no model, and damaged weight files.
     """
     path = Path(spec)
@@ -111,12 +112,12 @@ def locate(spec: str, trust_remote_code: bool = False) -> ModelSource:
         # Path("") is the current directory.
         raise UserError("no model at ''")
     try:
-        return _locate(spec, path, trust_remote_code)
+        return _locate(spec, path, trust_remote_code, with_weights)
     except OSError as error:
         raise UserError(f"model {spec!r} cannot be read: {error.strerror or error}") from None
 
 
-def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
+def _locate(spec: str, path: Path, trust_remote_code: bool, with_weights: bool) -> ModelSource:
     check_regular(path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -133,14 +134,14 @@ def _locate(spec: str, path: Path, trust_remote_code: bool) -> ModelSource:
             reader: CheckpointReader = strategies.make("checkpoints", name)
             if reader.accepts(path):
                 return ModelSource(spec, str(_converted(path, reader)), None, trust_remote_code)
-        _check_directory(path)
+        _check_directory(path, with_weights)
         return ModelSource(spec, spec, None, trust_remote_code)
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UserError(f"no model at {spec!r}")
     return ModelSource(spec, spec, None, trust_remote_code)
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, with_weights: bool) -> None:
     if not (path / "config.json").is_file():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"; it holds {ggufs[0]}: give that file's path" if ggufs else ""
@@ -154,7 +155,8 @@ def _check_directory(path: Path) -> None:
                 f"model directory {str(path)!r} holds {pickles[0]}, a pickle, which is never loaded;"
                 " convert it to safetensors first"
             )
-        raise UserError(f"model directory {str(path)!r} has no .safetensors weights")
+        if with_weights:
+            raise UserError(f"model directory {str(path)!r} has no .safetensors weights")
     for file in weights:
         check_safetensors(file)
     if (path / INDEX).is_file():

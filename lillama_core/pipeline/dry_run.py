@@ -39,11 +39,11 @@ def dry_run(
 
     ``with_estimate``: memory, disk and time on ``machine``, or on this one, whose rates are measured at first use.
 
-    An allocator that needs spectra cannot be run without weights: ``uniform`` ranks at the same budget stand in,
-    and the totals are the same.
+    Of a local model the directory may hold its config alone. An allocator that needs spectra cannot be run without
+    weights: ``uniform`` ranks at the same budget stand in, and the totals are the same.
     """
     with parsed_once(model):
-        prepared = prepare(model, recipe, architecture, trust_remote_code)
+        prepared = prepare(model, recipe, architecture, trust_remote_code, with_weights=False)
     measured = make("allocators", recipe.allocation).needs_spectra
     plan = make_plan(prepared, "uniform" if measured else recipe.allocation, None)
     dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)

@@ -69,9 +69,11 @@ def prepare(
     architecture: str | Architecture | None = None,
     trust_remote_code: bool = False,
     known: CompressionSpec | None = None,
+    with_weights: bool = True,
 ) -> CompressionSpec:
     """Find the maps of a model and the budget from its config alone, on the meta device.
 
+    Its weights need be there only where something is to be done ``with_weights``.
     What is ``known`` of the same model by another recipe need not be read again: a config in GGUF takes two seconds.
     """
     format_ = make("formats", recipe.format)
@@ -88,7 +90,7 @@ def prepare(
             f"--rescaling-tokens 0: the allocator {recipe.allocation.name!r} runs the model on those tokens; give it"
             " some, such as 2048"
         )
-    source = locate(model, trust_remote_code) if known is None else known.source
+    source = locate(model, trust_remote_code, with_weights) if known is None else known.source
     config = load_config(source) if known is None else copy.deepcopy(known.config)
     found = find_architecture(config, architecture, trust_remote_code)
     meta = meta_model(config, found, trust_remote_code)
