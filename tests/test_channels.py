@@ -15,6 +15,7 @@ import torch
 from conftest import QUICK, Ended
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -31,13 +32,14 @@ from lillama_core.architecture.targets.channels import are_channels, take_out, w
 from lillama_core.architecture.targets.linear import LinearTarget, linear_targets, plain_modules
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError
-from lillama_core.initialization import Fisher, MapStatistics
+from lillama_core.initialization import Decomposition, Fisher, MapStatistics
 from lillama_core.initialization.elimination import eliminate, step_of
 from lillama_core.models.loading import load_config, meta_model
 from lillama_core.models.source import locate
 from lillama_core.output.quantizer import LillamaConfig, TargetConfig
 from lillama_core.output.shards import compressed_meta_model, quantization_of
 from lillama_core.pipeline.spec import prepare
+from lillama_core.statistics.store import DecompositionStore
 from lillama_core.strategies import make
 
 Cli = Callable[..., Ended]
@@ -188,6 +190,24 @@ def test_the_cheapest_channel_goes_first_and_the_rest_is_refitted(size: int, out
     assert found.curve.counts.tolist() == list(range(max(1, size // 4), size + 1))
     assert found.curve.errors[-1] == 0
     assert found.curve.shares[-1] == 1
+
+
+@pytest.mark.parametrize("size", [3, 8, 37])
+def test_what_refits_a_map_comes_back_from_disk(size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    block = block_of(Net(2, size))
+    (channels,) = block.channels
+    W, H, weighted = problem(size, 2, 0)
+    kept = eliminate(W, H, weighted)
+    store = DecompositionStore(tmp_path)
+    apart = Decomposition(Spectrum(torch.ones(2), True), W, W, True)
+    store.save(block, {m.name: apart for m in block.maps}, channels={channels.name: kept})
+    found = store.elimination(block, channels.name)
+    assert torch.equal(found.root, kept.root)
+    assert torch.equal(found.order, kept.order)
+    assert torch.equal(found.curve.errors, kept.curve.errors)
+    held = sum(t.numel() for k, t in load_file(next(tmp_path.glob("*-channels*"))).items() if k.startswith("root"))
+    assert held <= size * (size + 1) / 2 + size * size / 8
 
 
 def test_counts_of_a_wide_net_are_multiples() -> None:

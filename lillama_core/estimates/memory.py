@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lillama_core.estimates.phases import ROWS_WITH_GRADIENTS, Phases
 from lillama_core.estimates.shapes import BlockShape, Job, ModelShape
+from lillama_core.statistics.store import strips
 
 SLACK = 24e6
 """Bytes of small things: kernels of oneDNN, rows of text, tables, what glibc keeps. Measured on made models."""
@@ -111,6 +112,11 @@ class Memory:
         return 4.0 * sum(n * n for n in block.channels)
 
     @staticmethod
+    def triangles(block: BlockShape) -> float:
+        """Bytes of these on disk, where they are strips of a triangle."""
+        return 4.0 * sum((b - a) * b for n in block.channels for a, b in strips(n))
+
+    @staticmethod
     def exact(out: int, inputs: int) -> float:
         n = min(out, inputs)
         if out <= inputs:
@@ -196,7 +202,7 @@ class Memory:
         for b in model.blocks:
             if b.maps:
                 vectors += b.count * (
-                    self.roots(b) + 8.0 * b.side_squares + (4.0 * b.width**2 if job.sensitivity else 0.0)
+                    self.triangles(b) + 8.0 * b.side_squares + (4.0 * b.width**2 if job.sensitivity else 0.0)
                 )
                 moments += b.count * 4.0 * b.input_squares if job.sensitivity and not self.accelerator else 0.0
         result = float(model.written * model.kept)

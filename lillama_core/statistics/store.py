@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,16 @@ Gradients = Mapping[str, torch.Tensor]
 
 
 CURVE = ("counts", "errors", "shares")
+STRIPS = 8
+"""Of a triangle that is written; in so many its other half takes a sixteenth of the whole instead of a half."""
+
+
+def strips(size: int) -> list[tuple[int, int]]:
+    """The rows, from a to b, of each strip of a lower triangle [size, size]; it ends with column b."""
+    bounds = [round(i * size / STRIPS) for i in range(STRIPS + 1)]
+    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
+
+
 """The tensors of a `ChannelCurve`, in its order."""
 
 
@@ -69,7 +80,8 @@ class DecompositionStore:
         orders: dict[str, torch.Tensor] = {}
         for name, e in channels.items():
             energies |= {f"{k}.{name}": getattr(e.curve, k) for k in CURVE}
-            orders |= {f"order.{name}": e.order, f"root.{name}": e.root}
+            orders[f"order.{name}"] = e.order
+            orders |= {f"root{i}.{name}": e.root[a:b, :b] for i, (a, b) in enumerate(strips(len(e.root)))}
             orders |= {} if e.center is None else {f"center.{name}": e.center}
         if orders:
             write_tensors(self._file(block, "channels"), orders, durable=False)
@@ -96,9 +108,11 @@ class DecompositionStore:
     def elimination(self, block: Block, name: str) -> Elimination:
         """The order of the channels ``name`` of a block, and what refits the map behind them."""
         tensors = read_tensors(self._file(block, "channels"), lambda key: key.endswith(f".{name}"))
-        return Elimination(
-            self.curves(block)[name], tensors[f"order.{name}"], tensors[f"root.{name}"], tensors.get(f"center.{name}")
-        )
+        order = tensors[f"order.{name}"]
+        root = torch.zeros(len(order), len(order))
+        for i, (a, b) in enumerate(strips(len(order))):
+            root[a:b, :b] = tensors.pop(f"root{i}.{name}")
+        return Elimination(self.curves(block)[name], order, root, tensors.get(f"center.{name}"))
 
     def counts(self, block: Block) -> dict[str, float]:
         """How many rows each map of a block saw."""
