@@ -213,12 +213,13 @@ def kind_of_block(model: nn.Module, block: Block) -> tuple[Any, ...]:
 def _probe_block(
     architecture: Architecture, block: Block, module: nn.Module, hidden: torch.Tensor, call: Any
 ) -> BlockCost:
-    saved: dict[int, int] = {}
+    # The storages themselves: the place of one that is gone may be taken by the next.
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> None:
         # Nothing goes back. What is packed is in the graph: an output that packs itself would never be freed.
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
+        saved[storage._cdata] = storage
 
     leaders: dict[str, str] = {}
     seen: list[tuple[str, torch.Tensor]] = []
@@ -239,7 +240,7 @@ def _probe_block(
         forward = stack.enter_context(Counter())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing))
         architecture.call_block(module, hidden.detach().requires_grad_(True), call.args, call.kwargs)
-    graph = sum(size for storage, size in saved.items() if storage not in own)
+    graph = sum(storage.nbytes() for place, storage in saved.items() if place not in own)
     every = {m.name: leaders.get(m.name, m.name) for m in block.maps}
     return BlockCost(forward.work(), float(graph), float(watched.live), every)
 
