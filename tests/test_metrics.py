@@ -285,12 +285,12 @@ def test_speed_of_a_model_with_little_room(subject: Subject, monkeypatch: pytest
 
 
 def test_language_models_are_all_measured_alike() -> None:
-    four = ["perplexity", "accuracy", "speed", "footprint"]
-    assert [metric.name for metric in language_model_evaluation.metrics] == four
+    five = ["perplexity", "accuracy", "speed", "footprint", "answers"]
+    assert [metric.name for metric in language_model_evaluation.metrics] == five
     for model_type in ("llama", "mamba", "falcon_mamba"):
         assert find_architecture(CONFIG_MAPPING[model_type]()).evaluation is language_model_evaluation
     routed = find_architecture(CONFIG_MAPPING["mixtral"]()).evaluation
-    assert [metric.name for metric in routed.metrics] == [*four, "routing"]
+    assert [metric.name for metric in routed.metrics] == [*five, "routing"]
 
 
 def test_a_model_beside_itself_is_in_the_file_twice() -> None:

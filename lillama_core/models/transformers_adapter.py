@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lillama_core.errors import LillamaError
+from lillama_core.errors import LillamaError, UserError, one_line
 
 NAMES = {
     "transformers.core_model_loading:WeightRenaming": "names the matrices of a low-rank module otherwise on disk",
@@ -266,18 +266,24 @@ def _initialize(module: nn.Module, owner: Any, skip: Container[nn.Module]) -> No
 
 
 def set_generation_config(model: Any, location: str) -> None:
-    """Give ``model`` the settings for writing text that are stored at ``location``, as ``from_pretrained`` does."""
+    """Give ``model`` the settings for writing text that are stored at ``location``, as ``from_pretrained`` does.
+
+    Raises UserError for settings that cannot be read.
+    """
     from transformers import GenerationConfig
 
     if not model.can_generate():
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(location)
-    except OSError:
-        # Older models have them in their config.
-        model.generation_config = GenerationConfig.from_pretrained(
-            location, config_file_name="config.json", _from_model_config=True
-        )
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(location)
+        except OSError:
+            # Older models have them in their config.
+            model.generation_config = GenerationConfig.from_pretrained(
+                location, config_file_name="config.json", _from_model_config=True
+            )
+    except Exception as error:
+        raise UserError(f"the settings for writing text at {location!r} cannot be read: {one_line(error)}") from None
 
 
 def mark_loaded(tensor: torch.Tensor) -> None:

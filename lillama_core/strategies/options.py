@@ -113,7 +113,8 @@ def validated_options(
     for option in choice.options:
         if option not in known:
             able = others.get(option, [])
-            advice = f"; {' and '.join(map(repr, able))} {'has' if len(able) == 1 else 'have'} it"
+            listed = " and ".join(filter(None, (", ".join(map(repr, able[:-1])), repr(able[-1])))) if able else ""
+            advice = f"; {listed} {'has' if len(able) == 1 else 'have'} it"
             raise UserError(
                 f"{spell[option]}: {choice.name!r} has no such option{advice if able else nearest(option, known)}"
             )
