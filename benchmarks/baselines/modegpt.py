@@ -35,6 +35,7 @@ from lillama_core.strategies import StrategyOptions
 OPTIONS: Mapping[str, Any] = {"init": "nystrom", "allocation": "block-influence", "format": "factored"}
 
 HALVINGS = 100
+"""Of the interval in which a number is looked for: more than a double has digits."""
 
 
 class NystromOptions(WhitenedOptions):
@@ -104,8 +105,8 @@ class BlockInfluence(Allocator):
                 nets.setdefault(name, []).append(map_)
         if not nets:
             raise UserError(
-                f"{self.name} takes channels out of feed-forward nets, and this model has none of separate linear"
-                " layers; choose another --allocation"
+                f"{self.name} takes channels out of feed-forward nets, and this model has none that could lose"
+                " channels; choose another --allocation"
             )
         sizes = {name: int(request.channels[name].counts[-1]) for name in nets}
         each = {name: sum(m.dense_parameters for m in maps) // sizes[name] for name, maps in nets.items()}
