@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TEXT = "wikitext2-test"
 LINE = "fast"
-DOTS = {"skipcat": "SkipCat", "obd-llm": "OBD-LLM", "svd-llm": "SVD-LLM"}
+DOTS = {"modegpt": "MoDeGPT", "skipcat": "SkipCat", "obd-llm": "OBD-LLM", "svd-llm": "SVD-LLM"}
 """Methods that were measured at some sizes alone."""
 TITLE = "SmolLM2-135M-Instruct, perplexity on WikiText-2 (lower is better)"
 WIDTH, HEIGHT = 680, 360
