@@ -94,6 +94,15 @@ def test_what_has_to_run_token_by_token_is_refused(tmp_path: Path) -> None:
         evaluate(made.folder, stream=True, quiet=True)
 
 
+def test_that_a_streamed_run_cannot_be_measured_is_told_before_it(tmp_path: Path) -> None:
+    made = specimen("whisper", tmp_path / "dense")
+    before = sorted(tmp_path.iterdir())
+    request = Request(str(made.folder), tmp_path / "small", made.recipe(), stream=True, evaluate=True)
+    with pytest.raises(UserError, match="no metric of architecture 'whisper' measures a model so; pass --no-stream"):
+        compress(request, "quiet")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_answers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = specimen("llama", tmp_path / "dense")
     compress(Request(str(made.folder), tmp_path / "small", made.recipe()), "quiet")

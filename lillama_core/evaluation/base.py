@@ -162,6 +162,11 @@ class Evaluation:
         return any(getattr(metric, "needs_live_baseline", False) for metric in self.metrics)
 
     @property
+    def by_block(self) -> bool:
+        """Whether a metric measures models whose blocks are read from disk whenever they run, as it may say so."""
+        return any(getattr(metric, "by_block", False) for metric in self.metrics)
+
+    @property
     def gives_answers(self) -> bool:
         """Whether a metric keeps what the model answers, as many as ``options.answers`` says: one may say so."""
         return any(getattr(metric, "gives_answers", False) for metric in self.metrics)

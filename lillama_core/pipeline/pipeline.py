@@ -194,6 +194,12 @@ def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Itera
                 f"--target-speedup: the blocks are read from disk one at a time ({residency.reason}), and a speed can"
                 " only be measured of a model in memory; pass --no-stream, or give --reduction instead"
             )
+        if residency.streamed and request.evaluate and not spec.architecture.evaluation.by_block:
+            raise UserError(
+                f"--evaluate: the blocks are read from disk one at a time ({residency.reason}), and no metric of"
+                f" architecture {spec.architecture.name!r} measures a model so; pass --no-stream, or run 'lillama"
+                " evaluate' on the result where there is room"
+            )
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(
