@@ -28,7 +28,7 @@ from lillama_core.allocation.plan import Budget, PlannedMap, RankPlan, kept_para
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.architecture.targets.block import Block
-from lillama_core.architecture.targets.channels import are_channels, take_out, weight_of
+from lillama_core.architecture.targets.channels import are_channels, layers_without, weight_of
 from lillama_core.architecture.targets.linear import LinearTarget, linear_targets, plain_modules
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError
@@ -74,7 +74,7 @@ def test_channels_are_found_by_shapes_and_proved_by_trying(gate: bool) -> None:
     assert [m.name for m in channels.sources] == (["up", "gate"] if gate else ["up"])
     assert (channels.sink.name, channels.name, channels.size) == ("down", "down.channels", 10)
     before = {name: p.clone() for name, p in net.named_parameters()}
-    assert are_channels(block, net, channels, lambda module: module(x))
+    assert are_channels(block, net, [channels], lambda module: module(x))
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
@@ -98,11 +98,11 @@ def test_gate_and_values_of_one_map_are_two_runs_of_channels(in_turns: bool) -> 
     block, x = block_of(net), torch.randn(2, 5, 6)
     (channels,) = block.channels
     assert (channels.size, channels.runs) == (10, 2)
-    assert are_channels(block, net, channels, lambda module: module(x)) != in_turns
+    assert are_channels(block, net, [channels], lambda module: module(x)) != in_turns
     if not in_turns:
         kept = torch.tensor([0, 3, 7])
         small = copy.deepcopy(net)
-        take_out(block, small, channels, kept, net.down.weight[:, kept], net.down.bias)
+        block.put(small, layers_without(block, net, channels, kept, net.down.weight[:, kept], net.down.bias))
         gate, up = net.gate_up(x).chunk(2, -1)
         inner = (torch.nn.functional.silu(gate) * up)[..., kept]
         assert torch.allclose(small(x), inner @ net.down.weight[:, kept].T + net.down.bias, atol=1e-6)
@@ -123,7 +123,7 @@ def test_what_mixes_channels_is_seen(between: nn.Module) -> None:
     net = Net(6, 10, between=between).requires_grad_(False)
     (channels,) = block_of(net).channels
     x = torch.randn(2, 5, 6)
-    assert not are_channels(block_of(net), net, channels, lambda module: module(x))
+    assert not are_channels(block_of(net), net, [channels], lambda module: module(x))
 
 
 def test_a_gate_that_is_left_out_keeps_its_channels() -> None:
@@ -131,7 +131,7 @@ def test_a_gate_that_is_left_out_keeps_its_channels() -> None:
     net = Net(6, 10, gate=True).requires_grad_(False)
     block = Block("stack", 0, "", tuple(linear_targets(net, exclude=("gate",))))
     (channels,) = block.channels
-    assert not are_channels(block, net, channels, lambda module: module(torch.randn(2, 5, 6)))
+    assert not are_channels(block, net, [channels], lambda module: module(torch.randn(2, 5, 6)))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,8 @@ def test_what_refits_a_map_comes_back_from_disk(size: int, tmp_path: Path) -> No
     kept = eliminate(W, H, weighted)
     store = DecompositionStore(tmp_path)
     apart = Decomposition(Spectrum(torch.ones(2), True), W, W, True)
-    store.save(block, {m.name: apart for m in block.maps}, channels={channels.name: kept})
+    store.save_elimination(block, channels.name, kept)
+    store.save(block, {m.name: apart for m in block.maps}, curves={channels.name: kept.curve})
     found = store.elimination(block, channels.name)
     assert torch.equal(found.root, kept.root)
     assert torch.equal(found.order, kept.order)
@@ -373,8 +374,7 @@ def test_taking_out_equals_masking(dense: Path) -> None:
     (channels,) = block.channels
     module, kept = model.model.layers[0], torch.tensor([1, 2, 5, 30])
     W = weight_of(block, module, channels.sink)
-    smaller = copy.deepcopy(module)
-    take_out(block, smaller, channels, kept, 2 * W[:, kept], None)
+    smaller = block.with_layers(module, layers_without(block, module, channels, kept, 2 * W[:, kept], None))
     x = torch.randn(2, 4, W.shape[0])
     module.mlp.down_proj.weight.data = torch.zeros_like(W).index_copy(1, kept, 2 * W[:, kept])
     assert torch.allclose(smaller.mlp(x), module.mlp(x), atol=1e-6)
@@ -407,10 +407,10 @@ def test_channels_stay_on_request(dense: Path, calibration_text: Path, tmp_path:
 
 
 def test_a_model_without_such_nets_says_so(make_model: Callable[..., Path], tmp_path: Path, run_cli: Cli) -> None:
-    experts = make_model(tmp_path / "experts", "mixtral")
-    ended = run_cli("plan", experts, "--remove-channels", "--reduction", "0.2")
-    assert "has a net of linear layers that could lose channels" in ended.error
-    assert run_cli("plan", experts, "--reduction", "0.2").status == 0
+    mixers = make_model(tmp_path / "mixers", "mamba")
+    ended = run_cli("plan", mixers, "--remove-channels", "--reduction", "0.2")
+    assert "has a net of linear maps that could lose channels" in ended.error
+    assert run_cli("plan", mixers, "--reduction", "0.2").status == 0
 
 
 @pytest.mark.parametrize(

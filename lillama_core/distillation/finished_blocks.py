@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.blocks import Block
-from lillama_core.architecture.targets.channels import bias_of, take_out, weight_of
+from lillama_core.architecture.targets.channels import bias_of, layers_without, weight_of
 from lillama_core.errors import LillamaError
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.formats.base import Format
 from lillama_core.initialization import Initializer
-from lillama_core.runtime.modules import exact, shared_copy
+from lillama_core.initialization.base import balance
+from lillama_core.runtime.modules import exact
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.files import read_json, write_json, write_tensors
 from lillama_core.system.names import safe_file_stem
@@ -100,45 +101,53 @@ def narrowed(block: Block, module: nn.Module, counts: Mapping[str, int], store: 
 
     The maps that read them are refitted, in fp32.
     """
-    found = shared_copy(module) if counts else module
+    layers: dict[str, nn.Module] = {}
     for channels in (c for c in block.channels if c.name in counts):
         eliminated, count = store.elimination(block, channels.name), counts[channels.name]
         weight, bias = weight_of(block, module, channels.sink), bias_of(block, module, channels.sink)
-        take_out(block, found, channels, eliminated.kept(count), *eliminated.refit(weight, bias, count))
-    return found
+        refitted = eliminated.refit(weight, bias, count)
+        layers |= layers_without(block, module, channels, eliminated.kept(count), *refitted)
+    return block.with_layers(module, layers) if layers else module
 
 
 def factored_layers(
     block: Block,
-    module: nn.Module,
+    dense: nn.Module,
+    narrow: nn.Module,
     ranks: Mapping[str, int],
     counts: Mapping[str, int],
     store: DecompositionStore,
     initializer: Initializer,
     seed: int,
 ) -> dict[str, nn.Module]:
-    """Untrained factors, by map, of the maps of a block that have ``ranks``; ``module`` has no more than ``counts``."""
+    """Untrained factors, by map, of the maps of a block that have ``ranks``.
+
+    ``narrow`` is what `narrowed` made of ``dense`` for ``counts``.
+    """
     generator, found = generator_of(block, seed), store.load(block, ranks)
-    for channels in (c for c in block.channels if c.name in counts and c.sink.name in found):
-        own = found[channels.sink.name]
-        if own.center is not None:
-            kept = store.elimination(block, channels.name).kept(counts[channels.name])
-            found[channels.sink.name] = replace(own, center=own.center[kept])
+    writes = {m.name: c for c in block.channels if c.name in counts for m in c.sources}
+    reads = {c.sink.name: c for c in block.channels if c.name in counts}
     layers: dict[str, nn.Module] = {}
-    for target in block.targets:
-        for map_ in target.maps:
-            if map_.name in ranks:
-                weight = target.weight(module, map_)
-                B, A = initializer.factors(weight, ranks[map_.name], found[map_.name], generator)
-                bias = found[map_.name].bias(target.bias(module, map_), weight, B, A)
-                layers[map_.name] = Factored().from_factors(B, A, bias)
+    for map_ in (m for m in block.maps if m.name in ranks):
+        target, own, channels = block.target_of(map_), found[map_.name], reads.get(map_.name) or writes.get(map_.name)
+        weight = target.weight(narrow, map_)
+        # Vectors of the side that has lost channels are those of all channels.
+        apart_there = channels is not None and own.on_outputs == (map_.name in writes)
+        B, A = initializer.factors(
+            target.weight(dense, map_) if apart_there else weight, ranks[map_.name], own, generator
+        )
+        if channels is not None and (apart_there or own.center is not None):
+            eliminated, count = store.elimination(block, channels.name), counts[channels.name]
+            kept = eliminated.kept(count)
+            if apart_there and map_.name in writes:
+                B, A = balance(B[channels.rows(kept).to(B.device)], A)
+            elif apart_there:
+                B, A = balance(B, eliminated.refit(A, None, count)[0])
+            if own.center is not None and map_.name in reads:
+                own = replace(own, center=own.center[kept])
+        bias = own.bias(target.bias(narrow, map_), weight, B, A)
+        layers[map_.name] = Factored().from_factors(B, A, bias)
     return layers
-
-
-def put_layers(block: Block, module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put ``layers``, by map, into a block."""
-    for target in block.targets:
-        target.replace(module, {map_.name: layers[map_.name] for map_ in target.maps if map_.name in layers})
 
 
 def rounded(module: nn.Module, dtype: torch.dtype, path: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from lillama_core.distillation.finished_blocks import (
     factored_layers,
     generator_of,
     narrowed,
-    put_layers,
 )
 from lillama_core.distillation.losses import MSE
 from lillama_core.distillation.training import BlockData, RoutingReplay, TrainingOptions, distill_block
@@ -148,8 +147,8 @@ class StackCompressor:
         last = None if name is None else LastMap.of(*find_map(block, name), student)
         gradient_moment = self.store.metric(block) if ranks or counts or self.store.has(block) else None
         if ranks:
-            factors = factored_layers(block, student, ranks, counts, self.store, self.initializer, self.seed)
-            put_layers(block, student, factors)
+            factors = factored_layers(block, dense, student, ranks, counts, self.store, self.initializer, self.seed)
+            block.put(student, factors)
         student.to(self.recorder.device)
         training = self.training if ranks or counts else replace(self.training, steps=0)
         fisher_factor = None
@@ -173,7 +172,8 @@ class StackCompressor:
                 last.target.replace(student, {name: layer.to(self.recorder.device)})
         # The same weights to begin with, on whatever processors they were found.
         self.world.copy_([tensor for tensor in student.state_dict().values() if tensor.is_floating_point()])
-        narrow = [m.name for c in block.channels if c.name in counts for m in (*c.sources, c.sink)]
+        fewer = [m for c in block.channels if c.name in counts for m in (*c.sources, c.sink)]
+        narrow = [block.target_of(m).path_of(m) for m in fewer]
         result = distill_block(student, block, runner, data, fisher_factor, training, self.world, narrow)
         note = {
             "name": block.path,

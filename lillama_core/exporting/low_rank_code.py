@@ -146,11 +146,13 @@ def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:
         _, out_features, in_features = fused_weight(dense, part).shape
         bias = fused_bias(dense, part) is not None
         for number in range(len(fused_weight(dense, "down"))):
-            rank = how["ranks"].get(f"{part}.{number}")
-            if rank is None:
-                layers.append(nn.Linear(in_features, out_features, bias=bias))
+            name = f"{part}.{number}"
+            # Inner features of an expert may be fewer than in the dense model.
+            out, in_ = how.get("shapes", {}).get(name, (out_features, in_features))
+            if name in how["ranks"]:
+                layers.append(FORMATS[how["format"]](out, in_, how["ranks"][name], bias))
             else:
-                layers.append(FORMATS[how["format"]](out_features, in_features, rank, bias))
+                layers.append(nn.Linear(in_, out, bias=bias))
     model.set_submodule(path, LowRankExperts(dense, maps))
 
 

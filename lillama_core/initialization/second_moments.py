@@ -22,6 +22,9 @@ from lillama_core.initialization.eigen import descending_eigenpairs, symmetric_p
 from lillama_core.initialization.elimination import Elimination, eliminate
 from lillama_core.strategies import StrategyOptions
 
+SMALLEST_RIDGE = 1e-12
+"""Of what is a Gram matrix but for rounding in fp64, so that it has a root."""
+
 
 class WhitenedOptions(StrategyOptions):
     """The ridge that keeps second moments invertible."""
@@ -118,13 +121,18 @@ class Whitened(Initializer):
 
     def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
         W = weight.double()
-        if statistics.inputs is None or W.shape[0] > W.shape[1]:
+        if statistics.inputs is None:
             return None
         G, center = self.input_moment(W, statistics)
         C = root(G, self.options.input_damping)
         # With its ridge, whatever that had to be.
         G = symmetric_product(C, C.T)
         del C
+        if W.shape[0] > W.shape[1]:
+            # Any matrix of that Gram matrix will do: here its root, of the smaller side.
+            gram = self.weighted_gram(statistics, W)
+            weighted = root(gram, SMALLEST_RIDGE).T if gram.diagonal().sum() > 0 else torch.zeros_like(gram)
+            return eliminate(W, G, weighted, center)
         L = self.output_root(statistics, W)
         return eliminate(W, G, W if L is None else L.T @ W, center)
 

@@ -8,7 +8,7 @@ transformers without lillama stops with an error instead of filling the maps wit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.targets.base import TargetModule
 from lillama_core.architecture.targets.block import Block
+from lillama_core.architecture.targets.experts import ExpertsTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.quantized import hold
 from lillama_core.errors import LillamaError
@@ -38,6 +39,8 @@ QUANTIZED_VERSION = 2
 """Of a config that also says which weights are held in few bits: a lillama that does not know of it refuses."""
 NARROW_VERSION = 3
 """Likewise of one that says which matrices have fewer rows or columns than those of the dense model."""
+CAN_BE_NARROW = (LinearTarget.kind, ExpertsTarget.kind)
+"""Kinds of target of which channels may have been taken out."""
 VERSIONS = (CONFIG_VERSION, QUANTIZED_VERSION, NARROW_VERSION)
 
 
@@ -50,10 +53,10 @@ class TargetConfig:
     """Empty where no map has a rank."""
     ranks: Mapping[str, int]
     """By the map's name within its target; empty for the only map of a target."""
-    shape: tuple[int, int] | None = None
-    """(out, in) of the only map of a target where that is less than in the dense model; None: as there."""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """(out, in) of the maps of which that is less than in the dense model, by the same names."""
     runs: int = 1
-    """In how many runs of equal length its outputs lie, where each has become shorter."""
+    """In how many runs of equal length the outputs of the only map lie, where each has become shorter."""
 
     @classmethod
     def parse(cls, name: str, entry: Any) -> TargetConfig:
@@ -62,11 +65,12 @@ class TargetConfig:
             {"kind", "format", "rank"},
             {"kind", "format", "ranks"},
             {"kind", "format", "rank", "shape"},
+            {"kind", "format", "ranks", "shapes"},
             {"kind", "shape"},
         ):
             raise LillamaError(
                 f"low-rank config of {name!r} must have exactly 'kind', 'format' and 'rank' or 'ranks'; a 'shape' goes"
-                " with 'rank', or with 'kind' alone, and 'runs' with a 'shape'"
+                " with 'rank', or with 'kind' alone, 'runs' with a 'shape', and 'shapes' with 'ranks'"
             )
         kind, format_ = entry["kind"], entry.get("format", "")
         if not isinstance(kind, str) or kind not in names("targets"):
@@ -86,18 +90,24 @@ class TargetConfig:
         for local, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise LillamaError(f"the rank of {joined(name, local)!r} must be a positive whole number, not {rank!r}")
-        shape = entry.get("shape")
-        if "shape" in entry and not (
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
-        ):
-            raise LillamaError(f"the shape of {name!r} must be two positive whole numbers, not {shape!r}")
+        shapes = {"": entry["shape"]} if "shape" in entry else entry.get("shapes", {})
+        if not isinstance(shapes, Mapping):
+            raise LillamaError(f"the shapes of {name!r} must be a mapping of map to shape")
+        parsed = {str(local): _shape(joined(name, str(local)), shape) for local, shape in shapes.items()}
         runs = entry.get("runs", 1)
-        if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1 or (shape is not None and shape[0] % runs):
+        if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1 or any(s[0] % runs for s in parsed.values()):
             raise LillamaError(f"the runs of {name!r} must be a whole number that divides its rows, not {runs!r}")
-        parsed = {str(k): v for k, v in ranks.items()}
-        return cls(kind, format_, parsed, None if shape is None else (shape[0], shape[1]), runs)
+        return cls(kind, format_, {str(k): v for k, v in ranks.items()}, parsed, runs)
+
+
+def _shape(name: str, shape: Any) -> tuple[int, int]:
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    ):
+        raise LillamaError(f"the shape of {name!r} must be two positive whole numbers, not {shape!r}")
+    return shape[0], shape[1]
 
 
 def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[str, Any]]:
@@ -109,15 +119,17 @@ def target_entries(blocks: Iterable[Block], plan: RankPlan) -> dict[str, dict[st
         for target in block.targets:
             names = {target.local_name(m): block.full_name(m) for m in target.maps}
             ranks = {local: plan.ranks[full] for local, full in names.items() if full in plan.ranks}
+            smaller = {target.local_name(m): list(shapes[m.name]) for m in target.maps if m.name in shapes}
             entry: dict[str, Any] = {"kind": target.kind}
-            if ranks:
-                entry |= {"format": plan.format, **({"rank": ranks[""]} if set(names) == {""} else {"ranks": ranks})}
-            if target.name in shapes:
-                entry["shape"] = list(shapes[target.name])
-                if runs.get(target.name, 1) > 1:
-                    entry["runs"] = runs[target.name]
-            if len(entry) > 1:
-                found[block.path_of(target.name)] = entry
+            if not ranks and not smaller:
+                continue
+            if set(names) != {""}:
+                entry |= {"format": plan.format, "ranks": ranks, **({"shapes": smaller} if smaller else {})}
+            else:
+                entry |= {"format": plan.format, "rank": ranks[""]} if ranks else {}
+                entry |= {"shape": smaller[""]} if smaller else {}
+                entry |= {"runs": runs[target.name]} if smaller and runs.get(target.name, 1) > 1 else {}
+            found[block.path_of(target.name)] = entry
     return found
 
 
@@ -149,7 +161,7 @@ class LillamaConfig(QuantizationConfigMixin):
         self.bits = {} if quantization is None else parse_bits(quantization)
         """Path of a module -> the bits that its weight is held in."""
         self.version = QUANTIZED_VERSION if self.bits else CONFIG_VERSION
-        if any(entry.shape is not None for entry in self.parsed.values()):
+        if any(entry.shapes for entry in self.parsed.values()):
             self.version = NARROW_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,7 +262,8 @@ def renamings(model: nn.Module, config: LillamaConfig) -> list[Any]:
     prefix = str(getattr(model, "base_model_prefix", ""))
     for name, entry in config.parsed.items():
         path = own_path(model, name)
-        if path is not None and (entry.ranks or entry.shape is None):
+        # A linear layer that is smaller alone keeps its name.
+        if path is not None and entry.format:
             target = get("targets", entry.kind).at(path, model.get_submodule(path))
             ranks = {joined(path, local): rank for local, rank in entry.ranks.items()}
             pairs = target.renamings(model, ranks, make("formats", entry.format))
@@ -281,15 +294,15 @@ def _as_packed(model: nn.Module, on_disk: str, in_memory: str) -> Any:
 
 def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target = get("targets", entry.kind).at(path, model.get_submodule(path))
-    if entry.shape is not None:
-        _narrow(model, path, target, entry.shape, entry.runs)
+    if entry.format and not entry.ranks:
+        target.separate(model)
+    if entry.shapes:
+        _narrow(model, path, target, entry)
         target = get("targets", entry.kind).at(path, model.get_submodule(path))
-        if not entry.ranks:
-            return
+    if not entry.ranks:
+        return
     target.check(make("formats", entry.format))
     maps = {m.name: m for m in target.maps}
-    if not entry.ranks:
-        target.separate(model)
     layers: dict[str, nn.Module] = {}
     for local, rank in entry.ranks.items():
         map_ = maps.get(joined(path, local))
@@ -309,25 +322,37 @@ def _swap(model: nn.Module, path: str, entry: TargetConfig) -> None:
     target.replace(model, layers)
 
 
-def _narrow(model: nn.Module, path: str, target: TargetModule, shape: tuple[int, int], runs: int) -> None:
-    """Put a linear layer of ``shape`` in the place of a larger one, of which each of ``runs`` becomes shorter."""
-    if target.kind != LinearTarget.kind:
-        raise LillamaError(f"{path!r} is a target of kind {target.kind!r}, and cannot have the shape {list(shape)}")
-    (map_,) = target.maps
-    full = (map_.out_features, map_.in_features)
-    if shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
-        raise LillamaError(f"{path!r} cannot have the shape {list(shape)}: it has to be smaller than {list(full)}")
-    if full[0] % runs:
-        raise LillamaError(f"{path!r} has {full[0]} rows, which are not {runs} runs")
-    weight, bias = target.weight(model, map_), target.bias(model, map_)
-    layer = empty_linear(shape[1], shape[0], bias is not None, weight.dtype, str(weight.device))
-    target.replace(model, {map_.name: layer.requires_grad_(weight.requires_grad)})
+def _narrow(model: nn.Module, path: str, target: TargetModule, entry: TargetConfig) -> None:
+    """Put linear layers of the ``shapes`` of ``entry`` in the places of larger ones."""
+    if target.kind not in CAN_BE_NARROW:
+        (first, *_) = entry.shapes.values()
+        raise LillamaError(f"{path!r} is a target of kind {target.kind!r}, and cannot have the shape {list(first)}")
+    maps = {target.local_name(m): m for m in target.maps}
+    layers: dict[str, nn.Module] = {}
+    for local, shape in entry.shapes.items():
+        name, map_ = joined(path, local), maps.get(local)
+        if map_ is None:
+            raise LillamaError(f"{path!r} has no map {local!r}; the config is of another model")
+        full = (map_.out_features, map_.in_features)
+        if shape == full or any(n > most for n, most in zip(shape, full, strict=True)):
+            raise LillamaError(f"{name!r} cannot have the shape {list(shape)}: it has to be smaller than {list(full)}")
+        if full[0] % entry.runs:
+            raise LillamaError(f"{name!r} has {full[0]} rows, which are not {entry.runs} runs")
+        weight, bias = target.weight(model, map_), target.bias(model, map_)
+        layer = empty_linear(shape[1], shape[0], bias is not None, weight.dtype, str(weight.device))
+        layers[map_.name] = layer.requires_grad_(weight.requires_grad)
+    target.replace(model, layers)
 
 
 def narrow_paths(model: Any) -> list[str]:
     """Paths of the linear layers of a compressed model that have fewer rows or columns than in the dense one."""
-    parsed = model.hf_quantizer.quantization_config.parsed
-    return [name for name, entry in parsed.items() if entry.shape is not None and not entry.ranks]
+    found: list[str] = []
+    for name, entry in model.hf_quantizer.quantization_config.parsed.items():
+        if entry.shapes:
+            target = get("targets", entry.kind).at(name, model.get_submodule(name))
+            own = ((m, target.local_name(m)) for m in target.maps)
+            found += [target.path_of(m) for m, local in own if local in entry.shapes and local not in entry.ranks]
+    return found
 
 
 def attach(model: Any, config: LillamaConfig) -> None:

@@ -12,11 +12,10 @@ from torch import nn
 from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
 from lillama_core.data.split import CalibrationSplit
-from lillama_core.distillation.finished_blocks import factored_layers, narrowed, put_layers
+from lillama_core.distillation.finished_blocks import factored_layers, narrowed
 from lillama_core.initialization import Initializer
 from lillama_core.pipeline.context import CalibrationRows, Context, DenseModel, Statistics
 from lillama_core.runtime.activations import ActivationStore
-from lillama_core.runtime.modules import shared_copy
 from lillama_core.statistics.influence import block_influences
 from lillama_core.statistics.loss_calibration import Ablation, Ranks, Variant
 from lillama_core.statistics.store import DecompositionStore
@@ -35,22 +34,20 @@ class UntrainedBlocks:
 
     def __init__(self, plan: RankPlan, store: DecompositionStore, initializer: Initializer, seed: int) -> None:
         self._plan, self._store, self._initializer, self._seed = plan, store, initializer, seed
-        self._built: dict[tuple[str, bool], tuple[nn.Module, dict[str, nn.Module]]] = {}
+        self._built: dict[tuple[str, frozenset[str]], tuple[nn.Module, dict[str, nn.Module]]] = {}
 
     def __call__(self, block: Block, module: nn.Module, part: Ranks) -> nn.Module:
         """The block with those of the plan's maps and channels that ``part`` names; ``module`` stays as it is."""
         counts = {name: count for name, count in self._plan.channels_of(block).items() if name in part}
-        key, ranks = (block.name, bool(counts)), self._plan.of(block)
+        key, ranks = (block.name, frozenset(counts)), self._plan.of(block)
         if key not in self._built:
             if not any(name == block.name for name, _ in self._built):
                 self._built.clear()
             narrow = narrowed(block, module, counts, self._store)
-            layers = factored_layers(block, narrow, ranks, counts, self._store, self._initializer, self._seed)
+            layers = factored_layers(block, module, narrow, ranks, counts, self._store, self._initializer, self._seed)
             self._built[key] = narrow, layers
         narrow, layers = self._built[key]
-        changed = shared_copy(narrow)
-        put_layers(block, changed, {name: layer for name, layer in layers.items() if name in part})
-        return changed
+        return block.with_layers(narrow, {name: layer for name, layer in layers.items() if name in part})
 
 
 def measured_rows(context: Context) -> ActivationStore:

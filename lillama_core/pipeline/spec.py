@@ -108,7 +108,7 @@ def prepare(
     removes_channels = _removes_channels(recipe)
     if recipe.remove_channels and not any(block.channels for stack in blocks.values() for block in stack):
         raise UserError(
-            f"--remove-channels: no block of model {model!r} has a net of linear layers that could lose channels"
+            f"--remove-channels: no block of model {model!r} has a net of linear maps that could lose channels"
         )
     maps = planned_maps(whole, meta, removes_channels)
     check_format(format_, {(m.map.out_features, m.map.in_features) for m in maps})

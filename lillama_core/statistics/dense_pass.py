@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lillama_core.allocation import ChannelCurve
 from lillama_core.architecture.blocks import Block
-from lillama_core.architecture.targets.channels import are_channels, weight_of
-from lillama_core.initialization import Initializer, MapStatistics
-from lillama_core.initialization.elimination import Elimination
+from lillama_core.architecture.targets.channels import Channels, are_channels
+from lillama_core.architecture.targets.linear_map import kind_of
+from lillama_core.initialization import Decomposition, Initializer, MapStatistics
 from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
@@ -228,7 +229,9 @@ class DensePass:
     ) -> None:
         """Take the maps of ``block`` apart; ``seen`` is what the backward pass found."""
         device = exact_device(runner.device)
-        found, seen_of = {}, {}
+        nets = self._channels(block, module, runner, entering) if len(entering) and self.takes_out else {}
+        found: dict[str, Decomposition] = {}
+        curves: dict[str, ChannelCurve] = {}
         for target in block.targets:
             for map_ in target.maps:
                 weight = target.weight(module, map_).to(device)
@@ -239,25 +242,34 @@ class DensePass:
                     else MapStatistics()
                 )
                 found[map_.name] = self.initializer.decompose(weight, statistics)
-                seen_of[map_.name] = statistics
+                elimination = self.initializer.eliminate(weight, statistics) if map_.name in nets else None
+                if elimination is not None:
+                    self.store.save_elimination(block, nets[map_.name].name, elimination)
+                    curves[nets[map_.name].name] = elimination.curve
         counts = {} if observer is None else {m.name: observer.count(m.name) for m in block.maps}
         last = None
         if len(entering) and self.finds_last_maps:
             # How a block ends does not depend on what enters it: one batch will do.
             last = find_last_map(block, module, lambda: runner(module, block, 0, entering[0]))
-        spare: dict[str, Elimination] = {}
-        for channels in block.channels if len(entering) and self.takes_out else ():
-            if are_channels(block, module, channels, lambda changed: runner(changed, block, 0, entering[0])):
-                weight = weight_of(block, module, channels.sink).to(device)
-                elimination = self.initializer.eliminate(weight, seen_of[channels.sink.name])
-                spare |= {} if elimination is None else {channels.name: elimination}
-            elif channels.name not in self._kept_whole:
-                self._kept_whole.add(channels.name)
+        self.store.save(block, found, seen, counts, None if last is None else last[1].name, curves)
+
+    def _channels(
+        self, block: Block, module: nn.Module, runner: BlockRunner, entering: Sequence[torch.Tensor]
+    ) -> dict[str, Channels]:
+        """Channels of ``block`` that can be taken out, by the map that reads them; says which cannot."""
+        found: dict[str, Channels] = {}
+        for nets in block.nets:
+            if are_channels(block, module, nets, lambda changed: runner(changed, block, 0, entering[0])):
+                found |= {channels.sink.name: channels for channels in nets}
+                continue
+            kind = kind_of(nets[0].sink.name)
+            if kind not in self._kept_whole:
+                self._kept_whole.add(kind)
                 self.progress.line(
-                    f"{block.name}: all channels of {channels.sink.name} stay, something else depends on them;"
-                    " ranks alone are lowered there"
+                    f"{block.name}: all channels of {kind} stay, something else depends on them; ranks alone are"
+                    " lowered there"
                 )
-        self.store.save(block, found, seen, counts, None if last is None else last[1].name, spare)
+        return found
 
 
 def report_undersampled_experts(blocks: list[Block], store: DecompositionStore, progress: Progress) -> dict[str, float]:

@@ -56,11 +56,12 @@ class DecompositionStore:
         seen: Gradients = MappingProxyType({}),
         counts: Mapping[str, float] = MappingProxyType({}),
         last_map: str | None = None,
-        channels: Mapping[str, Elimination] = MappingProxyType({}),
+        curves: Mapping[str, ChannelCurve] = MappingProxyType({}),
     ) -> None:
         """Store what was found of a block's maps and channels, the rows that the maps saw, and what ends the block.
 
         Of what the backward pass has ``seen``, the metric of the block's output is kept, and the gradients at that map.
+        What else was found of channels is there already: `save_elimination`.
         """
         vectors: dict[str, torch.Tensor] = {"metric": seen["output"]} if "output" in seen else {}
         energies = {f"count.{name}": torch.tensor(count) for name, count in counts.items()}
@@ -77,17 +78,17 @@ class DecompositionStore:
             for kind in ("gradients", "scale"):
                 if f"{kind}.{last_map}" in seen:
                     vectors[f"{kind}.{last_map}"] = seen[f"{kind}.{last_map}"]
-        orders: dict[str, torch.Tensor] = {}
-        for name, e in channels.items():
-            energies |= {f"{k}.{name}": getattr(e.curve, k) for k in CURVE}
-            orders[f"order.{name}"] = e.order
-            orders |= {f"root{i}.{name}": e.root[a:b, :b] for i, (a, b) in enumerate(strips(len(e.root)))}
-            orders |= {} if e.center is None else {f"center.{name}": e.center}
-        if orders:
-            write_tensors(self._file(block, "channels"), orders, durable=False)
+        for name, curve in curves.items():
+            energies |= {f"{k}.{name}": getattr(curve, k) for k in CURVE}
         write_tensors(self._file(block, "vectors"), vectors, durable=False)
         # Last: it says that the block is done.
         write_tensors(self._file(block, "energies"), energies, durable=False)
+
+    def save_elimination(self, block: Block, name: str, found: Elimination) -> None:
+        """Store the order of the channels ``name`` of a block, and what refits the map behind them."""
+        tensors = {"order": found.order} if found.center is None else {"order": found.order, "center": found.center}
+        tensors |= {f"root{i}": found.root[a:b, :b] for i, (a, b) in enumerate(strips(len(found.root)))}
+        write_tensors(self._file(block, safe_file_stem(name)), tensors, durable=False)
 
     def spectra(self, block: Block) -> dict[str, Spectrum]:
         """The spectra of a block's maps, by name."""
@@ -106,13 +107,13 @@ class DecompositionStore:
         }
 
     def elimination(self, block: Block, name: str) -> Elimination:
-        """The order of the channels ``name`` of a block, and what refits the map behind them."""
-        tensors = read_tensors(self._file(block, "channels"), lambda key: key.endswith(f".{name}"))
-        order = tensors[f"order.{name}"]
+        """What `save_elimination` has stored."""
+        tensors = read_tensors(self._file(block, safe_file_stem(name)))
+        order = tensors["order"]
         root = torch.zeros(len(order), len(order))
         for i, (a, b) in enumerate(strips(len(order))):
-            root[a:b, :b] = tensors.pop(f"root{i}.{name}")
-        return Elimination(self.curves(block)[name], order, root, tensors.get(f"center.{name}"))
+            root[a:b, :b] = tensors.pop(f"root{i}")
+        return Elimination(self.curves(block)[name], order, root, tensors.get("center"))
 
     def counts(self, block: Block) -> dict[str, float]:
         """How many rows each map of a block saw."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch import nn
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format
+
+if TYPE_CHECKING:
+    from lillama_core.architecture.targets.channels import Channels
 
 CLOSE = 0.02
 """Relative difference of two computations of one thing, in half precision perhaps."""
@@ -65,6 +68,14 @@ class TargetModule(ABC):
     @abstractmethod
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
         """Return the module that `replace` has put in the place of ``map_``."""
+
+    def path_of(self, map_: TargetLinear) -> str:
+        """Return the path from the block of the module that `replace` puts in the place of ``map_``."""
+        return self.name
+
+    def nets(self) -> list[Channels]:
+        """Return the channels between maps of this target; where each map is a target of its own there are none."""
+        return []
 
     @abstractmethod
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:

@@ -3,8 +3,8 @@
 Between the maps that widen a block's stream and the one that brings it back stand elementwise steps: an activation, a
 product of two. What one channel gives depends on one row of every map before them, and enters one column of the map
 behind. So a channel can be taken out whole, and every map stays a matrix, only smaller. Where gate and values are one
-map, its rows are two runs, and a channel is a row of each. Names and shapes say where that may be so; whether it is, is
-tried.
+map, a channel is two of its rows. An expert of a mixture is such a net, and loses channels of its own. Names and shapes
+say where that may be so; whether it is, is tried.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lillama_core.architecture.targets.linear_map import TargetLinear
-from lillama_core.runtime.modules import shared_copy
+from lillama_core.formats.base import empty_linear
 
 if TYPE_CHECKING:
     from lillama_core.architecture.targets.base import TargetModule
@@ -29,9 +29,11 @@ class Channels:
     """The ``size`` features between some maps of a block that write them and the one map that reads them."""
 
     sources: tuple[TargetLinear, ...]
-    """[size, width] each, with size > width; or one [2 size, width] that writes gate and values after each other."""
+    """[size, width] each; or one [2 size, width] that writes gate and values."""
     sink: TargetLinear
     """[width, size]."""
+    in_turns: bool = False
+    """Whether gate and values of one map are rows in turns, instead of one run after the other."""
 
     @property
     def name(self) -> str:
@@ -44,15 +46,23 @@ class Channels:
 
     @property
     def runs(self) -> int:
-        """How many rows of each source a channel is; those of all channels lie in as many runs."""
+        """How many rows of each source a channel is."""
         return self.sources[0].out_features // self.size
+
+    def rows(self, kept: torch.Tensor) -> torch.Tensor:
+        """The rows of each source that the channels ``kept`` are, in the order that the net expects."""
+        runs = torch.arange(self.runs, device=kept.device)
+        if self.in_turns:
+            return (kept[:, None] * self.runs + runs).flatten()
+        return (kept + runs[:, None] * self.size).flatten()
 
 
 def find_channels(targets: Sequence[TargetModule], plain: Collection[str] = ()) -> tuple[Channels, ...]:
-    """Return what may be channels, by the shapes of the linear maps that have one parent; see `are_channels`.
+    """Return what may be channels; see `are_channels`.
 
-    One map that writes gate and values counts where the two maps are all that their parent holds, which ``plain`` says:
-    a state-space mixer looks alike from its maps.
+    Of linear maps that have one parent shapes tell: between them are more features than they begin and end with. One
+    map that writes gate and values counts where the two maps are all that their parent holds, which ``plain`` says: a
+    state-space mixer looks alike from its maps. A target of several maps says itself which of them are nets.
     """
     maps = [m for target in targets if target.kind == "linear" for m in target.maps]
     found = []
@@ -65,26 +75,31 @@ def find_channels(targets: Sequence[TargetModule], plain: Collection[str] = ()) 
             sources = tuple(m for m in near if m.out_features == 2 * size and m.in_features < size)
         if sources and len(readers) == 1 and sink.out_features < size:
             found.append(Channels(sources, sink))
-    return tuple(found)
+    return (*found, *(channels for target in targets for channels in target.nets()))
 
 
-def are_channels(block: Block, module: nn.Module, channels: Channels, run: Callable[[nn.Module], torch.Tensor]) -> bool:
-    """Whether channels of a dense block can be taken out, found by trying.
+def are_channels(
+    block: Block, module: nn.Module, nets: Sequence[Channels], run: Callable[[nn.Module], torch.Tensor]
+) -> bool:
+    """Whether the channels of the ``nets`` of a dense block can be taken out, found by trying.
 
     ``run`` gives the output of the block, or of a copy of it, for some batch. With every second channel taken out of
-    all maps the output must be the one that the whole block gives when the sink does not read those channels.
+    all maps the output must be the one that the whole block gives when the sinks do not read those channels.
     """
-    kept = torch.arange(0, channels.size, 2)
-    weight = weight_of(block, module, channels.sink)
-    masked, narrow = shared_copy(module), shared_copy(module)
-    silent = torch.zeros_like(weight)
-    silent[:, kept] = weight[:, kept]
-    _put(block, masked, channels.sink, silent, bias_of(block, module, channels.sink))
-    take_out(block, narrow, channels, kept, weight[:, kept], bias_of(block, module, channels.sink))
+    kept = {channels: torch.arange(0, channels.size, 2) for channels in nets}
+    weights = {c: weight_of(block, module, c.sink) for c in nets}
+    biases = {c: bias_of(block, module, c.sink) for c in nets}
     with torch.no_grad():
-        expected = run(masked)
+        layers: dict[str, nn.Module] = {}
+        for c in nets:
+            silent = torch.zeros_like(weights[c]).index_copy_(1, kept[c].to(weights[c].device), weights[c][:, kept[c]])
+            layers[c.sink.name] = plain_layer(silent, biases[c])
+        expected = run(block.with_layers(module, layers))
+        layers.clear()
+        for c in nets:
+            layers |= layers_without(block, module, c, kept[c], weights[c][:, kept[c]], biases[c])
         try:
-            found = run(narrow)
+            found = run(block.with_layers(module, layers))
         except (RuntimeError, ValueError, IndexError, AssertionError):
             # Something else than these maps knows how many there are.
             return False
@@ -94,45 +109,52 @@ def are_channels(block: Block, module: nn.Module, channels: Channels, run: Calla
     return found.shape == expected.shape and bool((found - expected).norm() <= 1e-2 * seen)
 
 
-def take_out(
+def layers_without(
     block: Block,
     module: nn.Module,
     channels: Channels,
     kept: torch.Tensor,
     sink: torch.Tensor,
     bias: torch.Tensor | None,
-) -> None:
-    """Put plain linear layers in the places of the maps of ``channels`` in ``module``, a dense block.
+) -> dict[str, nn.Module]:
+    """Plain linear layers, by map, for the places of the maps of ``channels`` in ``module``, a dense block.
 
-    The sources keep their rows ``kept``; ``sink`` [width, kept] and ``bias`` are what the map behind them becomes.
+    The sources keep the rows of the channels ``kept``; ``sink`` [width, kept] and ``bias`` are what the map behind them
+    becomes.
     """
+    found: dict[str, nn.Module] = {}
     for source in channels.sources:
         own, shift = weight_of(block, module, source), bias_of(block, module, source)
-        rows = torch.cat([kept + run * channels.size for run in range(channels.runs)]).to(own.device)
-        _put(block, module, source, own[rows], None if shift is None else shift[rows])
-    _put(block, module, channels.sink, sink, bias)
+        rows = channels.rows(kept).to(own.device)
+        found[source.name] = plain_layer(own[rows], None if shift is None else shift[rows])
+    return {**found, channels.sink.name: plain_layer(sink, bias)}
 
 
 def weight_of(block: Block, module: nn.Module, map_: TargetLinear) -> torch.Tensor:
     """The weight [out, in] of a dense map."""
-    return _target(block, map_).weight(module, map_).detach()
+    return block.target_of(map_).weight(module, map_).detach()
 
 
 def bias_of(block: Block, module: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
     """The bias [out] of a map, if it has one."""
-    bias = _target(block, map_).bias(module, map_)
+    bias = block.target_of(map_).bias(module, map_)
     return None if bias is None else bias.detach()
 
 
-def _target(block: Block, map_: TargetLinear) -> TargetModule:
-    return next(target for target in block.targets if map_ in target.maps)
-
-
-def _put(block: Block, module: nn.Module, map_: TargetLinear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    layer = nn.utils.skip_init(
-        nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype, device=weight.device
-    )
+def plain_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer of ``weight`` [out, in] and ``bias`` [out], which may be of a higher precision."""
+    layer = empty_linear(weight.shape[1], weight.shape[0], bias is not None, weight.dtype, "meta")
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-    _target(block, map_).replace(module, {map_.name: layer})
+    return layer
+
+
+def filled(tensor: torch.Tensor, rows: int, runs: int = 1) -> torch.Tensor:
+    """``tensor`` [n, ...] with zeros in the places of channels that were taken out, [rows, ...].
+
+    They are put behind each of ``runs`` of equal length: which channels a net has lost does not matter.
+    """
+    parts = tensor.unflatten(0, (runs, -1))
+    missing = parts.new_zeros(runs, (rows - len(tensor)) // runs, *tensor.shape[1:])
+    return torch.cat([parts, missing], 1).flatten(0, 1)

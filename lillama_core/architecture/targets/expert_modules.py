@@ -88,6 +88,15 @@ def gate_of(experts: Any) -> Gate:
     return gate
 
 
+def takes_turns(gate: Gate) -> bool:
+    """Whether ``gate`` finds the two numbers of a unit side by side, rather than in two halves; found by trying."""
+    units = torch.ones(1, 4, device="cpu")
+    changed = units.clone()
+    # Of two units: side by side the second number is of the first one.
+    changed[0, 1] = 2.0
+    return bool((gate(units) != gate(changed))[0, 0])
+
+
 def arguments_of(experts: nn.Module) -> tuple[str, ...]:
     """Names of the tensors that dense ``experts`` are called with."""
     return tuple(inspect.signature(type(experts).forward).parameters)[1:]
@@ -183,10 +192,10 @@ class LowRankExperts(nn.Module):
     def __init__(self, dense: nn.Module, maps: dict[str, list[nn.Module]]) -> None:
         """``maps`` are the modules of each part, by expert, that stand for those of ``dense``."""
         super().__init__()
-        self.gate = gate_of(dense)
+        self.gate: Gate = gate_of(dense)
         self.arguments = arguments_of(dense)
         self.identities = identities_of(dense)
-        self.parts = tuple(maps)
+        self.parts: tuple[str, ...] = tuple(maps)
         for part, layers in maps.items():
             self.add_module(f"{part}_maps", nn.ModuleList(layers))
         if self.identities:

@@ -5,7 +5,7 @@ What such a module computes is at the head of `expert_layouts`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.channels import Channels, filled
 from lillama_core.architecture.targets.expert_layouts import READ, can_share, has_known_layout, is_fused, is_routed
 from lillama_core.architecture.targets.expert_modules import (
     LowRankExperts,
@@ -23,6 +24,7 @@ from lillama_core.architecture.targets.expert_modules import (
     identities_of,
     parts_of,
     run_parts,
+    takes_turns,
 )
 from lillama_core.architecture.targets.fused_experts import FusedExperts, Show
 from lillama_core.architecture.targets.linear import linear_targets
@@ -39,6 +41,20 @@ class ExpertsTarget(FusedExperts):
 
     kind = "experts"
     low_rank = LowRankExperts
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        wanted: Callable[[str], bool] = lambda name: True,
+        token_fraction: float = 1.0,
+    ) -> None:
+        super().__init__(name, module, wanted, token_fraction)
+        if isinstance(module, LowRankExperts):
+            gate, parts = module.gate, module.parts
+        else:
+            gate, parts = gate_of(module), tuple(parts_of(module))
+        self.in_turns = parts[0] == "gate_up" and takes_turns(gate)
 
     def all_maps(self, module: nn.Module) -> list[TargetLinear]:
         maps = []
@@ -66,9 +82,29 @@ class ExpertsTarget(FusedExperts):
         biases = fused_bias(module, part)
         return None if biases is None else biases[number]
 
-    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
-        own = [map_ for map_ in self.every.values() if self._part(map_)[0] == part]
-        return torch.stack([dense_weight(self.layer(block, map_)) for map_ in own])
+    def nets(self) -> list[Channels]:
+        *_, (last, _) = map(self._part, self.every.values())
+        found = []
+        for sink in (m for m in self.maps if self._part(m)[0] == last):
+            own = [m for m in self.every.values() if self._part(m)[1] == self._part(sink)[1] and m != sink]
+            if all(m in self.maps for m in own):
+                found.append(Channels(tuple(own), sink, self.in_turns))
+        return found
+
+    def whole_weight(self, block: nn.Module, part: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weights = (dense_weight(self.layer(block, map_)) for map_ in self._maps_of(part))
+        rows, columns = shape
+        return torch.stack([filled(filled(w, rows, self._runs(part)).T, columns).T for w in weights])
+
+    def whole_bias(self, block: nn.Module, part: str, size: int) -> torch.Tensor:
+        biases = (self.bias(block, map_) for map_ in self._maps_of(part))
+        return torch.stack([filled(b.detach(), size, self._runs(part)) for b in biases if b is not None])
+
+    def _maps_of(self, part: str) -> list[TargetLinear]:
+        return [map_ for map_ in self.every.values() if self._part(map_)[0] == part]
+
+    def _runs(self, part: str) -> int:
+        return 2 if part == "gate_up" and not self.in_turns else 1
 
     def place(self, map_: TargetLinear) -> str:
         part, number = self._part(map_)
@@ -140,7 +176,7 @@ class SharedExpertsTarget(FusedExperts):
         # [E, H, I] -> [H, E I]; the only one that is no view.
         return fused_weight(module, "down").transpose(0, 1).flatten(1)
 
-    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
+    def whole_weight(self, block: nn.Module, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         module = block.get_submodule(self.name)
         assert isinstance(module, SharedExperts)
         weight, parts = dense_weight(module.get_submodule(f"{part}_map")), (module.num_experts, -1)

@@ -169,18 +169,21 @@ class FusedExperts(TargetModule):
         self.replace(block, layers)
 
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
-        return block.get_submodule(f"{self.name}.{self.place(map_)}")
+        return block.get_submodule(self.path_of(map_))
+
+    def path_of(self, map_: TargetLinear) -> str:
+        return f"{self.name}.{self.place(map_)}"
 
     def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
         module, found = dense.get_submodule(self.name), {}
         for part, fused in parts_of(module).items():
-            weight = self.whole_weight(block, part)
-            if len(fused_weight(module, part)) > len(weight):
+            whole = fused_weight(module, part)
+            weight = self.whole_weight(block, part, tuple(whole.shape[1:]))
+            if len(whole) > len(weight):
                 weight = torch.cat([weight, block.get_parameter(f"{self.name}.rest").detach()])
             found[f"{self.name}.{fused}"] = as_stored(module, weight)
             if fused_bias(module, part) is not None:
-                biases = [self.bias(block, map_) for map_ in self.every.values() if self._in(map_, part)]
-                found[f"{self.name}.{fused}_bias"] = torch.stack([b.detach() for b in biases if b is not None])
+                found[f"{self.name}.{fused}_bias"] = self.whole_bias(block, part, whole.shape[1])
         return found
 
     def idle(self, block: nn.Module) -> list[torch.Tensor]:
@@ -189,11 +192,12 @@ class FusedExperts(TargetModule):
             return []
         return [fused_weight(module, part)[len(fused_weight(module, "down")) :] for part in parts_of(module)]
 
-    def _in(self, map_: TargetLinear, part: str) -> bool:
-        return self.place(map_).startswith(f"{part}_map")
+    def whole_weight(self, block: nn.Module, part: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return what the low-rank module stands for of all experts' ``part``, [E, *shape]."""
+        raise NotImplementedError
 
-    def whole_weight(self, block: nn.Module, part: str) -> torch.Tensor:
-        """Return what the low-rank module stands for of all experts' ``part``, [E, out, in]."""
+    def whole_bias(self, block: nn.Module, part: str, size: int) -> torch.Tensor:
+        """Likewise of their biases, [E, size]."""
         raise NotImplementedError
 
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:

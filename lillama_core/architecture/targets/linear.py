@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
+from lillama_core.architecture.targets.channels import filled
 from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, matches_any
 from lillama_core.errors import LillamaError
 from lillama_core.formats.base import Format, LowRankLinear, dense_weight
@@ -90,13 +90,10 @@ class LinearTarget(TargetModule):
         whole = dense.get_submodule(self.name)
         (map_,) = LinearTarget(self.name, whole).maps
         # Of channels that were taken out nothing comes, and nothing is read.
-        missing = (map_.out_features - weight.shape[0]) // self.runs, map_.in_features - weight.shape[1]
-        parts = weight.unflatten(0, (self.runs, -1))
-        weight = functional.pad(parts, (0, missing[1], 0, missing[0])).flatten(0, 1)
+        weight = filled(filled(weight, map_.out_features, self.runs).T, map_.in_features).T
         found = {f"{self.name}.weight": weight.T if _is_conv1d(whole) else weight}
         if bias is not None:
-            parts = bias.detach().unflatten(0, (self.runs, -1))
-            found[f"{self.name}.bias"] = functional.pad(parts, (0, missing[0])).flatten()
+            found[f"{self.name}.bias"] = filled(bias.detach(), map_.out_features, self.runs)
         return found
 
     def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
