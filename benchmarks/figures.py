@@ -59,7 +59,9 @@ def text_perplexities(spec: str) -> dict[str, float]:
     return found
 
 
-def quality(model: str, method: Method, reduction: float, folder: Path) -> dict[str, Any]:
+def quality(
+    model: str, method: Method, reduction: float, folder: Path, calibration: Path = DATA / "wikitext2-valid.txt"
+) -> dict[str, Any]:
     """Compress by the command line, unless that was done before, and measure the result."""
     output = folder / f"{method.name}-{reduction:g}"
     if not output.exists():
@@ -68,7 +70,7 @@ def quality(model: str, method: Method, reduction: float, folder: Path) -> dict[
         again = ["--resume"] if output.with_name(f"{output.name}.partial").exists() else []
         subprocess.run(
             [sys.executable, "-P", "-m", "lillama_core", "compress", model, "--output", str(output),
-             "--recipe", str(recipe), "--calibration", str(DATA / "wikitext2-valid.txt"), *again],
+             "--recipe", str(recipe), "--calibration", str(calibration), *again],
             check=True,
         )  # fmt: skip
     record = json.loads((output / "lillama.json").read_text())

@@ -205,6 +205,34 @@ def test_the_plot_and_the_tables_are_of_the_results() -> None:
             assert re.search(row, readme), f"README.md has no row of {key}: {home}, {tales}"
 
 
+def test_answers_are_of_the_results() -> None:
+    from lillama_benchmarks.questions import QUESTIONS, RESULTS, table
+
+    results, page = json.loads(RESULTS.read_text(encoding="utf-8")), (DOCS / "questions.md").read_text(encoding="utf-8")
+    asked = {key.partition("/")[0] for key in results if "/" in key}
+    for question in (q for q in QUESTIONS if q.name in asked):
+        assert table(question, results) in page, (
+            f"docs/questions.md: python benchmarks/questions.py --table {question.name}"
+        )
+
+
+def test_a_question_shows_the_mean_of_its_seeds() -> None:
+    from lillama_benchmarks.questions import Question, table
+
+    def run(home: float) -> dict[str, dict[str, float]]:
+        return {"perplexity": {"wikitext2-test": home, "tales-grimm": 20.0, "code": 1234.5}}
+
+    question = Question("what", "", {"this": {}, "that": {}, "unmeasured": {}})
+    results = {"dense": run(10.0), "what/this/0": run(11.0), "what/this/1": run(12.0), "what/that/0": run(13.0)}
+    assert table(question, results).splitlines() == [
+        "| what | WikiText-2 | tales | code |",
+        "|---|---:|---:|---:|",
+        "| dense | 10.0 | 20.0 | 1,234 |",
+        "| this | 11.5 ± 0.5 | 20.0 ± 0.0 | 1,234 ± 0 |",
+        "| that | 13.0 | 20.0 | 1,234 |",
+    ]
+
+
 def test_options(install: Callable[[str], Installed], tiny_model: Path, calibration_text: Path) -> None:
     plugin = install("options")
     record = plugin.compress(tiny_model, calibration_text, "--init", "damped", "--init.damping", "1e-2")
