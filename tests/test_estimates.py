@@ -24,6 +24,7 @@ from lillama_core.errors import UserError
 from lillama_core.estimates.estimate import Estimate, estimate
 from lillama_core.estimates.machine import Machine, machine_names, named_machine
 from lillama_core.estimates.measure import this_machine
+from lillama_core.estimates.memory import Memory
 from lillama_core.estimates.phases import Phases
 from lillama_core.estimates.shapes import split_rows
 from lillama_core.estimates.sizes import parse_size, show_size
@@ -33,6 +34,8 @@ from lillama_core.pipeline.residency import Estimates, choose_residency, fits_fo
 from lillama_core.pipeline.spec import prepare
 from lillama_core.pipeline.stages.write import WriteStage
 from lillama_core.recipe.model import Recipe
+from lillama_registry import registry
+from lillama_testing.tiny import make_tiny_model
 
 LARGE = {
     "name": "large",
@@ -185,6 +188,27 @@ def test_every_map_is_decomposed_once(tiny_model: Path) -> None:
     alone = Phases(without.model, without.job, streamed=False, accelerator=False).all()
     assert sum(alone["forward"].eigh.values()) == counted
     assert alone["backward"] == alone["ranks"] == Work()
+
+
+def test_what_a_decoder_reads_of_its_encoder_takes_memory(tmp_path: Path) -> None:
+    made = make_tiny_model(registry().architectures_for("whisper")[0], "whisper", tmp_path / "m")
+    spec, recipe = prepare(str(made.folder), made.recipe()), made.recipe()
+    found = Estimates.make(spec, recipe, machine(), half=False)
+    encoder, decoder = (next(b for b in found.model.blocks if b.stack == name) for name in ("encoder", "decoder"))
+    states = 4 * spec.config.max_source_positions * spec.config.d_model
+    assert (encoder.given, decoder.given) == (0, states)
+    # Two frames of sound make a position.
+    assert found.model.row >= 4 * spec.config.num_mel_bins * 2 * spec.config.max_source_positions
+    memory, rows = Memory(found.model, found.job, False, False, 0.0), found.job.passed
+    # What the encoder gave, a norm of it, and what enters the decoder.
+    begins = found.job.batch * found.model.entering
+    assert memory.recording(decoder).host == begins + rows * (2 * states + 4 * decoder.length * decoder.width)
+    assert memory.recording(encoder).host == begins + rows * states
+    # The first convolution gives a position for each frame, and so does what is made of it.
+    assert found.model.entering >= 4 * states
+    # While maps are watched what they read is held, such as the first norm of a block.
+    assert encoder.cost.observed - encoder.cost.live >= states
+    assert memory.peak().host == memory.always().host + max(held.host for held in memory.phases().values())
 
 
 def test_files_of_a_run_are_as_large_as_estimated(tiny_model: Path, tmp_path: Path) -> None:

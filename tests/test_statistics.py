@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import Samples
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.block_runner import BlockRunner, share_equal
 from lillama_core.runtime.harness import StackHarness
@@ -23,6 +26,8 @@ from lillama_core.statistics.moments import SecondMoment
 from lillama_core.statistics.observers import InputObserver
 from lillama_core.statistics.sensitivity import Piece, SensitivityPass, draw_labels, output_gradient
 from lillama_core.system import seeds
+from lillama_registry import registry
+from lillama_testing.tiny import make_tiny_model
 
 
 def tiny_llama() -> nn.Module:
@@ -312,3 +317,28 @@ def test_what_comes_after_the_decoder_needs_no_encoder(reads_encoder: bool) -> N
         assert torch.equal(decoder.outputs(inputs, last).logits, expected)
     # Tried once with the encoder; its first block is also looked at once, for what it returns besides.
     assert len(calls) == 2 + (3 if reads_encoder else 0)
+
+
+def test_what_a_stack_was_given_goes_when_the_way_back_has_passed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an encoder says of all recordings is several times as large as what its own way back needs."""
+    made = make_tiny_model(registry().architectures_for("whisper")[0], "whisper", tmp_path / "dense")
+    config, recipe = made.load().config, made.recipe(samples=24)
+    # A batch of what the encoder gave, which the way back takes two rows of at a time.
+    shape = (config.max_source_positions, config.d_model)
+    size = 4 * recipe.batch_size * shape[0] * shape[1]
+    batches: dict[str, int] = {}
+    carry = SensitivityPass.block
+
+    def look(self: SensitivityPass, block: Any, module: nn.Module) -> Any:
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[1:] == shape]
+        places = {t.untyped_storage().data_ptr() for t in tensors if t.untyped_storage().nbytes() == size}
+        batches[block.stack] = max(batches.get(block.stack, 0), len(places))
+        return carry(self, block, module)
+
+    monkeypatch.setattr(SensitivityPass, "block", look)
+    compress(Request(str(made.folder), tmp_path / "small", recipe), "quiet")
+    # Of the first batch what the encoder gave, and a norm of it that the decoder's blocks read.
+    assert batches == {"decoder": 2, "encoder": 0}

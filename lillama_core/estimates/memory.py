@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lillama_core.estimates.phases import ROWS_WITH_GRADIENTS, Phases
@@ -10,6 +11,14 @@ from lillama_core.statistics.store import strips
 
 SLACK = 24e6
 """Bytes of small things: kernels of oneDNN, rows of text, tables, what glibc keeps. Measured on made models."""
+
+HOLES = 2.3
+"""What the temporaries of a block take on the host, relative to what is alive of them at once.
+
+Measured once: in blocks of Whisper tiny.en's encoder at most 120 MB were alive, and 275 MB resident. One cause is that
+glibc 2.36 gives the place of a freed tensor to no other of its size, since both are aligned. Between blocks all of it
+goes back to the system.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,30 @@ class Memory:
 
     def peak(self) -> Held:
         """The most of all phases."""
-        phases = [self.loading(), self.heads(self.job.report)]
-        for block in self.model.blocks:
-            phases += [self.forward(block), self.compressing(block)]
-            phases += [self.backward(block), self.gradients_of_outputs()] if self.job.sensitivity else []
-            phases += [self.measuring(block)] if self.job.rescaling else []
-        phases += [self.healing()] if self.job.healing else []
-        return self.always() + most(*phases)
+        return self.always() + most(*self.phases().values())
+
+    def phases(self) -> dict[str, Held]:
+        """What each phase holds at the most beside what is always there."""
+        job, found = self.job, {"load model": self.loading()}
+        for i, block in enumerate(self.model.blocks):
+            found[f"record {block.stack}"] = self.recording(block)
+            found[f"forward {block.stack} {i}"] = self.forward(block)
+            if job.sensitivity:
+                found[f"backward {block.stack} {i}"] = self.backward(block)
+            if job.rescaling:
+                found[f"ranks {block.stack} {i}"] = self.measuring(block)
+            found[f"blocks {block.stack} {i}"] = self.bands() + self.compressing(block)
+        if job.sensitivity:
+            found["gradients of outputs"] = self.gradients_of_outputs()
+        if self.model.embedding:
+            found["embedding"] = self.embedding()
+        if job.rescaling:
+            found["ranks outputs"] = self.heads(self.variants_held(self.model.blocks[-1]))
+        last = self.model.blocks[-1]
+        found["report"] = self.bands() + self.heads(2 * self.stream(last, job.report))
+        if job.healing:
+            found["healing"] = self.healing()
+        return found
 
     def checking(self) -> float:
         """Bytes on the host while a fresh process loads the result beside this one."""
@@ -59,8 +85,10 @@ class Memory:
         return 4.0 * self.model.shell if self.streamed else float(self.model.resident)
 
     def always(self) -> Held:
-        held = self.held_model()
-        return Held(self.libraries + SLACK, held) if self.accelerator else Held(self.libraries + SLACK + held)
+        """The libraries, the model, and the calibration data."""
+        job = self.job
+        data = self.model.row * (job.fit + job.choose + job.report)
+        return Held(self.libraries + SLACK + data) + self.here(self.held_model())
 
     def here(self, size: float) -> Held:
         """Bytes where tensors are computed."""
@@ -81,15 +109,47 @@ class Memory:
         return 4.0 * rows * block.length * block.width
 
     def run(self, block: BlockShape, rows: float) -> float:
-        """What is alive while a block runs on so many rows without gradients."""
-        return block.cost.live * rows
+        """What a block takes while it runs on so many rows without gradients."""
+        return self.temporaries(block.cost.live * rows)
+
+    def temporaries(self, live: float) -> float:
+        """What tensors take that come and go while a block runs."""
+        return live if self.accelerator else HOLES * live
+
+    def below(self, block: BlockShape) -> tuple[BlockShape, ...]:
+        """A block of each of the stacks that come before that of ``block``."""
+        stacks = {b.stack: b for b in self.model.blocks}
+        return tuple(b for b in stacks.values() if list(stacks).index(b.stack) < list(stacks).index(block.stack))
+
+    def is_last(self, block: BlockShape) -> bool:
+        return block.stack == self.model.blocks[-1].stack
+
+    def back_rows(self) -> float:
+        """Rows of the batches of which the way back takes some."""
+        whole = math.ceil(self.job.sensitivity / self.job.batch) * self.job.batch
+        return min(self.job.fit, whole)
+
+    def chained(self, block: BlockShape, rows: float) -> Held:
+        """What earlier stacks gave for ``rows``."""
+        return Held(sum(self.stream(b, rows) for b in self.below(block)))
+
+    def recording(self, block: BlockShape) -> Held:
+        """A stack begins: what the stacks below gave, and what is made of it for the blocks, of all rows."""
+        passed = self.job.passed
+        entering = self.here(self.model.entering * self.job.batch + block.given * passed)
+        return self.chained(block, passed) + Held(self.stream(block, passed)) + entering
 
     def forward(self, block: BlockShape) -> Held:
         job = self.job
-        held = self.weights(block) + Held(self.stream(block, job.passed))
+        held = self.weights(block) + Held(self.stream(block, job.passed)) + self.here(block.given * job.passed)
+        # Behind the last recording what lower stacks gave is held for the way back alone.
+        held += self.chained(block, self.back_rows() if self.is_last(block) else job.passed)
         moments = 4.0 * block.input_squares if job.looks else 0.0
-        states = self.stream(block, job.kept_rows(self.accelerator)) * (1 if job.state_size == 4 else 1.0)
-        running = self.here(moments + self.run(block, job.batch))
+        states = self.stream(block, job.kept_rows(self.accelerator))
+        watched = job.looks and (not self.accelerator or not job.sensitivity)
+        running = self.here(
+            moments + self.temporaries((block.cost.observed if watched else block.cost.live) * job.batch)
+        )
         if not block.maps or (self.accelerator and job.sensitivity):
             running = self.here(self.run(block, job.batch))
             return held + most(running, Held(states))
@@ -103,8 +163,10 @@ class Memory:
         # Four matrices of a net's channels at a time while they are put in order; of each one is kept.
         nets = [8.0 * (4 * n * n + 2 * n * block.width) for n in block.channels]
         largest = max([largest, *nets])
+        # The means of what every map reads are held until the channels have been seen to.
         vectors = 8.0 * block.side_squares + self.roots(block)
-        return self.here(vectors) + most(self.here(largest), Held(vectors))
+        means = 4.0 * block.input_means if self.job.looks else 0.0
+        return self.here(vectors + means) + most(self.here(largest), Held(vectors))
 
     @staticmethod
     def roots(block: BlockShape) -> float:
@@ -127,41 +189,73 @@ class Memory:
         job = self.job
         held = self.weights(block)
         rows = min(ROWS_WITH_GRADIENTS, job.sensitivity)
-        held += Held(self.stream(block, job.sensitivity))
+        # The gradients; what earlier stacks gave, what is made of it for the blocks, and the gradients at that.
+        stream, given = self.stream(block, job.sensitivity), block.given * job.sensitivity
+        held += Held(stream) + self.chained(block, self.back_rows()) + self.here(2 * given)
+        if self.accelerator and job.looks:
+            # Blocks are run again for what their maps read.
+            held += self.here(block.given * job.passed)
         moments = 4.0 * block.input_squares if job.looks and block.maps else 0.0
         gradients = 4.0 * (block.side_squares + block.width**2)
         graph = rows * block.cost.graph + self.run(block, rows)
         held += self.here(moments + gradients)
+        # Gradients are copied for the file once the graphs are gone.
+        saving = Held(stream + given)
         if not block.maps:
-            return held + self.here(graph)
-        again = self.run(block, job.batch) if self.accelerator else 0.0
+            return held + most(self.here(graph), saving)
+        again = block.cost.observed * job.batch if self.accelerator else 0.0
         # The means of the gradients' moments are taken while their sums are there.
-        return held + most(self.here(max(graph, again)), self.here(gradients), self.decomposing(block))
+        return held + most(self.here(max(graph, again)), saving, self.here(gradients) + self.decomposing(block))
 
     def gradients_of_outputs(self) -> Held:
         """Scores of one row, their gradients, and the way back."""
         last = self.model.blocks[-1]
-        return self.here(4.0 * 3 * self.model.outputs) + Held(self.stream(last, self.job.sensitivity))
+        # With the embedding the scores of the positions that count are copied, by a table of which these are.
+        tables = 3.25 if self.model.embedding else 3.0
+        streams = Held(self.stream(last, self.job.sensitivity)) + self.chained(last, self.back_rows())
+        return self.here(4.0 * tables * self.model.outputs) + streams
 
-    def heads(self, rows: float) -> Held:
-        """The scores of one row by two models."""
-        last = self.model.blocks[-1]
-        return self.here(4.0 * 3 * self.model.outputs) + Held(2 * self.stream(last, rows))
+    def embedding(self) -> Held:
+        """The largest band of the embedding, as it is, weighted, and in fp64, beside the vectors of all."""
+        largest = max(4.0 * band.parameters + self.exact(band.out, band.inputs) for band in self.model.embedding)
+        return self.here(largest + 8.0 * sum(band.side**2 for band in self.model.embedding))
+
+    def bands(self) -> Held:
+        """The compressed embedding: the dense one stays beside it for the report."""
+        return self.here(4.0 * sum(band.kept for band in self.model.embedding))
+
+    def heads(self, streams: float) -> Held:
+        """The scores of one row by two models, whose ``streams`` of all rows are held."""
+        return self.here(4.0 * 3 * self.model.outputs) + Held(streams)
+
+    def variants_held(self, block: BlockShape) -> float:
+        """The streams of all variants in the stack of ``block``, the dense model's among them.
+
+        In a stack above another every variant of that one is fed what it gave there.
+        """
+        phases = Phases(self.model, self.job, self.streamed, self.accelerator)
+        rows, before = self.job.rescaling, [sum(phases.variants(b.stack)) for b in self.below(block)]
+        outputs = sum((sum(before[: i + 1]) + 1) * self.stream(b, rows) for i, b in enumerate(self.below(block)))
+        given = (sum(before) + 1) * block.given * rows
+        own = (sum(before) + sum(phases.variants(block.stack)) + 1) * self.stream(block, rows)
+        return outputs + given + own
 
     def measuring(self, block: BlockShape) -> Held:
-        """A stream for every variant, the block, and a copy of it with factors."""
-        runs, kinds = Phases(self.model, self.job, self.streamed, self.accelerator).variants()
-        streams = (runs + kinds + 1) * self.stream(block, self.job.rescaling)
-        factors = 4.0 * block.factors + 8.0 * block.side_squares + self.roots(block)
-        held = self.weights(block) + Held(streams) + self.here(self.run(block, ROWS_WITH_GRADIENTS))
+        """A stream for every variant, the block, and two copies of it with factors: one of them without channels."""
+        copies = 2 if block.channels else 1
+        factors = copies * 4.0 * block.factors + 8.0 * block.side_squares + self.roots(block)
+        factors += 4.0 * block.parameters if block.channels else 0.0
+        held = self.weights(block) + Held(self.variants_held(block)) + self.here(self.run(block, ROWS_WITH_GRADIENTS))
         return held + (self.here(factors) if block.maps else Held())
 
     def compressing(self, block: BlockShape) -> Held:
         job = self.job
-        held = Held(self.stream(block, job.followed)) + self.weights(block)
+        held = Held(self.stream(block, job.followed)) + self.here(block.given * job.followed) + self.weights(block)
         factors = 4.0 * block.factors
         written = float(self.model.written * block.kept)
         finished = self.here(4.0 * block.kept) + Held(2 * written)
+        # The finished block carries on the rows that are followed.
+        finished = most(finished, self.here(4.0 * block.kept + self.run(block, min(job.batch, job.followed))))
         if not block.maps:
             return held + finished
         vectors = 8.0 * block.side_squares + self.roots(block)

@@ -20,6 +20,7 @@ from lillama_core.architecture.blocks import Block
 from lillama_core.data.modality import Inputs
 from lillama_core.estimates.work import Work
 from lillama_core.models.outputs import class_logits, main_output
+from lillama_core.runtime.block_runner import BlockInputs
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.modules import shared_copy
 
@@ -102,6 +103,8 @@ class BlockCost:
     """Bytes that are alive at once on the way without gradients, at the most, the weights left out."""
     leaders: dict[str, str]
     """Name of a map -> that of the first map that reads the same tensor."""
+    observed: float = 0.0
+    """As ``live``, while what the maps read is watched, and held until the next batch."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,10 @@ class StackCost:
     """Numbers in the model's main output for a row."""
     predicts: bool
     """Whether these are scores of classes."""
+    given: float = 0.0
+    """Bytes that the blocks are given of what earlier stacks say, for a row."""
+    entering: float = 0.0
+    """Bytes that are alive at once, for a row, on the way to the first block of all: the layers of sounds or images."""
 
 
 def probe_stacks(
@@ -165,13 +172,18 @@ class PretendSource:
 def _probe(
     model: nn.Module, architecture: Architecture, stacks: Sequence[Sequence[Block]], inputs: Inputs
 ) -> dict[str, StackCost]:
-    source, harnesses, found = PretendSource(model), list[StackHarness](), {}
+    source, harnesses, found = PretendSource(model), list[StackHarness](), dict[str, StackCost]()
+    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    entering = 0.0
     row = {k: torch.empty((1, *v.shape[1:]), dtype=v.dtype) for k, v in inputs.items()}
     for blocks in stacks:
         harness = StackHarness(model, architecture, list(blocks), tuple(harnesses), source)
         harnesses.append(harness)
-        with Counter():
+        with Counter(weights) as counted:
             hidden, calls = harness.record(row)
+        if not harness.earlier:
+            # Later stacks are recorded behind it: earlier blocks are bypassed then, and it is run again.
+            entering = float(counted.live)
         length, width = int(hidden.shape[1:-1].numel()), int(hidden.shape[-1])
         costs = {}
         for i in first_of_each_kind(model, blocks):
@@ -187,10 +199,21 @@ def _probe(
         with torch.no_grad(), Counter() as counter:
             harness.outputs(row, last)
         predicts = class_logits(model, outputs) is not None
+        given = given_from(calls, {cost.length for cost in found.values()} - {length})
         found[blocks[0].stack] = StackCost(
-            length, width, costs, counter.work(), float(main_output(outputs).numel()), predicts
+            length, width, costs, counter.work(), float(main_output(outputs).numel()), predicts, given, entering
         )
     return found
+
+
+def given_from(calls: Sequence[BlockInputs], lengths: Collection[int]) -> float:
+    """Bytes of the tensors among the arguments ``calls`` of blocks that are as long as an earlier stack's row.
+
+    Others, masks and tables of positions, are the same for all rows and held once.
+    """
+    tensors = {id(t): t for t in tree_leaves([(c.args, c.kwargs) for c in calls]) if isinstance(t, torch.Tensor)}
+    long = [t for t in tensors.values() if t.dim() == 3 and t.shape[-2] in lengths and t.is_floating_point()]
+    return float(sum(map(_bytes, long)))
 
 
 def first_of_each_kind(model: nn.Module, blocks: Sequence[Block]) -> list[int]:
@@ -236,13 +259,17 @@ def _probe_block(
             # Which rows experts get is not known here.
             if all(m.group is None for m in target.maps):
                 stack.enter_context(target.observe(module, on_input=note))
+        with torch.no_grad(), Counter(own) as holding:
+            architecture.call_block(module, hidden, call.args, call.kwargs)
+        seen.clear()
+        leaders.clear()
         stack.enter_context(torch.enable_grad())
         forward = stack.enter_context(Counter())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing))
         architecture.call_block(module, hidden.detach().requires_grad_(True), call.args, call.kwargs)
     graph = sum(storage.nbytes() for place, storage in saved.items() if place not in own)
     every = {m.name: leaders.get(m.name, m.name) for m in block.maps}
-    return BlockCost(forward.work(), float(graph), float(watched.live), every)
+    return BlockCost(forward.work(), float(graph), float(watched.live), every, float(holding.live))
 
 
 def by_parameters(block: Block, module: nn.Module, length: int, width: int) -> BlockCost:
@@ -255,4 +282,6 @@ def by_parameters(block: Block, module: nn.Module, length: int, width: int) -> B
     # Of a gated transformer block fp32 numbers of some 14 widths are kept for a backward pass, twice that is moved.
     graph = 4.0 * 14 * width * length
     forward = Work(2.0 * active * length + attention, moved=2 * graph, operations=40.0 + 5 * len(listed))
-    return BlockCost(forward, graph, 4.0 * 4 * width * length, {name: name for name in listed})
+    # A block without its observed tensors holds some 4 widths; what maps read is about as much again.
+    live = 4.0 * 4 * width * length
+    return BlockCost(forward, graph, live, {name: name for name in listed}, 2 * live)

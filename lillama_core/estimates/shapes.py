@@ -58,6 +58,8 @@ class BlockShape:
     """Whether some maps are experts, so that the teacher's routing is noted."""
     channels: tuple[int, ...] = ()
     """Of nets whose channels may be taken out, how many there are."""
+    given: float = 0.0
+    """Bytes that a row's blocks are given of what earlier stacks say."""
 
     @property
     def input_squares(self) -> int:
@@ -73,6 +75,11 @@ class BlockShape:
     def kept(self) -> int:
         """Parameters of the finished block."""
         return self.parameters - sum(m.parameters - m.kept for m in self.maps)
+
+    @property
+    def input_means(self) -> int:
+        """Entries of one second moment of the input for each map."""
+        return sum(m.inputs**2 for m in self.maps)
 
     @property
     def factors(self) -> int:
@@ -104,6 +111,10 @@ class ModelShape:
     predicts: bool
     embedding: tuple[MapShape, ...] = ()
     """The bands of the token embedding, when it is compressed."""
+    row: float = 0.0
+    """Bytes of a row of calibration data as the model is fed it."""
+    entering: float = 0.0
+    """Bytes that are alive at once, for a row, before the first block."""
 
     @property
     def in_blocks(self) -> int:
@@ -230,6 +241,7 @@ def shape_of(
             if kind not in known:
                 known[kind] = stack.blocks.get(i) or by_parameters(block, module, stack.length, stack.width)
             shape = _block_shape(block, module, ranks, format_, stack.length, stack.width, known[kind])
+            shape = replace(shape, given=stack.given)
             if removes_channels:
                 shape = replace(shape, channels=tuple(c.size for c in block.channels))
             same = [j for j, other in enumerate(found) if replace(other, count=1) == shape]
@@ -240,7 +252,9 @@ def shape_of(
     last = costs[stacks[-1][0].stack]
     parameters = sum(p.numel() for p in model.parameters())
     bands = () if embedding is None else tuple(_map_shapes(embedding, ranks, format_, {}))
-    return ModelShape(parameters, stored, written, tuple(found), last.around, last.outputs, last.predicts, bands)
+    row = float(sum(tensor[:1].nbytes for tensor in inputs.values()))
+    outputs = (last.around, last.outputs, last.predicts)
+    return ModelShape(parameters, stored, written, tuple(found), *outputs, bands, row, last.entering)
 
 
 def _block_shape(

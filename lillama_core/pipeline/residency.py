@@ -89,9 +89,8 @@ def choose_streaming(
     Raises UserError for a run that does not fit. A model that no estimate can be made of is held in memory, unless
     ``--stream`` asks otherwise.
     """
-    machine, timed = this_machine_unmeasured(device)
     try:
-        found = Estimates.make(spec, request.recipe, machine, half)
+        found = Estimates.make(spec, request.recipe, this_machine_unmeasured(device)[0], half)
     except UserError:
         raise
     except Exception as error:  # a model whose forward pass asks for numbers that are not there
@@ -100,7 +99,9 @@ def choose_streaming(
                 f"what {request.model!r} needs cannot be told ({one_line(error)}): leave out --max-memory"
             ) from None
         return Residency(request.stream is True, f"what it needs cannot be told ({one_line(error)})", None)
-    chosen = choose_residency(request, found)
+    # Once more: to make the estimate has loaded libraries that count as the process's own.
+    machine, timed = this_machine_unmeasured(device)
+    chosen = choose_residency(request, replace(found, machine=machine))
     if timed or chosen.estimate is None:
         return chosen
     return replace(chosen, estimate=replace(chosen.estimate, seconds={}))

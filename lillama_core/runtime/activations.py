@@ -75,9 +75,10 @@ class ActivationStore:
         """Keep what the last block of ``stack`` gave for every batch, for the stacks that read it."""
         self._outputs[stack] = list(hidden)
 
-    def forget_outputs(self) -> None:
-        """Drop the outputs of all stacks: nothing is recorded any more."""
-        self._outputs.clear()
+    def forget_outputs(self, *stacks: str) -> None:
+        """Drop the outputs of ``stacks``, which nothing that is still to be recorded reads; without, those of all."""
+        for stack in stacks or tuple(self._outputs):
+            self._outputs.pop(stack, None)
 
     def select(self, indices: Sequence[int]) -> ActivationStore:
         """A store of some of the batches, in the same memory."""

@@ -29,7 +29,9 @@ class LinkedInputs:
         """``earlier`` is what the last blocks of all earlier stacks give; empty where the model runs them itself."""
         self._earlier = [hidden.detach().to(recorder.device).requires_grad_(True) for hidden in earlier]
         with recorder.runner([]).autocast():
-            self._hidden, calls = harness.record(recorder.on_device(inputs), self._earlier, with_graph=True)
+            hidden, calls = harness.record(recorder.on_device(inputs), self._earlier, with_graph=True)
+        # Where nothing of an earlier stack enters the first block there is no way back from it.
+        self._hidden = hidden if hidden.requires_grad else None
         self._tied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.calls = [BlockInputs(self._cut(call.args), self._cut(call.kwargs)) for call in calls]
         """The other arguments of every block, cut off from the graph."""
@@ -55,7 +57,7 @@ class LinkedInputs:
     def pull(self, gradient: torch.Tensor) -> list[torch.Tensor]:
         """The gradients at the outputs of the earlier stacks; ``gradient`` is that at the entry of the first block."""
         ends = [(tied, leaf.grad) for tied, leaf in self._tied.values() if leaf.grad is not None]
-        if self._hidden.requires_grad:
+        if self._hidden is not None:
             ends.append((self._hidden, gradient.to(self._hidden.device)))
         if ends:
             torch.autograd.backward([tensor for tensor, _ in ends], [given for _, given in ends])

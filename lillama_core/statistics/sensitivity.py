@@ -29,6 +29,7 @@ from lillama_core.statistics.observers import GradientObserver
 from lillama_core.system import seeds
 from lillama_core.system.devices import exact_device
 from lillama_core.system.files import read_tensors, write_tensors
+from lillama_core.system.memory import release_memory
 from lillama_core.system.names import safe_file_stem
 from lillama_core.system.processes import ALONE, World
 
@@ -201,6 +202,8 @@ class SensitivityPass:
             assert hidden.grad is not None
             stream[i] = hidden.grad
         self._save(block.stack, block.index)
+        # The maps are taken apart next, and find no use for what the graphs leave behind.
+        release_memory()
         return observer
 
     def forget(self, block: Block) -> None:
@@ -220,6 +223,8 @@ class SensitivityPass:
                 given if known is None else [a + b for a, b in zip(known, given, strict=True)]
             )
         del self._gradients[harness.stack]
+        # With them the graphs go, before what the stack below is given is recorded.
+        self._links = []
         if earlier:
             below = earlier[-1]
             self.enter(below)

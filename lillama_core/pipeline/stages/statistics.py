@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -56,6 +57,8 @@ class StatisticsStage(Stage):
             rows = context.get(CalibrationRows).data.part(0, split.fitted_rows)
             if world.is_main:
                 embedding.decompose(spec.embedding, dense.model, rows, context.initializer, store)
+                # Bands of the table are the largest maps of all.
+                release_memory()
             world.barrier()
         blocks = [block for blocks in spec.blocks.values() for block in blocks]
         context.record.rows_seen = report_undersampled_experts(blocks, store, context.progress)
@@ -107,16 +110,28 @@ class StatisticsStage(Stage):
         )
         first = next(i for i, harness in enumerate(chain) if harness.stack in dense.chosen)
         recorded: dict[str, StackActivations] = {}
+        way_back: WayBack | None = None
         with context.record.timed("forward"):
             for position, harness in enumerate(chain):
                 found = recorded[harness.stack] = activations.record(harness)
+                if position == len(chain) - 1:
+                    if goes_back:
+                        way_back = WayBack.of(context, activations, dense_pass, rows)
+                    # What the stacks below gave is in the recordings; of a few rows the way back needs it again.
+                    activations.forget_outputs()
+                release_memory()
                 dense_pass.forward(harness, found, with_states=position >= first)
                 if position < len(chain) - 1:
                     activations.keep_output(harness.stack, found.hidden)
                 found.hidden = []
-        if goes_back:
+                if keeps_moments or not goes_back:
+                    # No block is run again, but on one batch to see how it ends.
+                    del found.runner.calls[1:]
+                # The way back drops what it has passed.
+                del found
+        if way_back is not None:
             with context.record.timed("backward"):
-                self._go_back(context, chain[first:], dense_pass, activations, recorded, rows, embedding)
+                self._go_back(context, chain[first:], dense_pass, recorded, way_back, embedding)
         release_memory()
 
     @staticmethod
@@ -124,19 +139,22 @@ class StatisticsStage(Stage):
         context: Context,
         stacks: Sequence[StackHarness],
         dense_pass: DensePass,
-        activations: ActivationStore,
         recorded: dict[str, StackActivations],
-        rows: int,
+        way_back: WayBack,
         embedding: EmbeddingObserver | None,
     ) -> None:
-        fitted = activations.select(range(dense_pass.fitted))
-        world, seed = context.world, context.recipe.seed
-        own_rows = world.numbers(rows)
-        small, taken = fitted.first_rows(len(own_rows), ROWS_PER_BATCH, context.device)
-        pieces = [Piece(dense_pass.numbers[i], part, len(fitted.batches[i])) for i, part in taken]
+        world, seed, small = context.world, context.recipe.seed, way_back.activations
         folder = world.own(context.directory.gradients)
         sensitivity = SensitivityPass(
-            stacks, context.recorder, small, pieces, own_rows, dense_pass.states, folder, seed, world
+            stacks,
+            context.recorder,
+            small,
+            way_back.pieces,
+            way_back.row_numbers,
+            dense_pass.states,
+            folder,
+            seed,
+            world,
         )
         model, kept = context.get(DenseModel).model, folder / "embedding.safetensors"
         left = sensitivity.resume(lambda block: not block.targets or block.name in dense_pass.done)
@@ -164,8 +182,12 @@ class StatisticsStage(Stage):
                 sensitivity.add_entry(harness, embedding.entry)
                 embedding.entered.add(harness.stack)
                 embedding.write(kept)
+            # Its blocks have been passed: what they were given goes before another stack begins.
+            del recorded[harness.stack]
             if i > 0:
                 sensitivity.leave(harness)
+                small.forget_outputs(stacks[i - 1].stack)
+                release_memory()
                 reached = len(stacks[i - 1].blocks)
 
     @staticmethod
@@ -192,6 +214,25 @@ class StatisticsStage(Stage):
         size = 4 * sum(m.map.in_features**2 for m in context.spec.maps)
         free = shutil.disk_usage(context.directory.path).free
         return context.device.type == "cpu" and size <= MOMENTS_OF_DISK * free
+
+
+@dataclass(frozen=True)
+class WayBack:
+    """The rows that gradients are taken of, in small batches, and what stacks gave for them."""
+
+    activations: ActivationStore
+    pieces: Sequence[Piece]
+    row_numbers: Sequence[int]
+    """Of all these rows among those of all processes."""
+
+    @classmethod
+    def of(cls, context: Context, activations: ActivationStore, dense_pass: DensePass, rows: int) -> WayBack:
+        """The first ``rows`` of those that are fitted to; ``activations`` are of all batches."""
+        fitted = activations.select(range(dense_pass.fitted))
+        own_rows = context.world.numbers(rows)
+        small, taken = fitted.first_rows(len(own_rows), ROWS_PER_BATCH, context.device)
+        pieces = [Piece(dense_pass.numbers[i], part, len(fitted.batches[i])) for i, part in taken]
+        return cls(small, pieces, own_rows)
 
 
 def names_of(context: Context, chain: Sequence[StackHarness], has: Callable[[Block], bool]) -> frozenset[str]:
