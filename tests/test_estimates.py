@@ -320,8 +320,11 @@ def test_a_full_disk_is_refused_before_loading(
     found = estimates(tiny_model)
     usage = dataclasses.make_dataclass("Usage", ["free"])(free=1000)
     monkeypatch.setattr("lillama_core.pipeline.residency.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"^the run needs .* of disk, and 1 kB are free at .*--output on another disk"):
+    with pytest.raises(
+        UserError, match=r"^the run needs .* of disk, and 1 kB are free at .*--output on another disk"
+    ) as e:
         choose_residency(request(tiny_model, tmp_path / "deep" / "o"), found)
+    assert "; with --no-remove-channels" in str(e.value)
 
 
 def test_the_command_line_refuses_and_leaves_nothing(run_cli: Any, tiny_model: Path, tmp_path: Path) -> None:

@@ -159,19 +159,24 @@ class Memory:
 
     def decomposing(self, block: BlockShape) -> Held:
         """Vectors of all maps, and the fp64 matrices of the one that needs most; then their copies for the file."""
-        largest = max(self.exact(m.out, m.inputs) for m in block.maps)
-        # Four matrices of a net's channels at a time while they are put in order; of each one is kept.
+        largest = max(self.exact(m.out, m.inputs) + 4.0 * m.inputs**2 for m in block.maps)
+        # Four matrices of a net's channels while they are put in order, net by net; then one and its copy.
         nets = [8.0 * (4 * n * n + 2 * n * block.width) for n in block.channels]
         largest = max([largest, *nets])
-        # The means of what every map reads are held until the channels have been seen to.
-        vectors = 8.0 * block.side_squares + self.roots(block)
-        means = 4.0 * block.input_means if self.job.looks else 0.0
-        return self.here(vectors + means) + most(self.here(largest), Held(vectors))
+        vectors = 8.0 * block.side_squares
+        apart = self.here(vectors) + most(self.here(largest), Held(vectors))
+        return most(self.trying(block), apart) if block.channels else apart
+
+    def trying(self, block: BlockShape) -> Held:
+        """A copy of a block without some channels; experts are copied whole, since they are one tensor."""
+        experts = sum(m.parameters for m in block.maps if m.fraction < 1)
+        nets = sum(n * block.width for n in block.channels)
+        return self.here(4.0 * max(experts, nets) + self.run(block, self.job.batch))
 
     @staticmethod
-    def roots(block: BlockShape) -> float:
-        """Bytes of what refits the maps behind channels."""
-        return 4.0 * sum(n * n for n in block.channels)
+    def root(block: BlockShape) -> float:
+        """Bytes of what refits the map behind channels, of the largest net."""
+        return 4.0 * max([n * n for n in block.channels], default=0)
 
     @staticmethod
     def triangles(block: BlockShape) -> float:
@@ -243,7 +248,7 @@ class Memory:
     def measuring(self, block: BlockShape) -> Held:
         """A stream for every variant, the block, and two copies of it with factors: one of them without channels."""
         copies = 2 if block.channels else 1
-        factors = copies * 4.0 * block.factors + 8.0 * block.side_squares + self.roots(block)
+        factors = copies * 4.0 * block.factors + 8.0 * block.side_squares + self.root(block)
         factors += 4.0 * block.parameters if block.channels else 0.0
         held = self.weights(block) + Held(self.variants_held(block)) + self.here(self.run(block, ROWS_WITH_GRADIENTS))
         return held + (self.here(factors) if block.maps else Held())
@@ -258,7 +263,7 @@ class Memory:
         finished = most(finished, self.here(4.0 * block.kept + self.run(block, min(job.batch, job.followed))))
         if not block.maps:
             return held + finished
-        vectors = 8.0 * block.side_squares + self.roots(block)
+        vectors = 8.0 * block.side_squares + self.root(block)
         # Dense weights go as factors come.
         factoring = self.here(factors + vectors)
         metric = self.here(4.0 * 3 * block.width**2 if job.weighs else 0.0)

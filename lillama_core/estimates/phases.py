@@ -191,7 +191,7 @@ class Phases:
         shapes = [b for b in self.model.blocks if b.stack == stack and b.maps]
         widest = max(shapes, key=lambda b: len(b.maps))
         experts = {(m.out, m.inputs) for m in widest.maps if m.fraction < 1}
-        return sum(m.fraction == 1 for m in widest.maps) + len(experts) + len(widest.channels)
+        return sum(m.fraction == 1 for m in widest.maps) + len(experts) + widest.kinds_of_nets
 
     def measure(self) -> Work:
         """The loss calibration: runs of blocks join halfway on average, kinds of maps at the first block."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.data.modality import Inputs
 from lillama_core.estimates.probe import BlockCost, by_parameters, kind_of_block, probe_stacks
 from lillama_core.estimates.work import Work
@@ -58,6 +59,8 @@ class BlockShape:
     """Whether some maps are experts, so that the teacher's routing is noted."""
     channels: tuple[int, ...] = ()
     """Of nets whose channels may be taken out, how many there are."""
+    kinds_of_nets: int = 0
+    """Nets of experts count once."""
     given: float = 0.0
     """Bytes that a row's blocks are given of what earlier stacks say."""
 
@@ -75,11 +78,6 @@ class BlockShape:
     def kept(self) -> int:
         """Parameters of the finished block."""
         return self.parameters - sum(m.parameters - m.kept for m in self.maps)
-
-    @property
-    def input_means(self) -> int:
-        """Entries of one second moment of the input for each map."""
-        return sum(m.inputs**2 for m in self.maps)
 
     @property
     def factors(self) -> int:
@@ -243,7 +241,8 @@ def shape_of(
             shape = _block_shape(block, module, ranks, format_, stack.length, stack.width, known[kind])
             shape = replace(shape, given=stack.given)
             if removes_channels:
-                shape = replace(shape, channels=tuple(c.size for c in block.channels))
+                kinds = {kind_of(c.name) for c in block.channels}
+                shape = replace(shape, channels=tuple(c.size for c in block.channels), kinds_of_nets=len(kinds))
             same = [j for j, other in enumerate(found) if replace(other, count=1) == shape]
             if same:
                 found[same[0]] = replace(found[same[0]], count=found[same[0]].count + 1)

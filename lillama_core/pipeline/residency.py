@@ -137,7 +137,7 @@ def choose_residency(request: Request, found: Estimates, look_at_disk: bool = Tr
             " --calibration"
         )
     if look_at_disk and chosen.estimate is not None:
-        check_disk(request, chosen.estimate)
+        check_disk(request, found, chosen)
     return chosen
 
 
@@ -198,8 +198,10 @@ def _with(job: Job, batch: int, fit: int, choose: int, report: int) -> Job:
     )
 
 
-def check_disk(request: Request, found: Estimate) -> None:
-    """Raise UserError where the disk of the output has less room than the run needs."""
+def check_disk(request: Request, found: Estimates, chosen: Residency) -> None:
+    """Raise UserError where the disk of the output has less room than the run needs, and say what would need less."""
+    assert chosen.estimate is not None
+    needed = chosen.estimate.disk
     folder = Path(request.output).absolute()
     left = 0
     partial = folder.with_name(folder.name + ".partial")
@@ -209,10 +211,13 @@ def check_disk(request: Request, found: Estimate) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free + left
-    if found.disk > free:
+    if needed > free:
+        whole = replace(found.model, blocks=tuple(replace(block, channels=()) for block in found.model.blocks))
+        without = replace(found, model=whole).of(chosen.streamed).disk
+        channels = f"; with --no-remove-channels {show_size(without)} do" if without < needed else ""
         raise UserError(
-            f"the run needs {show_size(found.disk)} of disk, and {show_size(free)} are free at {str(folder)!r}: name an"
-            " --output on another disk, or pass fewer --tokens"
+            f"the run needs {show_size(needed)} of disk, and {show_size(free)} are free at {str(folder)!r}: name an"
+            f" --output on another disk, or pass fewer --tokens{channels}"
         )
 
 
