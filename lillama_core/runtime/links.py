@@ -31,7 +31,9 @@ class LinkedInputs:
         with recorder.runner([]).autocast():
             self._hidden, calls = harness.record(recorder.on_device(inputs), self._earlier, with_graph=True)
         self._tied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.calls = [BlockInputs(self._cut(call.args), self._cut(call.kwargs)) for call in calls]
+        self.calls = [
+            BlockInputs(*(self._cut(part) for part in (call.args, call.kwargs, call.added))) for call in calls
+        ]
         """The other arguments of every block, cut off from the graph."""
 
     @property
