@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,11 +54,12 @@ def _computes_the_same(kind: type[nn.Linear]) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if type(module) is nn.Linear:
+    kind: Any = type(module)
+    if kind is nn.Linear:
         return True
     # A subclass may compute something else from its weight, or hold something else.
     held = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    return isinstance(module, nn.Linear) and held <= {"weight", "bias"} and _computes_the_same(type(module))
+    return isinstance(module, nn.Linear) and held <= {"weight", "bias"} and _computes_the_same(kind)
 
 
 class LinearTarget(TargetModule):

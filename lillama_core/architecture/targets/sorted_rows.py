@@ -69,7 +69,11 @@ class SortedTarget(TargetModule):
     def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
         module: Any = block.get_submodule(self.name)
         number = self._number(map_)
-        weight: torch.Tensor = module.maps[number].weight if isinstance(module, SortedMaps) else module.weight[number]
+        if isinstance(module, SortedMaps):
+            layer: Any = module.maps[number]
+            weight: torch.Tensor = layer.weight
+        else:
+            weight = module.weight[number]
         return weight
 
     def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
