@@ -17,6 +17,7 @@ def lillama_targets() -> dict[str, str]:
         "shared-experts": f"{CORE}.architecture.targets.experts:SharedExpertsTarget",
         "convolution": f"{CORE}.architecture.targets.convolution:ConvolutionTarget",
         "grouped": f"{CORE}.architecture.targets.grouped:GroupedTarget",
+        "sorted": f"{CORE}.architecture.targets.sorted_rows:SortedTarget",
         "embedding": f"{CORE}.architecture.targets.embedding:EmbeddingTarget",
         "banded-embedding": f"{CORE}.architecture.targets.embedding:BandedEmbeddingTarget",
     }

@@ -18,9 +18,10 @@ import lillama_core
 from lillama_core.data.modality import modality_of
 from lillama_core.data.workload import Meter, Workload, WorkloadOptions
 from lillama_core.errors import UserError
+from lillama_core.evaluation.turns import Clock
 from lillama_core.formats import Factored
 from lillama_core.speed.comparison import WARM_UP, Timed, Work, compare_speed
-from lillama_core.speed.meters import Arithmetic, Clock, TensorMemory
+from lillama_core.speed.meters import Arithmetic, TensorMemory
 from lillama_registry import registry
 from lillama_testing.tiny import make_tiny_model
 

@@ -71,13 +71,14 @@ def test_each_type_of_the_table_is_claimed_once(model_type: str) -> None:
     assert dict(architecture.stacks) == {"decoder": WORKS[model_type]}
 
 
-# One with experts and a latent attention, one with two kinds of blocks.
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next"])
+# One with experts and a latent attention, one with two kinds of blocks, one with experts whose rows come sorted,
+# one whose linear layers are a class of its own.
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_next", "jetmoe", "falcon"])
 def test_what_works_works(model_type: str) -> None:
     assert try_type(known(model_type)) == WORKS[model_type]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "bart", "gemma3", "jetmoe", "hrm_text", "rwkv", "falcon"])
+@pytest.mark.parametrize("model_type", ["bert", "bart", "gemma3", "reformer", "hrm_text", "rwkv", "zamba"])
 def test_what_is_refused_is_refused_for_the_reason_given(model_type: str) -> None:
     with pytest.raises(Refused) as refused:
         try_type(known(model_type))

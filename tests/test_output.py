@@ -485,16 +485,21 @@ def test_report_shows_what_was_predicted_and_what_both_models_answer(result: Pat
         "windows": 3,
         "sequence_length": 8,
         "dense": [measured(2.0, "higher") | {"name": "speed/decoding"}, measured(1.0, "lower")],
-        "compressed": [measured(3.0, "higher") | {"name": "speed/decoding"}, measured(1.5, "lower")],
+        "compressed": [
+            measured(3.0, "higher") | {"name": "speed/decoding"},
+            measured(1.5, "lower"),
+            measured(1.6, "higher") | {"name": "speed_up/decoding", "interval": [1.4, 1.7], "unit": ""},
+        ],
+        "left_out": [HOSTILE],
         "answers": [{"prompt": HOSTILE, "dense": "first\nsecond", "compressed": HOSTILE}],
     }
     text, page = report_of(result, record)
     assert "<script" not in text
-    assert "1.50 times (2 → 3 tokens/s)" in page.text
+    assert "1.60 times (1.40 to 1.70; 2 → 3 tokens/s)" in page.text
     assert "first\nsecond" in page.text
     assert "this result, measured" in page.text
-    # Prompt and answer; the metric that is no speed, and what both mean.
-    assert page.text.count("alert(1)") == 2 + 3
+    # Prompt and answer; the metric that is no speed, and what all three mean; what was left out.
+    assert page.text.count("alert(1)") == 2 + 4 + 1
     plain = report_of(result, make_record())[1]
     assert page.elements.count("svg") == plain.elements.count("svg") + 2
 

@@ -120,7 +120,17 @@ class PatchesInOneRow(Architecture):
     packed: Mapping[str, int] = {"pixel_values": 2, "image_grid_thw": 2}
 
 
-KINDS = (SideBySide, VisionLanguage, Captions, PatchesInOneRow)
+class DeepStack(Architecture):
+    """A language model to which what inner blocks of a vision tower say is added between its first blocks."""
+
+    model_types = ("qwen3_vl",)
+    auto_class = "AutoModelForImageTextToText"
+    modality = Patches()
+    stacks: Mapping[str, str] = {"text": "model.language_model.layers"}
+    packed: Mapping[str, int] = {"pixel_values": 2, "image_grid_thw": 2}
+
+
+KINDS = (SideBySide, VisionLanguage, Captions, PatchesInOneRow, DeepStack)
 PLUGINS = {t: kind for kind in KINDS for t in kind.model_types}
 
 
@@ -156,7 +166,11 @@ def patches(model_type: str) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
     text = {**TEXT, **WORDS, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": rope}
     ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 4, "vision_start_token_id": 2, "vision_end_token_id": 3}
-    vision = {**(first if model_type == "qwen2_vl" else second), **shared}
+    third = {"hidden_size": 24, "out_hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 48,
+             "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+    vision = {**{"qwen2_vl": first, "qwen2_5_vl": second, "qwen3_vl": third}[model_type], **shared}
+    if model_type == "qwen3_vl":
+        text |= {"head_dim": 8, "num_hidden_layers": 4}
     return AutoConfig.for_model(model_type, vision_config=vision, text_config=text, **ids)
 
 
@@ -167,6 +181,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "vision-encoder-decoder": captions,
     "qwen2_vl": patches,
     "qwen2_5_vl": patches,
+    "qwen3_vl": patches,
 }
 
 
@@ -213,7 +228,9 @@ def outputs(model: Any, inputs: Inputs) -> torch.Tensor:
         return main_output(model.eval()(**inputs))
 
 
-@pytest.mark.parametrize("model_type", ["clip", "llava", "vision-encoder-decoder", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(
+    "model_type", ["clip", "llava", "vision-encoder-decoder", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+)
 def test_compress_load_save_again(model_type: str, tiny: Callable[[str], TinyModel], tmp_path: Path) -> None:
     specimen, out = tiny(model_type), tmp_path / "out"
     modality = specimen.architecture.modality
@@ -237,6 +254,43 @@ def test_compress_load_save_again(model_type: str, tiny: Callable[[str], TinyMod
     for name in (modality.tokens, "pixel_values"):
         value = others[name]
         assert not torch.allclose(outputs(found, {**inputs, name: value}), outputs(found, inputs))
+
+
+def test_what_is_added_between_blocks_is_recorded(tiny: Callable[[str], TinyModel]) -> None:
+    specimen, modality = tiny("qwen3_vl"), Patches()
+    model = specimen.load()
+    inputs = packed_inputs(modality.rows(2, 1), DeepStack.packed)
+    (blocks,) = find_blocks(specimen.architecture, model).values()
+    harness = StackHarness(model, specimen.architecture, blocks)
+    _, calls = harness.record(inputs)
+    assert harness.adds_between
+    # Two inner blocks of the tower are read: behind the first two of the four blocks, where pictures stand.
+    with torch.no_grad():
+        seen = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).deepstack_features
+    pictures = inputs["input_ids"] == IMAGE_TOKEN
+    for call, of_block in zip(calls[:2], seen, strict=True):
+        assert call.added is not None
+        expected = torch.cat(tuple(of_block)) if isinstance(of_block, tuple | list) else of_block
+        assert torch.allclose(call.added[pictures], expected, atol=1e-5)
+        assert not call.added[~pictures].any()
+    assert [call.added for call in calls[2:]] == [None, None]
+    _, words = StackHarness(model, specimen.architecture, blocks).record({"input_ids": inputs["input_ids"][:, :4]})
+    assert all(call.added is None for call in words)
+
+
+def test_a_tower_that_is_read_at_several_places_is_refused(tiny: Callable[[str], TinyModel], tmp_path: Path) -> None:
+    class Both(DeepStack):
+        stacks: Mapping[str, str] = {"vision": "model.visual.blocks", **DeepStack.stacks}
+
+    recipe = Recipe(reduction=0.1, samples=16, batch_size=4, steps=0, sensitivity_tokens=64, compute="float32")
+    first, second = (given_data([Patches().rows(8, seed) for seed in (1, 2)]) for _ in range(2))
+    folder = str(tiny("qwen3_vl").folder)
+    with pytest.raises(UserError, match="between its blocks, and not what the last block of 'vision' gives"):
+        compress(Request(folder, tmp_path / "both", recipe, Both(), data=first), "quiet")
+    chosen = Recipe.model_validate({**recipe.to_dict(), "stacks": ["text"]})
+    compress(Request(folder, tmp_path / "text", chosen, Both(), data=second), "quiet")
+    smaller = json.loads((tmp_path / "text" / "config.json").read_text())["quantization_config"]["sites"]
+    assert all(name.startswith("model.language_model.") for name in smaller)
 
 
 def test_what_is_packed_is_taken_as_data_and_as_the_model_has_it() -> None:

@@ -132,8 +132,9 @@ class Architecture:
         from lillama_core.architecture.targets.convolution import convolution_targets
         from lillama_core.architecture.targets.experts import find_targets
         from lillama_core.architecture.targets.grouped import grouped_targets
+        from lillama_core.architecture.targets.sorted_rows import sorted_targets
 
-        finders = (find_targets, convolution_targets, grouped_targets)
+        finders = (find_targets, sorted_targets, convolution_targets, grouped_targets)
         patterns = (self.maps, (*self.exclude, *self.optional), choice)
         return [target for find in finders for target in find(block, *patterns)]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from lillama_core.errors import UserError, nearest
 from lillama_core.strategies import make
@@ -34,7 +34,7 @@ class Measurement:
     """One sentence for a reader who meets the number for the first time."""
     standard_error: float | None = None
     interval: tuple[float, float] | None = None
-    """Within which 95 % of resamples lie; shown instead of the standard error."""
+    """Shown instead of the standard error; ``meaning`` says what lies in it: 95 % of resamples, half of the rounds."""
     data: str | None = None
     """SHA-256 of what was measured on, where the metric tells: the same of models that saw the same."""
 
@@ -64,11 +64,14 @@ class Subject:
     """Or processor: what the architecture's modality loads."""
     device: torch.device = field(default_factory=_cpu)
     baseline: Subject | None = None
-    """The model that this one is compared with. Its weights are gone; what its metrics noted is there."""
+    """The model that this one is compared with. Its weights are gone but while both are measured in turns; what its
+    metrics noted is there."""
     streamed: bool = False
     """Whether each run of the model reads its blocks from disk: few large batches then, and nothing token by token."""
     answers: list[Answer] = field(default_factory=list)
     """Where a metric that has such puts them."""
+    left_out: list[str] = field(default_factory=list)
+    """A line for each metric that could not measure this model, which says why."""
     world: World = ALONE
     """The processes that measure the model together, each with a copy of it."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -108,6 +111,17 @@ class Metric(Protocol):
 
     def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
         """Measurements of ``subject``; raises UserError when ``options`` cannot be met."""
+        ...
+
+
+@runtime_checkable
+class MetricInTurns(Metric, Protocol):
+    """A metric that does not measure two models one after the other, but in turns, so that the clock is fair."""
+
+    def measure_in_turns(
+        self, subject: Subject, options: EvaluationOptions, report: Report
+    ) -> tuple[list[Measurement], list[Measurement]]:
+        """Measurements of ``subject`` and of ``subject.baseline``, whose models are both in memory."""
         ...
 
 
@@ -167,6 +181,11 @@ class Evaluation:
         return any(getattr(metric, "by_block", False) for metric in self.metrics)
 
     @property
+    def in_turns(self) -> frozenset[str]:
+        """Names of the metrics that measure two models in turns."""
+        return frozenset(metric.name for metric in self.metrics if isinstance(metric, MetricInTurns))
+
+    @property
     def gives_answers(self) -> bool:
         """Whether a metric keeps what the model answers, as many as ``options.answers`` says: one may say so."""
         return any(getattr(metric, "gives_answers", False) for metric in self.metrics)
@@ -185,9 +204,13 @@ class Evaluation:
         return notes
 
     def run(
-        self, subject: Subject, options: EvaluationOptions, report: Report = lambda line: None
+        self,
+        subject: Subject,
+        options: EvaluationOptions,
+        report: Report = lambda line: None,
+        later: frozenset[str] = frozenset(),
     ) -> list[Measurement]:
-        """All metrics of ``subject`` in the order in which they were declared.
+        """All metrics of ``subject`` in the order in which they were declared, but for those named in ``later``.
 
         Of a model that is read block by block those alone that have an attribute ``by_block`` which is true: they run
         it forward a few times, and neither look into blocks nor at the clock. Raises UserError where there is none.
@@ -200,7 +223,8 @@ class Evaluation:
         measured = [m for m in wanted if not subject.streamed or getattr(m, "by_block", False)]
         for metric in wanted:
             if metric not in measured:
-                say(f"{metric.name}: left out, it needs the whole model in memory")
+                subject.left_out.append(f"{metric.name}: left out, it needs the whole model in memory")
+                say(subject.left_out[-1])
         if not measured:
             raise UserError(
                 f"{subject.name} can be measured only where it fits in memory: none of its metrics reads it block by"
@@ -208,9 +232,22 @@ class Evaluation:
             )
         found = []
         for metric in measured:
-            if main or getattr(metric, "shared", False):
+            if metric.name not in later and (main or getattr(metric, "shared", False)):
                 found += metric.measure(subject, options, say)
         return found
+
+    def run_in_turns(
+        self, subject: Subject, options: EvaluationOptions, names: frozenset[str], report: Report = lambda line: None
+    ) -> tuple[list[Measurement], list[Measurement]]:
+        """Those of the metrics of ``names`` that are asked for, of ``subject`` and of its baseline, both in memory."""
+        own, other = list[Measurement](), list[Measurement]()
+        for metric in self._wanted(options):
+            if metric.name in names:
+                assert isinstance(metric, MetricInTurns)
+                found = metric.measure_in_turns(subject, options, report)
+                own += found[0]
+                other += found[1]
+        return own, other
 
 
 language_model_evaluation = Evaluation("perplexity", "accuracy", "speed", "footprint", "answers")

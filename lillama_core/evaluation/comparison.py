@@ -17,6 +17,8 @@ class Evaluated:
     model: str
     measurements: list[Measurement]
     answers: list[Answer] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """A line for each metric that could not measure it."""
 
 
 def by_model(found: list[Evaluated]) -> dict[str, list[dict[str, Any]]]:

@@ -17,7 +17,7 @@ import yaml
 
 from lillama_core.data.modality import modality_of
 from lillama_core.errors import one_line
-from lillama_core.output.evaluation_rows import evaluation_rows
+from lillama_core.output.evaluation_rows import evaluation_rows, left_out_rows
 from lillama_core.output.front_matter import front_matter
 from lillama_core.output.healing_rows import healing_rows
 from lillama_core.output.numbers import code, count, duration, number, percent, signed_percent, size
@@ -66,6 +66,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
             evaluation=[(code(name), *rest) for name, *rest in evaluation_rows(record)],
+            left_out=[code(line) for line in left_out_rows(record)],
             fidelity_tokens=(record.fidelity or {}).get("tokens"),
             parts=part_rows(record),
             healing=[(code(teacher), *told) for teacher, *told in healing_rows(record.healing, record.fidelity)],

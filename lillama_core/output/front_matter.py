@@ -26,7 +26,7 @@ TASKS = {
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
-OF_THE_MACHINE = ("speed", "footprint")
+OF_THE_MACHINE = ("speed", "speed_up", "footprint")
 """First parts of the names of measurements that say more of a machine than of a model."""
 
 HELD_OUT = "calibration rows that nothing was fitted to or chosen by"

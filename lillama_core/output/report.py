@@ -17,7 +17,7 @@ from lillama_core.output.card import (
     source_rows,
     stages,
 )
-from lillama_core.output.evaluation_rows import evaluated_of, evaluation_rows
+from lillama_core.output.evaluation_rows import evaluation_rows, left_out_rows, speed_rows
 from lillama_core.output.numbers import count, number, percent, size
 from lillama_core.output.plots import drawing, svg
 from lillama_core.output.public import public_name
@@ -56,6 +56,7 @@ def write_report(result: Path, record: RunRecord) -> None:
             loss_plot=loss_plot,
             speed_plot=speed_plot,
             evaluation=evaluation_rows(record),
+            left_out=left_out_rows(record),
             answers=(record.evaluation or {}).get("answers", []),
             sizes=size_rows(record),
             fidelity=fidelity_rows(record),
@@ -103,19 +104,3 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         memory = f"peak memory {cost['peak memory']}" if "peak memory" in cost else f"on {record.device}"
         rows.append(("time", cost["time"], memory))
     return rows
-
-
-def speed_rows(record: RunRecord) -> list[tuple[str, float, str]]:
-    """Label, times as fast as the dense model, and a note: of what was planned for, and of what was evaluated."""
-    found = []
-    planned = record.plan.get("speed")
-    if planned:
-        found.append((f"planned for: {planned['work']}", float(planned["measured"]), ""))
-    if record.evaluation is not None:
-        dense, compressed = (e.measurements for e in evaluated_of(record.evaluation))
-        for before in dense:
-            after = next((m for m in compressed if m.name == before.name), None)
-            if before.name.startswith("speed/") and after is not None and before.value > 0 and after.value > 0:
-                times = after.value / before.value if before.better == "higher" else before.value / after.value
-                found.append((before.name, times, f" ({number(before.value)} → {number(after.value)} {before.unit})"))
-    return found

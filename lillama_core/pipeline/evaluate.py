@@ -12,13 +12,13 @@ from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, one_line
-from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Subject
+from lillama_core.evaluation.base import Evaluation, EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.comparison import Evaluated, by_model
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import DTYPES, load_config
-from lillama_core.models.source import locate
+from lillama_core.models.source import ModelSource, locate
 from lillama_core.pipeline.alike import check_alike
-from lillama_core.pipeline.opening import open_model
+from lillama_core.pipeline.opening import lacks_room, open_model
 from lillama_core.strategies.validation import LARGEST, shown
 from lillama_core.system.devices import choose_device
 from lillama_core.system.files import write_json
@@ -133,32 +133,52 @@ def compare_in(world: World, request: EvaluationRequest) -> list[Evaluated]:
         return _compare(request, world)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that is known to be one that can be measured."""
+
+    spec: str
+    source: ModelSource
+    config: Any
+    architecture: Architecture
+    evaluation: Evaluation
+    processor: Any
+
+
+def _prepared(spec: str, request: EvaluationRequest) -> _Prepared:
+    source = locate(spec, request.trust_remote_code)
+    config = load_config(source, allow_compressed=True)
+    architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    processor = modality_of(architecture).load_processor(source, request.tokenizer)
+    evaluation = check_measurable(architecture, processor, request.options, request.metrics)
+    return _Prepared(spec, source, config, architecture, evaluation, processor)
+
+
 def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
     _check(request)
     device = world.device(choose_device(request.device))
     options = request.options
-    prepared = []
-    for spec in request.models:
-        source = locate(spec, request.trust_remote_code)
-        config = load_config(source, allow_compressed=True)
-        architecture = find_architecture(config, request.architecture, request.trust_remote_code)
-        processor = modality_of(architecture).load_processor(source, request.tokenizer)
-        evaluation = check_measurable(architecture, processor, options, request.metrics)
-        prepared.append((spec, source, config, architecture, evaluation, processor))
-    found = []
+    prepared = [_prepared(spec, request) for spec in request.models]
+    found: list[Evaluated] = []
     recalled = request.baseline_details
-    baseline = None if recalled is None else _recalled(recalled, prepared[0][3], device)
+    baseline = None if recalled is None else _recalled(recalled, prepared[0].architecture, device)
+    turns = frozenset[str]()
+    if baseline is None and len(prepared) > 1:
+        turns = frozenset.intersection(*(model.evaluation.in_turns for model in prepared))
     with Progress("quiet" if request.quiet or not world.is_main else "normal") as progress:
         progress.release()
-        for number, (spec, source, config, architecture, evaluation, processor) in enumerate(prepared, start=1):
-            opened = open_model(source, config, architecture, _dtype(request, device), device, request.stream)
+        for number, model in enumerate(prepared, start=1):
+            opened = open_model(
+                model.source, model.config, model.architecture, _dtype(request, device), device, request.stream
+            )
             # Not before: what cannot be loaded ends in the one line that says so.
             how = "" if opened.streamed is None else f", block by block from disk: {opened.streamed}"
-            progress.line(f"Measuring {spec}{how}")
+            progress.line(f"Measuring {model.spec}{how}")
+            name = model.source.short_name
             subject = Subject(
-                source.short_name,
+                name,
                 opened.model,
-                processor,
+                model.processor,
                 device,
                 baseline=baseline,
                 streamed=opened.streamed is not None,
@@ -166,8 +186,14 @@ def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
             )
             own = options
             if options.details is not None:
-                own = replace(options, details=options.details / f"{number}-{safe_file_stem(source.short_name)}")
-            found.append(Evaluated(spec, evaluation.run(subject, own, progress.line), subject.answers))
+                own = replace(options, details=options.details / f"{number}-{safe_file_stem(name)}")
+            measurements = model.evaluation.run(subject, own, progress.line, turns)
+            found.append(Evaluated(model.spec, measurements, subject.answers, subject.left_out))
+            if turns and number > 1 and world.is_main and not subject.streamed:
+                beside = _measure_in_turns(model, prepared[0], subject, own, turns, progress.line)
+                measurements += beside[0]
+                if number == 2:
+                    found[0].measurements.extend(beside[1])
             subject.model = None
             baseline = baseline or subject
             del opened, subject
@@ -175,3 +201,32 @@ def _compare(request: EvaluationRequest, world: World) -> list[Evaluated]:
     if request.json_file is not None and world.is_main:
         write_json(request.json_file, by_model(found))
     return found
+
+
+def _measure_in_turns(
+    model: _Prepared,
+    first: _Prepared,
+    subject: Subject,
+    options: EvaluationOptions,
+    names: frozenset[str],
+    report: Report,
+) -> tuple[list[Measurement], list[Measurement]]:
+    """The metrics of ``names``, of ``subject`` and of its baseline, which is loaded again beside it, in its dtype.
+
+    Nothing where there is no room for both; that is said.
+    """
+    assert subject.baseline is not None
+    dtype = subject.model.dtype
+    why = lacks_room(first.source, first.config, first.architecture, dtype, subject.device)
+    if why is not None:
+        for name in sorted(names):
+            subject.left_out.append(f"{name}: left out, it needs {subject.baseline.name!r} in memory as well: {why}")
+            report(subject.left_out[-1])
+        return [], []
+    report(f"Measuring {first.spec} and {model.spec} in turns")
+    baseline = open_model(first.source, first.config, first.architecture, dtype, subject.device, stream=False)
+    subject.baseline.model = baseline.model
+    try:
+        return model.evaluation.run_in_turns(subject, options, names, report)
+    finally:
+        subject.baseline.model = None

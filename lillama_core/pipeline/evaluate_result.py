@@ -38,7 +38,7 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
 
     The result is complete without: where measuring fails, a LillamaError says so, and how to measure it later.
     """
-    # What the compression held has to make room for two more models, one after the other.
+    # What the compression held has to make room for two more models.
     release_memory()
     started = time.monotonic()
     output = str(request.output)
@@ -71,6 +71,7 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
                 name: [asdict(measurement) for measurement in evaluated.measurements]
                 for name, evaluated in zip(("dense", "compressed"), both, strict=True)
             },
+            "left_out": list(dict.fromkeys(line for evaluated in both for line in evaluated.left_out)),
             "answers": [
                 {"prompt": prompt, "dense": dense, "compressed": compressed}
                 for prompt, (dense, compressed) in answers_side_by_side(both)

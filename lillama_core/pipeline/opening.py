@@ -47,7 +47,7 @@ def open_model(
     """
     asked = None if isinstance(dtype, str) else dtype
     if stream is None:
-        why = _too_large(source, config, architecture, asked, device)
+        why = lacks_room(source, config, architecture, asked, device)
     else:
         why = "--stream asks for it" if stream else None
     if why is not None:
@@ -69,10 +69,10 @@ def _reader(source: ModelSource, config: Any, architecture: Architecture, dtype:
     return compressed_reader(source, config, architecture)[0]
 
 
-def _too_large(
+def lacks_room(
     source: ModelSource, config: Any, architecture: Architecture, dtype: torch.dtype | None, device: torch.device
 ) -> str | None:
-    """Which memory has no room for the weights, told from their shapes; None: they fit."""
+    """Which memory has no room now for a model's weights, told from their shapes; None: they fit."""
     model: Any
     if _is_compressed(source, config):
         model = _reader(source, config, architecture, dtype).model

@@ -25,6 +25,7 @@ from lillama_core.architecture.targets.experts import SharedExpertsTarget
 from lillama_core.architecture.targets.grouped import GroupedTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, path_matches
+from lillama_core.architecture.targets.sorted_rows import SortedTarget
 from lillama_core.errors import LillamaError, UserError, nearest
 from lillama_core.formats import Format
 from lillama_core.formats.trial import check_format
@@ -189,7 +190,7 @@ def check_choice(architecture: Architecture, model: nn.Module, choice: MapChoice
     everything = MapChoice(choice.include, unknown, choice.share_experts)
     names = set(experts)
     names |= {m.name for block in modules for target in architecture.targets(block, everything) for m in target.maps}
-    single = (LinearTarget, ConvolutionTarget, GroupedTarget)
+    single = (LinearTarget, ConvolutionTarget, GroupedTarget, SortedTarget)
     names |= {n for block in modules for n, m in block.named_modules() if any(kind.accepts(m) for kind in single)}
     for option, patterns in (("--include", choice.include), ("--exclude", choice.exclude)):
         for pattern in patterns:

@@ -22,6 +22,8 @@ class BlockInputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: torch.Tensor | None = None
+    """What the model adds to the hidden states behind the block, before the next one; fp32."""
 
 
 def share_equal(previous: list[BlockInputs] | None, calls: list[BlockInputs]) -> list[BlockInputs]:
@@ -47,6 +49,7 @@ def share_equal(previous: list[BlockInputs] | None, calls: list[BlockInputs]) ->
         BlockInputs(
             shared(before.args, call.args),
             {k: shared(before.kwargs.get(k), v) for k, v in call.kwargs.items()},
+            shared(before.added, call.added),
         )
         for before, call in zip(previous, calls, strict=True)
     ]
@@ -90,7 +93,8 @@ class BlockRunner:
                 f"block {block.path} gives activations that are infinite or not a number; its weights, or the"
                 " rounding of its factors, are too large for the arithmetic"
             )
-        return self.architecture.between_blocks(block.index, out.float())
+        between = self.architecture.between_blocks(block.index, out.float())
+        return between if call.added is None else between + call.added.to(between.device)
 
     def advance(self, module: nn.Module, block: Block, stream: list[torch.Tensor]) -> None:
         """Replace every batch of a stream by the block's output for it: one stream in memory, not two."""

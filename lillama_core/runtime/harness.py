@@ -54,6 +54,8 @@ class StackHarness:
         self.earlier = earlier
         self.depends_only_on_upstream_output = False
         """Whether nothing of the earlier stacks reaches these blocks but what their last blocks give; see `record`."""
+        self.adds_between = False
+        """Whether the model adds to the hidden states between two of these blocks; found out when it is recorded."""
         self._without_earlier: bool | None = None if earlier else False
         """Whether outputs are the same when the earlier stacks are bypassed, too; None: not tried yet."""
         self._extra_outputs: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
@@ -72,15 +74,20 @@ class StackHarness:
     ) -> tuple[torch.Tensor, list[BlockInputs]]:
         """The hidden states that enter the first block, and the other arguments of every block.
 
+        And what the model adds between blocks, as it may put what it sees in a picture in some places of the text.
         ``earlier`` is what the last blocks of the earlier stacks give, if that is known: they are not run then. What is
         recorded hangs on it by the autograd graph if it shall come ``with_graph``.
         """
         calls: list[BlockInputs] = []
         first: list[torch.Tensor] = []
+        left: list[torch.Tensor] = []
 
         def bypass(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
             if index == 0:
                 first.append(hidden)
+            else:
+                calls[-1].added = self._added(index - 1, left.pop(), hidden)
+            left.append(hidden)
             calls.append(BlockInputs(args, kwargs))
             if index == len(self.blocks) - 1:
                 raise StopForward
@@ -96,6 +103,19 @@ class StackHarness:
             bypassed.enter_context(self._bypassed(bypass))
             self._forward(inputs)
         return first[0].float() if with_graph else first[0].detach().float(), calls
+
+    def _added(self, index: int, left: torch.Tensor, entering: torch.Tensor) -> torch.Tensor | None:
+        """What the model has added to ``left``, which left block ``index``, when it enters the next one; None: nothing.
+
+        Whether it is a sum at all is seen when the blocks are run one after the other.
+        """
+        if entering is left or entering.shape != left.shape:
+            return None
+        added = entering.float() - self.architecture.between_blocks(index, left.float())
+        if not added.any():
+            return None
+        self.adds_between = True
+        return added
 
     def last_output(self, inputs: Inputs, run: RunBlock) -> torch.Tensor:
         """What the last block returns in a forward pass of the model in which ``run`` stands for every block.

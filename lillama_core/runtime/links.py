@@ -33,7 +33,9 @@ class LinkedInputs:
         # Where nothing of an earlier stack enters the first block there is no way back from it.
         self._hidden = hidden if hidden.requires_grad else None
         self._tied: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.calls = [BlockInputs(self._cut(call.args), self._cut(call.kwargs)) for call in calls]
+        self.calls = [
+            BlockInputs(*(self._cut(part) for part in (call.args, call.kwargs, call.added))) for call in calls
+        ]
         """The other arguments of every block, cut off from the graph."""
 
     @property

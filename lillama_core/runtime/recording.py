@@ -179,7 +179,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, BlockInputs):
-        yield from _tensors((value.args, value.kwargs))
+        yield from _tensors((value.args, value.kwargs, value.added))
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
     elif isinstance(value, list | tuple):

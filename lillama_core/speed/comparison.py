@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from lillama_core.data.workload import Workload
 from lillama_core.evaluation.metrics.decoding import memory_bytes
-from lillama_core.speed.meters import Arithmetic, Clock, TensorMemory
+from lillama_core.evaluation.turns import in_turns, quartiles
+from lillama_core.speed.meters import Arithmetic, TensorMemory
 from lillama_core.system.tables import aligned
 
 WARM_UP = 2
@@ -50,11 +52,7 @@ class Work:
     @property
     def speed_up(self) -> tuple[float, float, float]:
         """How many times as fast as the baseline the model is: lower quartile, median and upper one of the rounds."""
-        ratios = [b / m for b, m in zip(self.baseline.seconds, self.model.seconds, strict=True)]
-        if len(ratios) == 1:
-            return ratios[0], ratios[0], ratios[0]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, middle, high
+        return quartiles([b / m for b, m in zip(self.baseline.seconds, self.model.seconds, strict=True)])
 
     @property
     def promised(self) -> float:
@@ -137,15 +135,9 @@ def compare_speed(
     """
     found = []
     for workload in workloads:
-        clock = Clock(model.device)
-        times: dict[int, list[float]] = {0: [], 1: []}
-        for round_ in range(WARM_UP + repeats):
-            for which in (0, 1) if round_ % 2 else (1, 0):
-                workload.run((model, baseline)[which], clock)
-                if round_ >= WARM_UP:
-                    times[which].append(clock.seconds)
-            step(workload.name)
-        own, other = (_timed(m, workload, times[which]) for which, m in enumerate((model, baseline)))
+        rounds = [workload.run] * (WARM_UP + repeats)
+        times = in_turns((model, baseline), rounds, model.device, partial(step, workload.name))
+        own, other = (_timed(m, workload, t[WARM_UP:]) for m, t in zip((model, baseline), times, strict=True))
         found.append(Work(workload.name, workload.unit, workload.amount, own, other))
     return found
 

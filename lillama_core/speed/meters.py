@@ -1,8 +1,7 @@
-"""What is measured while a model works: time, the arithmetic of its products, and the memory that tensors take."""
+"""What is measured while a model works, but for time: the arithmetic of its products, and the memory of tensors."""
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,29 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
-
-
-class Clock:
-    """Seconds between begin and end; work that a device is handed over is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = 0.0
-        self._device = device
-        self._started = 0.0
-
-    def begin(self) -> None:
-        self._wait()
-        self._started = time.perf_counter()
-
-    def end(self) -> None:
-        self._wait()
-        self.seconds = time.perf_counter() - self._started
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:

@@ -23,8 +23,8 @@ from torch import nn
 from lillama_core.allocation.plan import PlannedMap
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.evaluation.turns import Clock
 from lillama_core.formats.base import Format, LowRankLinear, empty_linear
-from lillama_core.speed.meters import Clock
 
 SIZES = (1.0, 0.75, 0.5)
 """Parts of a map's rows, and of its columns, at which a dense layer is timed: channels may be taken out."""

@@ -37,6 +37,7 @@ WORKS: dict[str, str] = {
     "ernie4_5_moe": "model.layers",
     "exaone4": "model.layers",
     "exaone_moe": "model.layers",
+    "falcon": "transformer.h",
     "flex_olmo": "model.layers",
     "flint": "model.layers",
     "glm": "model.layers",
@@ -66,6 +67,7 @@ WORKS: dict[str, str] = {
     "iquestcoder": "model.layers",
     "jais2": "model.layers",
     "jamba": "model.layers",
+    "jetmoe": "model.layers",
     "kimi_linear": "model.layers",
     "kolibri1": "model.layers",
     "laguna": "model.layers",
@@ -126,7 +128,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "electra": ("encoders", "ElectraForCausalLM"),
     "emu3": ("more than text", "Emu3ForCausalLM"),
     "ernie": ("encoders", "ErnieForCausalLM"),
-    "falcon": ("blocks", "no list of blocks has plain linear layers"),
     "falcon_h1": (
         "conformance kit",
         "compression: block model.layers.0 gives activations that are infinite or not a number; its weights, or t…",
@@ -150,10 +151,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "hy_v4": (
         "conformance kit",
         "chain: outputs of the chained decoder blocks and of the model, without padding, differ by 0.3 of their n…",
-    ),
-    "jetmoe": (
-        "conformance kit",
-        "maps: ['mlp.input_linear.weight', 'mlp.output_linear.weight', 'self_attention.experts.input_linear.weigh…",
     ),
     "llama4": ("more than text", "Llama4ForCausalLM"),
     "marian": ("encoder-decoders", "MarianForCausalLM"),

@@ -11,6 +11,7 @@ class Declared(Transformer):
     exclude = (
         # What decides which expert, or which position, a token goes to.
         *("mlp.gate.*", "mlp.router.*", "mlp.shared_expert_gate", "feed_forward.router"),
+        "self_attention.experts.router.*",
         *("self_attn.indexer.*", "self_attn.compressor.indexer.*", "self_attn.compressor.indexer.*.*"),
         # Weights that are read instead of called.
         *("mamba.dt_proj", "temporal_block.rg_lru.*"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +21,45 @@ from lillama_core.runtime.modules import shared_copy
 def _is_conv1d(module: nn.Module) -> bool:
     # transformers' Conv1D stores its weight [in, out]. Told by its attributes, since transformers is slow to import.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+@functools.cache
+def _computes_the_same(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass says in a ``forward`` of its own what ``nn.Linear`` says, of its weight and bias alone.
+
+    Its ``forward`` is run on small layers that are no more than an ``nn.Linear``: what needs anything else, or gives
+    anything else, is another map. One that inherits ``forward`` may be there to be read instead of called.
+    """
+    if "forward" not in kind.__dict__:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.device("cpu"):
+        for bias in (True, False):
+            plain = nn.utils.skip_init(nn.Linear, 5, 3, bias=bias, dtype=torch.float64)
+            for parameter in plain.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            # Rows of several sizes: what rounds or clips shows in one of them.
+            for shape, scale in (((2, 4, 5), 1.0), ((7, 5), 1e3), ((5,), 1e-3)):
+                x = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+                try:
+                    found = kind.forward(plain, x)
+                except Exception:  # whatever a model's own code raises
+                    return False
+                expected = functional.linear(x, plain.weight, plain.bias)
+                if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+                    return False
+                if not torch.allclose(found, expected, rtol=1e-9, atol=1e-12):
+                    return False
+    return True
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    if kind is nn.Linear:
+        return True
+    # A subclass may compute something else from its weight, or hold something else.
+    held = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    return isinstance(module, nn.Linear) and held <= {"weight", "bias"} and _computes_the_same(kind)
 
 
 class LinearTarget(TargetModule):
@@ -38,8 +79,7 @@ class LinearTarget(TargetModule):
     @staticmethod
     def accepts(module: nn.Module) -> bool:
         """Whether ``module`` is a dense linear map of this kind."""
-        # Exactly nn.Linear: a subclass may compute something else from its weight.
-        return type(module) is nn.Linear or _is_conv1d(module)
+        return _is_linear(module) or _is_conv1d(module)
 
     @classmethod
     def at(cls, name: str, module: nn.Module) -> LinearTarget:

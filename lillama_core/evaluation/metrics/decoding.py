@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,50 +12,18 @@ import torch
 from torch import Tensor
 
 from lillama_core.data.shipped import OFFLINE_TEXT
+from lillama_core.data.workload import Meter, decoding, generate, reading
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Report, Subject
+from lillama_core.evaluation.metrics.timing import Speed, TimedRound, TimedWork
+from lillama_core.evaluation.turns import repeated
 from lillama_core.quantization.packing import Packing
 
 MEGABYTE = 1e6
 SHORT_PROMPT = 64
 LONG_PROMPT = 512
 NEW_TOKENS = 64
-REPEATS = 3
-
-
-class _Stopwatch:
-    """A streamer for ``generate`` that notes when each token arrives."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called by ``generate`` with the prompt first and then with every new token, already on the CPU."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by ``generate`` when it is done."""
-
-
-def _generate(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Greedy decoding of exactly ``new_tokens`` after ``prompt`` [1, P].
-
-    Returns seconds from the start to the first token, and seconds from there to the last.
-    """
-    watch = _Stopwatch()
-    started = time.perf_counter()
-    subject.model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-        # An end-of-text token in between would make runs of different models incomparable.
-        min_new_tokens=new_tokens,
-        pad_token_id=0,
-        streamer=watch,
-    )
-    # The first time noted is that of the prompt itself.
-    return watch.times[1] - started, watch.times[-1] - watch.times[1]
+LEAST, MOST, SECONDS = 4, 10, 30.0
+"""Rounds of a kind of work, the first of which does not count: at least, at most, and for how long they begin."""
 
 
 def _prompt(subject: Subject, length: int, new_tokens: int) -> Tensor:
@@ -80,39 +46,48 @@ def _new_tokens(subject: Subject) -> int:
     return NEW_TOKENS if room is None else max(2, min(NEW_TOKENS, room // 2))
 
 
+def _inputs(prompt: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+
+
 def write_text(subject: Subject) -> None:
     """Decodes ``NEW_TOKENS`` tokens after a prompt of ``SHORT_PROMPT``: what a text model does in use."""
     count = _new_tokens(subject)
-    _generate(subject, _prompt(subject, SHORT_PROMPT, count), count)
+    generate(subject.model, _inputs(_prompt(subject, SHORT_PROMPT, count)), count, lambda number: None)
 
 
-class DecodeSpeed:
+class DecodeSpeed(Speed):
     """Tokens per second in greedy decoding of one sequence, and in reading a prompt."""
 
     name = "speed"
 
-    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
-        """Two measurements, each the median of ``REPEATS`` runs after one that does not count."""
-        count = _new_tokens(subject)
-        short = _prompt(subject, SHORT_PROMPT, count)
-        long = _prompt(subject, LONG_PROMPT, 1)
-        report(f"speed: {REPEATS} times {count} new tokens and a prompt of {long.shape[1]} tokens")
-        decoding = [_generate(subject, short, count)[1] for _ in range(REPEATS + 1)][1:]
-        reading = [_generate(subject, long, 1)[0] for _ in range(REPEATS + 1)][1:]
+    def works(self, subjects: Sequence[Subject], options: EvaluationOptions, report: Report) -> list[TimedWork]:
+        """Decoding, and reading; as much of each as the model with the least room takes."""
+        count = min(map(_new_tokens, subjects))
+        short = min(_prompt(subject, SHORT_PROMPT, count).shape[1] for subject in subjects)
+        long = min(_prompt(subject, LONG_PROMPT, 1).shape[1] for subject in subjects)
+        report(f"speed: {count} new tokens and a prompt of {long} tokens, again and again")
+
+        def decode(subject: Subject, meter: Meter) -> None:
+            decoding(subject.model, _inputs(_prompt(subject, short, count)), count, meter)
+
+        def read(subject: Subject, meter: Meter) -> None:
+            reading(subject.model, _inputs(_prompt(subject, long, 1)), meter)
+
         return [
-            Measurement(
-                name="speed/decoding",
-                value=(count - 1) / statistics.median(decoding),
-                unit="tokens/s",
-                better="higher",
-                meaning=f"New tokens a second, greedy, one sequence, after a prompt of {short.shape[1]}.",
+            TimedWork(
+                "decoding",
+                "tokens/s",
+                "higher",
+                f"New tokens a second, greedy, one sequence, after a prompt of {short}",
+                repeated(TimedRound(decode, count - 1), LEAST, MOST, SECONDS),
             ),
-            Measurement(
-                name="speed/prompt",
-                value=long.shape[1] / statistics.median(reading),
-                unit="tokens/s",
-                better="higher",
-                meaning=f"Prompt tokens a second until the first new token, prompt of {long.shape[1]}.",
+            TimedWork(
+                "prompt",
+                "tokens/s",
+                "higher",
+                f"Prompt tokens a second until the first new token, prompt of {long}",
+                repeated(TimedRound(read, long), LEAST, MOST, SECONDS),
             ),
         ]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lillama_core.data.shipped import SPEECH_SETS
 from lillama_core.data.speech.audio import RATE, require_extra
 from lillama_core.data.speech.utterances import DATASETS, Utterance, read_speech
+from lillama_core.data.workload import Meter
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import Answer, EvaluationOptions, Measurement, Report, Subject
 from lillama_core.evaluation.metrics.error_rates import (
@@ -23,6 +22,7 @@ from lillama_core.evaluation.metrics.error_rates import (
     word_error_rate,
     write_transcripts,
 )
+from lillama_core.evaluation.metrics.timing import Speed, TimedRound, TimedWork
 from lillama_core.evaluation.metrics.transcription import transcribe
 
 AT_HAND = 128
@@ -199,7 +199,7 @@ class WordErrorRate:
         return found
 
 
-class RealTimeFactor:
+class RealTimeFactor(Speed):
     """Seconds that a second of speech takes to transcribe, one utterance at a time, features included."""
 
     name = "real_time_factor"
@@ -207,28 +207,24 @@ class RealTimeFactor:
     def __init__(self, generation: Generation = no_options) -> None:
         self._generation = generation
 
-    def measure(self, subject: Subject, options: EvaluationOptions, report: Report) -> list[Measurement]:
-        """One measurement: the median over the first ``TIMED`` utterances, after one run that does not count."""
+    def works(self, subjects: Sequence[Subject], options: EvaluationOptions, report: Report) -> list[TimedWork]:
+        """The first ``TIMED`` utterances, one a round; the first of them once more, which does not count."""
         utterances = timed_utterances(options)
-        sounds = [utterance.sound() for utterance in utterances]
-        report(f"speed: {len(sounds)} utterances, one at a time")
-        chosen = [self._generation(subject, utterance.language) for utterance in utterances]
-        transcribe(subject, sounds[:1], **chosen[0])
-        factors = []
-        for sound, generation in zip(sounds, chosen, strict=True):
-            started = time.perf_counter()
-            transcribe(subject, [sound], **generation)
-            factors.append((time.perf_counter() - started) * RATE / len(sound))
-        return [
-            Measurement(
-                name="speed/real_time_factor",
-                value=statistics.median(factors),
-                unit="",
-                better="lower",
-                meaning="Seconds to transcribe one second of speech, one utterance at a time; "
-                f"median of {len(sounds)} utterances.",
-            )
-        ]
+        report(f"speed: {len(utterances)} utterances, one at a time")
+        meaning = f"Seconds to transcribe one second of speech, one utterance at a time; median of {len(utterances)}"
+        rounds = [self._round(utterance) for utterance in [utterances[0], *utterances]]
+        return [TimedWork(self.name, "", "lower", meaning, rounds)]
+
+    def _round(self, utterance: Utterance) -> TimedRound:
+        sound = utterance.sound()
+
+        def run(subject: Subject, meter: Meter) -> None:
+            chosen = self._generation(subject, utterance.language)
+            meter.begin()
+            transcribe(subject, [sound], **chosen)
+            meter.end()
+
+        return TimedRound(run, len(sound) / RATE)
 
 
 def timed_utterances(options: EvaluationOptions) -> list[Utterance]:

@@ -87,6 +87,13 @@ def find_chains(context: Context, dense: DenseModel, batch: Samples) -> tuple[tu
                 raise
             hand_on = False
             continue
+        read = [below.stack for below in harness.earlier if below.stack in dense.chosen]
+        if read and harness.adds_between and not harness.depends_only_on_upstream_output:
+            raise UserError(
+                f"the model adds to the hidden states of {harness.stack!r} between its blocks, and not what the last"
+                f" block of {' or '.join(map(repr, read))} gives: a stack that is read at several places cannot be"
+                " compressed; choose others with --stacks"
+            )
         if harness.earlier:
             hand_on = hand_on and harness.depends_only_on_upstream_output
             two = context.recorder.on_device({k: v[:2] for k, v in batch.inputs.items()})
