@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lillama_core.architecture.targets.base import OnRows, TargetModule, make_hook
 from lillama_core.architecture.targets.channels import filled
