@@ -53,6 +53,10 @@ SITES: dict[str, dict[str, dict[str, Any]]] = {
             "kind": "experts", "format": "factored", "ranks": {"gate.0": 5, "up.0": 3, "down.0": 4},
         },
     },
+    "jetmoe": {
+        "model.layers.0.mlp.input_linear": {"kind": "sorted", "format": "factored", "ranks": {"0": 5}},
+        "model.layers.1.mlp.output_linear": {"kind": "sorted", "format": "pivoted", "ranks": {"0": 4, "1": 3}},
+    },
 }  # fmt: skip
 """What is low rank in a model of each type."""
 

@@ -34,6 +34,7 @@ from lillama_core.architecture.targets.expert_modules import (
     parts_of,
 )
 from lillama_core.architecture.targets.grouped import GroupMaps
+from lillama_core.architecture.targets.sorted_rows import SortedMaps
 from lillama_core.formats.factored import FactoredLinear
 from lillama_core.formats.pivoted import InputPivotedLinear, OutputPivotedLinear, index_dtype
 
@@ -136,6 +137,20 @@ def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
         else:
             maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
     model.set_submodule(path, GroupMaps(maps))
+
+
+def put_sorted(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace stacked matrices for rows that are sorted by expert by a module for each expert."""
+    dense = model.get_submodule(path)
+    maps: list[nn.Module] = []
+    experts, out_features, in_features = dense.weight.shape
+    for expert in range(experts):
+        rank = how["ranks"].get(str(expert))
+        if rank is None:
+            maps.append(nn.Linear(in_features, out_features, bias=False))
+        else:
+            maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
+    model.set_submodule(path, SortedMaps(maps))
 
 
 def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:
@@ -252,6 +267,7 @@ KINDS = {
     "linear": put_linear,
     "convolution": put_convolution,
     "grouped": put_grouped,
+    "sorted": put_sorted,
     "experts": put_experts,
     "shared-experts": put_shared_experts,
     "embedding": put_embedding,

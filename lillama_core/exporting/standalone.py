@@ -17,7 +17,14 @@ from typing import Any
 import jinja2
 import torch
 
-from lillama_core.architecture.targets import bands, convolution, embedding_modules, expert_modules, grouped
+from lillama_core.architecture.targets import (
+    bands,
+    convolution,
+    embedding_modules,
+    expert_modules,
+    grouped,
+    sorted_rows,
+)
 from lillama_core.data.modality import as_dtype
 from lillama_core.exporting import low_rank_code
 from lillama_core.exporting.base import Agreement, Exporter, ExportJob
@@ -143,6 +150,7 @@ def code_of(model: CompressedModel) -> str:
         prefix=PREFIX,
         embeddings=bool(kinds & EMBEDDINGS),
         experts=bool(kinds & EXPERTS),
+        sequences="sorted" in kinds,
         functional=bool(kinds & (EMBEDDINGS | EXPERTS | {"convolution"})),
     )
 
@@ -181,6 +189,8 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
             yield _source(getattr(convolution, part))
     if "grouped" in kinds:
         yield _source(grouped.GroupMaps)
+    if "sorted" in kinds:
+        yield _source(sorted_rows.SortedMaps)
     if kinds & EXPERTS:
         for part in ("run_experts", "gated"):
             yield _source(getattr(expert_modules, part))
