@@ -15,9 +15,9 @@ SLACK = 24e6
 HOLES = 2.3
 """What the temporaries of a block take on the host, relative to what is alive of them at once.
 
-Measured once: in blocks of an encoder of speech, 384 wide, at most 120 MB were alive, and 275 MB resident. One cause is that
-glibc 2.36 gives the place of a freed tensor to no other of its size, since both are aligned. Between blocks all of it
-goes back to the system.
+Measured once: in blocks of an encoder of speech, 384 wide, at most 120 MB were alive, and 275 MB resident. One cause is
+that glibc 2.36 gives the place of a freed tensor to no other of its size, since both are aligned. Between blocks all of
+it goes back to the system.
 """
 
 
