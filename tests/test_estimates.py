@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import QUICK, TEXT, run_process
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import lillama_core
 from lillama_benchmarks import estimate_table
@@ -26,7 +27,7 @@ from lillama_core.estimates.machine import Machine, machine_names, named_machine
 from lillama_core.estimates.measure import this_machine
 from lillama_core.estimates.memory import Memory
 from lillama_core.estimates.phases import Phases
-from lillama_core.estimates.shapes import split_rows
+from lillama_core.estimates.shapes import remembered_numbers, split_rows
 from lillama_core.estimates.sizes import parse_size, show_size
 from lillama_core.estimates.work import Work
 from lillama_core.pipeline.request import Request
@@ -287,6 +288,26 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tiny_model: Path, tm
     tight = replace(found, machine=machine(accelerator=True, device_memory=0.97 * most, link=1e10))
     with pytest.raises(UserError, match=r"of memory on the device, and .*; with --batch-size 1 it fits$"):
         choose_residency(request(tiny_model, tmp_path / "o"), tight)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_a_model_remembers_while_it_writes(family: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / family, family)
+    found = estimates(folder, calibration=[], self_share=1.0)
+    ids = torch.arange(2 * 7).view(2, 7)
+    cache = AutoModelForCausalLM.from_pretrained(folder)(ids, use_cache=True).past_key_values
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / ids.numel()
+    assert found.model.remembered == numbers
+    memory = Memory(found.model, found.job, streamed=False, accelerator=False, libraries=0.0)
+    # Weights are in fp32 already, in which such small runs compute.
+    kept = 4 * numbers * 32 * found.model.blocks[0].length
+    scores = 32 * 4 * 3 * AutoConfig.from_pretrained(folder).vocab_size
+    assert memory.writing() == pytest.approx(kept + scores)
+    assert memory.phases()["calibration data"].host == memory.writing()
+    named = estimates(folder, calibration=[str(TEXT)], self_share=0.0)
+    assert "calibration data" not in Memory(named.model, named.job, False, False, 0.0).phases()
+    # A state does not grow with what was written.
+    assert remembered_numbers(CONFIG_MAPPING["mamba"]()) == 0
 
 
 def test_text_of_its_own_needs_the_whole_model(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lillama_core.data.self_generated.sampling import batch_rows
 from lillama_core.estimates.phases import ROWS_WITH_GRADIENTS, Phases
 from lillama_core.estimates.shapes import BlockShape, Job, ModelShape
 from lillama_core.statistics.store import strips
@@ -54,6 +55,8 @@ class Memory:
     def phases(self) -> dict[str, Held]:
         """What each phase holds at the most beside what is always there."""
         job, found = self.job, {"load model": self.loading()}
+        if job.sampled and not self.streamed:
+            found["calibration data"] = self.here(self.writing())
         for i, block in enumerate(self.model.blocks):
             found[f"record {block.stack}"] = self.recording(block)
             found[f"forward {block.stack} {i}"] = self.forward(block)
@@ -99,6 +102,16 @@ class Memory:
         if self.accelerator and not self.streamed:
             return Held(float(self.model.stored * self.model.parameters))
         return Held(float(self.model.stored * self.model.shell))
+
+    def writing(self) -> float:
+        """Bytes beside the model that writes text: a copy in the run's arithmetic, what it remembers, and scores."""
+        model, size = self.model, 2 if self.job.half else 4
+        # Of weights that are of that type already there is no copy; those outside of blocks are in fp32.
+        copied = (0 if model.stored == size else model.in_blocks) + (0 if size == 4 else model.shell)
+        length = max(b.length for b in model.blocks)
+        rows = batch_rows(length)
+        scores = 4.0 * 3 * model.outputs / length * rows
+        return float(size * (copied + rows * length * model.remembered)) + scores
 
     def weights(self, block: BlockShape) -> Held:
         """A block in fp32; from disk the next one is being read meanwhile, and no more is left of the file."""

@@ -113,6 +113,8 @@ class ModelShape:
     """Bytes of a row of calibration data as the model is fed it."""
     entering: float = 0.0
     """Bytes that are alive at once, for a row, before the first block."""
+    remembered: int = 0
+    """Numbers that the model remembers of every position while it writes text."""
 
     @property
     def in_blocks(self) -> int:
@@ -253,7 +255,18 @@ def shape_of(
     bands = () if embedding is None else tuple(_map_shapes(embedding, ranks, format_, {}))
     row = float(sum(tensor[:1].nbytes for tensor in inputs.values()))
     outputs = (last.around, last.outputs, last.predicts)
-    return ModelShape(parameters, stored, written, tuple(found), *outputs, bands, row, last.entering)
+    remembered = remembered_numbers(model.config) * len(stacks[-1])
+    return ModelShape(parameters, stored, written, tuple(found), *outputs, bands, row, last.entering, remembered)
+
+
+def remembered_numbers(config: Any) -> int:
+    """Numbers of the keys and values that a block remembers of a position, as a config says; none without attention."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
 
 
 def _block_shape(

@@ -15,6 +15,7 @@ from lillama_core.errors import UserError, one_line
 from lillama_core.estimates.estimate import Estimate, estimate
 from lillama_core.estimates.machine import Machine
 from lillama_core.estimates.measure import this_machine_unmeasured
+from lillama_core.estimates.memory import Memory
 from lillama_core.estimates.shapes import Job, ModelShape, shape_of, split_rows
 from lillama_core.estimates.sizes import show_size
 from lillama_core.pipeline.request import Request
@@ -63,16 +64,10 @@ class Estimates:
 
 
 def fits_for_sampling(found: Estimates) -> bool:
-    """Whether the whole model fits where it would write its own text: a copy in the arithmetic of the run, and caches.
-
-    Other weights than those of the arithmetic are converted once for it, see `lillama_core.data.self_generated`.
-    """
+    """Whether the whole model fits where it would write its own text."""
     model, machine = found.model, found.machine
-    size = 2 if found.job.half else 4
-    copy = 0 if size == model.stored else size * model.parameters
-    # Of 32 rows keys and values of every position; as wide as the block at the most.
-    caches = sum(b.count * 2 * size * 32 * b.length * b.width for b in model.blocks)
-    needed = model.stored * model.parameters + copy + caches
+    whole = Memory(model, found.job, False, machine.device_memory is not None, machine.libraries)
+    needed = model.resident + whole.writing()
     free = machine.device_memory if machine.device_memory is not None else machine.host_memory - machine.libraries
     return needed <= free
 
