@@ -49,6 +49,8 @@ class Pictures(Modality):
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(6, VOCABULARY, (count, self.leading + 8), generator=generator)
         ids[:, : self.leading] = IMAGE_TOKEN
+        # Text towers are read where a text ends: without it at the first token, whose attention has nothing to learn.
+        ids[:, -1] = WORDS["eos_token_id"]
         return {self.tokens: ids, "pixel_values": torch.rand(count, 3, IMAGE, IMAGE, generator=generator)}
 
     def dummy_inputs(self, config: Any) -> Inputs:
