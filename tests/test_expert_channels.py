@@ -67,6 +67,10 @@ def dense(
     return make_model(tmp_path_factory.mktemp(family) / "dense", family, change=biased, **FAMILIES[family])
 
 
+TWO = pytest.mark.parametrize("dense", ["mixtral", "gpt_oss"], indirect=True)
+"""Between them they have all that the third has."""
+
+
 @pytest.fixture(scope="module")
 def narrow(dense: Path, calibration_text: Path) -> Path:
     options: dict[str, Any] = {"tokens": 1024, "sequence_length": 32, "batch_size": 4, "self_share": 0.0}
@@ -273,6 +277,7 @@ def test_a_result_has_the_parameters_that_were_planned(narrow: Path) -> None:
     assert json.loads((narrow / "config.json").read_text())["quantization_config"]["version"] == 3
 
 
+@TWO
 def test_a_result_is_saved_loaded_exported_and_held_in_few_bits(
     narrow: Path, dense: Path, tmp_path: Path, run_cli: Cli
 ) -> None:
@@ -297,6 +302,7 @@ def test_a_result_is_saved_loaded_exported_and_held_in_few_bits(
     assert (few - logits).norm() < 0.1 * logits.norm()
 
 
+@TWO
 def test_what_is_smaller_is_healed(narrow: Path, dense: Path, calibration_text: Path, tmp_path: Path) -> None:
     before = loaded(narrow).state_dict()
     lillama_core.finetune(
@@ -314,6 +320,7 @@ def test_what_is_smaller_is_healed(narrow: Path, dense: Path, calibration_text: 
     assert any(not torch.equal(before[f"{p}.weight"], after[f"{p}.weight"]) for p in matrices)
 
 
+@pytest.mark.parametrize("dense", ["mixtral"], indirect=True)
 def test_streamed_equals_resident(dense: Path, calibration_text: Path, tmp_path: Path, run_cli: Cli) -> None:
     options = ("--calibration", calibration_text, *QUICK, "--recipe", "fast", "--reduction", str(REDUCTION))
     for how in ("--stream", "--no-stream"):

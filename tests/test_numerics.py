@@ -67,6 +67,8 @@ class Case:
 
     change: Callable[[Any], None]
     said: str = ""
+    surely: bool = True
+    """Whether it must; else rounding decides, which differs between processors, and it may succeed."""
 
 
 USELESS = "has no effect on what its block gives"
@@ -77,13 +79,13 @@ CASES = {
     "every map zero": Case(every_map(torch.Tensor.zero_), USELESS),
     "every map constant": Case(every_map(lambda w: w.fill_(0.01))),
     "embedding zero": Case(embedding(torch.Tensor.zero_), USELESS),
-    "embedding constant": Case(embedding(lambda w: w.fill_(0.5)), USELESS),
+    "embedding constant": Case(embedding(lambda w: w.fill_(0.5)), USELESS, surely=False),
     "embedding of rank one": Case(embedding(low_rank)),
     "half of the rows zero": Case(every_map(lambda w: w[::2].zero_())),
     "half of the columns zero": Case(every_map(lambda w: w[:, ::2].zero_())),
     "rows alike": Case(every_map(lambda w: w.copy_(w[:1].expand_as(w)))),
     "one number large": Case(one_map(one_large(1e6))),
-    "every map times 1e4": Case(every_map(lambda w: w.mul_(1e4)), USELESS),
+    "every map times 1e4": Case(every_map(lambda w: w.mul_(1e4)), USELESS, surely=False),
     "one map times 1e15": Case(one_map(lambda w: w.mul_(1e15))),
     "one map times 1e30": Case(one_map(lambda w: w.mul_(1e30)), "infinite"),
     "every map times 1e-6": Case(every_map(lambda w: w.mul_(1e-6))),
@@ -97,9 +99,9 @@ CASES = {
 RECIPES = {"default": QUICK, "whitened": (*QUICK, "--init", "whitened"), "weights alone": WEIGHTS_ONLY}
 
 
-def check(ended: Ended, output: Path, said: str) -> None:
+def check(ended: Ended, output: Path, said: str, surely: bool = True) -> None:
     """One line that says what is wrong and nothing written, or a directory without NaN."""
-    if said:
+    if said and (surely or ended.status):
         assert ended.status in (1, 2), ended
         assert said in ended.stderr.splitlines()[-1]
     if ended.status:
@@ -127,7 +129,7 @@ def test_odd_weights(
     ended = run_cli(*words)
     if not case.said:
         assert ended.status == 0, ended
-    check(ended, tmp_path / "o", case.said)
+    check(ended, tmp_path / "o", case.said, case.surely)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
