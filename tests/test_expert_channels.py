@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, Ended
+from test_mixtral import FAMILIES as EVERY_FAMILY
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -33,24 +34,9 @@ from lillama_core.pipeline.spec import prepare
 from lillama_core.statistics.store import DecompositionStore
 
 Cli = Callable[..., Ended]
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 3},
-    # Narrower than the stream; a net of another kind beside the experts.
-    "qwen2_moe": {
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 40,
-        "num_experts": 3,
-        "num_experts_per_tok": 2,
-    },
-    # Biases, transposed matrices, gate and values in turns.
-    "gpt_oss": {
-        "intermediate_size": 24,
-        "num_local_experts": 3,
-        "num_experts_per_tok": 2,
-        "head_dim": 8,
-        "sliding_window": 8,
-    },
-}
+FAMILIES = {name: EVERY_FAMILY[name] for name in ("mixtral", "qwen2_moe", "gpt_oss")}
+"""Qwen2's experts are narrower than the stream, with a net of another kind beside them; GPT-OSS has biases, transposed
+matrices, and gate and values in turns. Each has four experts."""
 REDUCTION = 0.3
 
 
@@ -110,7 +96,7 @@ def test_taking_out_equals_masking(dense: Path) -> None:
     block, module = first_block(dense)
     experts: Any = module.get_submodule("mlp.experts")
     nets = [c for c in block.channels if ".experts." in c.name]
-    assert len(nets) == 3
+    assert len(nets) == 4
     kept, layers = torch.tensor([1, 2, 5, 11]), dict[str, nn.Module]()
     for channels in nets:
         sink = weight_of(block, module, channels.sink)[:, kept]
@@ -121,7 +107,7 @@ def test_taking_out_equals_masking(dense: Path) -> None:
     assert isinstance(smaller.get_submodule("mlp.experts"), LowRankExperts)
     assert module.get_submodule("mlp.experts") is experts
     torch.manual_seed(0)
-    x, index = torch.randn(9, 32), torch.randint(0, 3, (9, 2))
+    x, index = torch.randn(9, 32), torch.randint(0, 4, (9, 2))
     call = (x, index, torch.rand(9, 2))
     expected = masked(experts, kept)(*call)
     assert torch.allclose(smaller.get_submodule("mlp.experts")(*call), expected, atol=1e-6)
@@ -130,7 +116,7 @@ def test_taking_out_equals_masking(dense: Path) -> None:
 
 def test_experts_are_tried_all_together(dense: Path) -> None:
     block, module = first_block(dense)
-    assert [len(nets) for nets in block.nets] == ([1, 3] if len(block.channels) == 4 else [3])
+    assert [len(nets) for nets in block.nets] == ([1, 4] if len(block.channels) == 5 else [4])
     x = torch.randn(2, 6, 32)
     for nets in block.nets:
         sink = nets[0].sink.name.partition("mlp.")[2].partition(".")[0]
@@ -140,7 +126,7 @@ def test_experts_are_tried_all_together(dense: Path) -> None:
             net = changed.get_submodule(f"mlp.{part}")
             if part != "experts":
                 return net(x)
-            return net(x.flatten(0, 1), torch.arange(12)[:, None] % 3, torch.ones(12, 1))
+            return net(x.flatten(0, 1), torch.arange(12)[:, None] % 4, torch.ones(12, 1))
 
         assert are_channels(block, module, nets, run)
 
@@ -182,7 +168,7 @@ def test_experts_that_mix_channels_are_seen() -> None:
 def test_an_expert_of_which_a_map_is_left_out_keeps_its_channels(dense: Path) -> None:
     module = loaded(dense).model.layers[0]
     (experts,) = (t for t in find_targets(module, exclude=("mlp.experts.gate_up.1",)) if t.kind == "experts")
-    assert [c.sink.name for c in experts.nets()] == ["mlp.experts.down.0", "mlp.experts.down.2"]
+    assert [c.sink.name for c in experts.nets()] == ["mlp.experts.down.0", "mlp.experts.down.2", "mlp.experts.down.3"]
 
 
 def test_how_a_gate_finds_its_numbers_is_found_by_trying() -> None:

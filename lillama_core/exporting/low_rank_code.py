@@ -125,32 +125,29 @@ def put_convolution(model: Any, path: str, how: dict[str, Any]) -> None:
     model.set_submodule(path, PatchLinear(dense, layer))
 
 
-def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
-    """Replace a grouped projection by a module for each group."""
-    dense = model.get_submodule(path)
+def low_rank_maps(count: int, out_features: int, in_features: int, how: dict[str, Any]) -> list[nn.Module]:
+    """A module for each of ``count`` maps that lie in one weight."""
     maps: list[nn.Module] = []
-    out_features, in_features = len(dense.weight) // dense.n_groups, dense.weight.shape[1]
-    for group in range(dense.n_groups):
-        rank = how["ranks"].get(str(group))
+    for number in range(count):
+        rank = how["ranks"].get(str(number))
         if rank is None:
             maps.append(nn.Linear(in_features, out_features, bias=False))
         else:
             maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
-    model.set_submodule(path, GroupMaps(maps))
+    return maps
+
+
+def put_grouped(model: Any, path: str, how: dict[str, Any]) -> None:
+    """Replace a grouped projection by a module for each group."""
+    dense = model.get_submodule(path)
+    rows, in_features = dense.weight.shape
+    model.set_submodule(path, GroupMaps(low_rank_maps(dense.n_groups, rows // dense.n_groups, in_features, how)))
 
 
 def put_sorted(model: Any, path: str, how: dict[str, Any]) -> None:
     """Replace stacked matrices for rows that are sorted by expert by a module for each expert."""
-    dense = model.get_submodule(path)
-    maps: list[nn.Module] = []
-    experts, out_features, in_features = dense.weight.shape
-    for expert in range(experts):
-        rank = how["ranks"].get(str(expert))
-        if rank is None:
-            maps.append(nn.Linear(in_features, out_features, bias=False))
-        else:
-            maps.append(FORMATS[how["format"]](out_features, in_features, rank, False))
-    model.set_submodule(path, SortedMaps(maps))
+    experts, out_features, in_features = model.get_submodule(path).weight.shape
+    model.set_submodule(path, SortedMaps(low_rank_maps(experts, out_features, in_features, how)))
 
 
 def put_experts(model: Any, path: str, how: dict[str, Any]) -> None:

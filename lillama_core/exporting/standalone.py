@@ -191,6 +191,8 @@ def sources(kinds: set[str], formats: set[str]) -> Iterator[str]:
         yield _source(grouped.GroupMaps)
     if "sorted" in kinds:
         yield _source(sorted_rows.SortedMaps)
+    if kinds & {"grouped", "sorted"}:
+        yield _source(own.low_rank_maps)
     if kinds & EXPERTS:
         for part in ("run_experts", "gated"):
             yield _source(getattr(expert_modules, part))

@@ -6,19 +6,17 @@ Such a module says of itself ``num_experts``, ``output_size`` and ``input_size``
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lillama_core.architecture.targets.base import OnRows, TargetModule, is_close
-from lillama_core.architecture.targets.expert_modules import dense_linear
-from lillama_core.architecture.targets.linear_map import MapChoice, TargetLinear, lies_within, matches_any
+from lillama_core.architecture.targets.base import TargetModule
+from lillama_core.architecture.targets.linear_map import MapChoice, lies_within, matches_any
+from lillama_core.architecture.targets.stacked import StackedTarget
 from lillama_core.errors import LillamaError
-from lillama_core.formats.base import Format, dense_weight
 
 
 class SortedMaps(nn.Module):
@@ -33,20 +31,15 @@ class SortedMaps(nn.Module):
         return torch.cat([map_(part) for map_, part in zip(self.maps, parts, strict=True)])
 
 
-class SortedTarget(TargetModule):
+class SortedTarget(StackedTarget):
     """Stacked matrices without biases; their maps are ``<name>.0``, ``<name>.1`` …, of one group."""
 
     kind = "sorted"
+    low_rank = SortedMaps
+    maps_are = "experts"
 
     def __init__(self, name: str, module: Any, token_fraction: float = 1.0) -> None:
-        if isinstance(module, SortedMaps):
-            layers: list[Any] = list(module.maps)
-            shapes = [(layer.out_features, layer.in_features) for layer in layers]
-        else:
-            experts, out_features, in_features = module.weight.shape
-            shapes = [(out_features, in_features)] * experts
-        maps = [TargetLinear(f"{name}.{e}", *shape, name, token_fraction) for e, shape in enumerate(shapes)]
-        super().__init__(name, tuple(maps))
+        super().__init__(name, module, name, token_fraction)
 
     @staticmethod
     def accepts(module: Any) -> bool:
@@ -63,76 +56,20 @@ class SortedTarget(TargetModule):
             raise LillamaError(f"{name!r} is a {type(module).__name__}, not a stack of matrices for sorted rows")
         return cls(name, module)
 
-    def _number(self, map_: TargetLinear) -> int:
-        return int(self.local_name(map_))
-
-    def weight(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor:
-        module: Any = block.get_submodule(self.name)
-        number = self._number(map_)
-        if isinstance(module, SortedMaps):
-            layer: Any = module.maps[number]
-            weight: torch.Tensor = layer.weight
-        else:
-            weight = module.weight[number]
+    @staticmethod
+    def matrices(module: Any) -> torch.Tensor:
+        weight: torch.Tensor = module.weight
         return weight
 
-    def bias(self, block: nn.Module, map_: TargetLinear) -> torch.Tensor | None:
-        return None
+    @staticmethod
+    def rows(call: tuple[Any, ...]) -> Sequence[torch.Tensor]:
+        rows, sizes = call
+        found: tuple[torch.Tensor, ...] = rows.split(list(sizes), dim=0)
+        return found
 
-    @contextlib.contextmanager
-    def observe(
-        self, block: nn.Module, on_input: OnRows | None = None, on_output: OnRows | None = None
-    ) -> Iterator[None]:
-        def hook(module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            rows, sizes = inputs
-            found = []
-            for map_, part in zip(self.maps, rows.split(list(sizes), dim=0), strict=True):
-                found.append(nn.functional.linear(part, self.weight(block, map_)))
-                if len(part) and on_input is not None:
-                    on_input(map_, part)
-                if len(part) and on_output is not None:
-                    on_output(map_, found[-1])
-            together = torch.cat(found)
-            # What the class computes is its own affair: see that it is this.
-            if together.shape != output.shape or not is_close(together, output):
-                raise LillamaError(
-                    f"{self.name!r} is a {type(module).__name__} that gives something else than a map for each of its"
-                    f" {len(self.maps)} experts does; leave it dense with --exclude {self.name}"
-                )
-            return together
-
-        handle = block.get_submodule(self.name).register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def replace(self, block: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        own = {self._number(map_): layers[map_.name] for map_ in self.maps if map_.name in layers}
-        if not own:
-            return
-        module = block.get_submodule(self.name)
-        if not isinstance(module, SortedMaps):
-            needs = all(p.requires_grad for p in module.parameters())
-            dense = [dense_linear(self.weight(block, map_), needs) for map_ in self.maps]
-            block.set_submodule(self.name, module := SortedMaps(list(dense)).train(module.training))
-        for number, layer in own.items():
-            module.maps[number] = layer
-
-    def separate(self, block: nn.Module) -> None:
-        self.replace(block, {map_.name: dense_linear(self.weight(block, map_), False) for map_ in self.maps})
-
-    def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
-        return block.get_submodule(f"{self.name}.maps.{self._number(map_)}")
-
-    def dense_tensors(self, block: nn.Module, dense: nn.Module) -> dict[str, torch.Tensor]:
-        return {f"{self.name}.weight": torch.stack([dense_weight(self.layer(block, map_)) for map_ in self.maps])}
-
-    def renamings(self, block: nn.Module, ranks: Mapping[str, int], format_: Format) -> list[tuple[str, str]]:
-        # The matrix of the first expert: two dimensions instead of three.
-        first = self.maps[0]
-        stored = format_.stored_as_weight(first.out_features, first.in_features) + "." if first.name in ranks else ""
-        return [(f"{self.name}.weight", f"{self.name}.maps.0.{stored}weight")]
+    @staticmethod
+    def together(outputs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(outputs)
 
 
 def sorted_targets(
