@@ -145,6 +145,16 @@ def test_spectrum_is_near_the_best_of_all_plans(format_name: str) -> None:
         assert error - best <= 0.05 * total
 
 
+@pytest.mark.parametrize("comparable", [True, False])
+def test_a_spectrum_asked_again_answers_as_one_that_is_asked_first(comparable: bool) -> None:
+    """It keeps its hulls for other budgets, but none of other spectra, nor where a floor goes by the budget."""
+    maps = maps_of([(40, 30), (30, 40), (36, 36)] * 3)
+    one, other = (request(maps, 0.2, "pivoted", seed, comparable) for seed in (0, 1))
+    again = SpectrumAllocator()
+    for asked in (one, *(replace(one, budget=request(maps, r, "pivoted").budget) for r in (0.1, 0.5)), other, one):
+        assert again.allocate(asked) == SpectrumAllocator().allocate(asked)
+
+
 def test_spectrum_gives_ranks_where_the_energy_is() -> None:
     maps = maps_of([(40, 40), (40, 40)])
     flat, steep = torch.ones(40), torch.tensor([0.5**i for i in range(40)])

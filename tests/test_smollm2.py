@@ -26,7 +26,7 @@ def test_smollm2_loses_a_fifth_of_its_parameters_and_little_of_its_sense(tmp_pat
     command = [
         sys.executable, "-m", "lillama_core", "compress", str(MODEL), "--output", str(out), "--reduction", "0.2",
         "--recipe", "fast", "--calibration", str(ROOT / "benchmarks" / "data" / "wikitext2-valid.txt"),
-        "--self-share", "0", "--tokens", "8192", "--sensitivity-tokens", "2048", "--rescaling-tokens", "256", "--quiet",
+        "--self-share", "0", "--tokens", "4096", "--sensitivity-tokens", "1024", "--rescaling-tokens", "256", "--quiet",
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False

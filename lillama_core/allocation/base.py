@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -107,6 +107,10 @@ class AllocationRequest:
     """None: maps cost their parameters."""
     measurements: Measurements | None = None
     """For an allocator that ``needs_measurements``, but for time."""
+
+    def differs_in_budget_alone(self, other: AllocationRequest) -> bool:
+        """Whether all else is that of ``other``, as objects."""
+        return all(getattr(self, f.name) is getattr(other, f.name) for f in fields(self) if f.name != "budget")
 
     @property
     def width(self) -> int:

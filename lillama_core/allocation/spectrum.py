@@ -56,6 +56,8 @@ class SpectrumAllocator(Allocator):
     needs_spectra = True
     removes_channels = True
     reads_prices = True
+    _known: tuple[AllocationRequest, list[list[Point]]] | None = None
+    """The last request, and its hulls: most of the work, and the same for another budget where no floor is due."""
 
     def unread_options(self, chosen: ChosenStrategies) -> Mapping[str, str]:
         if getattr(chosen.init, "needs_gradients", False):
@@ -63,7 +65,7 @@ class SpectrumAllocator(Allocator):
         return {}
 
     def allocate(self, request: AllocationRequest) -> RankPlan:
-        hulls = list(self._hulls(request))
+        hulls = self._hulls_of(request)
         used = sum(hull[0].cost for hull in hulls)
         if used > request.budget.maps_kept:
             raise UserError(
@@ -93,6 +95,12 @@ class SpectrumAllocator(Allocator):
         maps = {m.name: m for m in request.maps}
         reached = [maps[name] for index in blocked for name in states[index].ranks]
         return spend_remainder(request, ranks, reached, functools.partial(self._choices, request), channels)
+
+    def _hulls_of(self, request: AllocationRequest) -> list[list[Point]]:
+        floored = not all(spectrum.comparable for spectrum in request.spectra.values())
+        if floored or self._known is None or not request.differs_in_budget_alone(self._known[0]):
+            self._known = request, list(self._hulls(request))
+        return self._known[1]
 
     def _hulls(self, request: AllocationRequest) -> Iterator[list[Point]]:
         """The lower hull of every map in no net, and of every net, in forward order."""

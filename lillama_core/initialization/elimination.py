@@ -61,16 +61,17 @@ def step_of(size: int) -> int:
 
 
 def eliminate(
-    weight: torch.Tensor, inputs: torch.Tensor, weighted: torch.Tensor, center: torch.Tensor | None = None
+    inputs: torch.Tensor, factor: torch.Tensor, weighted: torch.Tensor, center: torch.Tensor | None = None
 ) -> Elimination:
-    """Order the channels that ``weight`` [out, n] reads by what they matter.
+    """Order channels by what they matter to the map that reads them.
 
-    ``inputs`` [n, n] is their second moment, positive definite, and ``weighted`` = L^T W [out, n]. In fp64.
+    ``inputs`` [n, n] is their second moment, positive definite, ``factor`` its lower Cholesky factor, which is
+    overwritten, and ``weighted`` = L^T W [out, n]. In fp64.
     """
-    size, step = weight.shape[1], step_of(weight.shape[1])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inputs))
+    size, step = len(inputs), step_of(len(inputs))
+    inverse = torch.cholesky_inverse(factor, out=factor)
     columns = weighted.clone()
-    absent = torch.zeros(size, dtype=torch.bool, device=weight.device)
+    absent = torch.zeros(size, dtype=torch.bool, device=inputs.device)
     gone: list[torch.Tensor] = []
     left = size
     while left > max(1, size // LEAST_PART):
@@ -91,7 +92,7 @@ def eliminate(
         left -= count
     staying = (~absent).nonzero()[:, 0]
     strength = columns[:, staying].square().sum(0) / inverse.diagonal()[staying]
-    del inverse, columns
+    del columns
     order = torch.cat([staying[strength.argsort(descending=True)], *reversed(gone)])
     counts = torch.tensor(list(itertools.accumulate((len(g) for g in reversed(gone)), initial=left)))
     return in_order(order, counts, inputs, weighted, center)
@@ -108,7 +109,7 @@ def in_order(
 
     ``inputs`` and ``weighted`` are those of `eliminate`.
     """
-    root = torch.linalg.cholesky(inputs[order][:, order])
+    root = torch.linalg.cholesky(inputs[order[:, None], order])
     tails = (weighted[:, order] @ root).square().sum(0)
     tails = torch.cat([tails.flip(0).cumsum(0).flip(0), tails.new_zeros(1)])
     energies = (weighted.square().sum(0) * inputs.diagonal())[order]

@@ -125,16 +125,16 @@ class Whitened(Initializer):
             return None
         G, center = self.input_moment(W, statistics)
         C = root(G, self.options.input_damping)
+        G = G.clone()
         # With its ridge, whatever that had to be.
-        G = symmetric_product(C, C.T)
-        del C
+        G.diagonal().copy_(C.square().sum(1))
         if W.shape[0] > W.shape[1]:
             # Any matrix of that Gram matrix will do: here its root, of the smaller side.
             gram = self.weighted_gram(statistics, W)
             weighted = root(gram, SMALLEST_RIDGE).T if gram.diagonal().sum() > 0 else torch.zeros_like(gram)
-            return eliminate(W, G, weighted, center)
+            return eliminate(G, C, weighted, center)
         L = self.output_root(statistics, W)
-        return eliminate(W, G, W if L is None else L.T @ W, center)
+        return eliminate(G, C, W if L is None else L.T @ W, center)
 
     @staticmethod
     def input_moment(W: torch.Tensor, statistics: MapStatistics) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from lillama_core.allocation.plan import RankPlan, describe_plan, make_budget
 from lillama_core.errors import UserError
 from lillama_core.pipeline.context import CalibrationRows, Context
-from lillama_core.pipeline.spec import CompressionSpec, make_plan
+from lillama_core.pipeline.spec import CompressionSpec, make_plans
 from lillama_core.statistics.loss_calibration import predicted_errors
 from lillama_core.statistics.store import DecompositionStore
 
@@ -56,14 +57,13 @@ class Prediction:
     def sizes(self, reductions: Sequence[float]) -> list[Size]:
         """The model without each of ``reductions``, parts of its parameters in rising order, as far as it can be."""
         spec, found = self._spec, list[Size]()
-        for reduction in reductions:
-            try:
-                budget = make_budget(spec.maps, spec.budget.reference, reduction, spec.format)
-                plan = make_plan(spec, self._allocation, self._store, self._scales, budget)
-            except UserError:
-                break
-            after = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, 1)["parameters_after"]
-            found.append(Size(reduction, after, self.of(plan), len(plan.ranks), len(plan.channels)))
+        budgets = (make_budget(spec.maps, spec.budget.reference, r, spec.format) for r in reductions)
+        plans = make_plans(spec, self._allocation, self._store, self._scales, budgets)
+        # The first size that cannot be met ends it.
+        with contextlib.suppress(UserError):
+            for reduction, plan in zip(reductions, plans, strict=False):
+                after = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, 1)["parameters_after"]
+                found.append(Size(reduction, after, self.of(plan), len(plan.ranks), len(plan.channels)))
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -246,6 +246,20 @@ def make_plan(
     ``scales`` says by the names of maps what their energies count for; one that is not named counts as they do on
     average. ``budget`` and ``prices`` stand in for parameters, see `AllocationRequest`.
     """
+    (plan,) = make_plans(prepared, allocation, store, scales, [budget or prepared.budget], prices, measurements)
+    return plan
+
+
+def make_plans(
+    prepared: CompressionSpec,
+    allocation: str | StrategyChoice,
+    store: DecompositionStore | None,
+    scales: Mapping[str, float],
+    budgets: Iterable[Budget],
+    prices: Prices | None = None,
+    measurements: Measurements | None = None,
+) -> Iterator[RankPlan]:
+    """The plan of each of ``budgets`` by the same spectra, as `make_plan` makes one."""
     allocator = make("allocators", allocation)
     spectra, channels = {}, {}
     typical = math.exp(sum(map(math.log, scales.values())) / len(scales)) if scales else 1.0
@@ -257,12 +271,11 @@ def make_plan(
                 spectra[name] = scaled_spectrum(found[map_.name], scales.get(name, typical))
             for own, curve in store.curves(block).items():
                 channels[block.path_of(own)] = curve.scaled(scales.get(block.path_of(own), typical))
-    request = AllocationRequest(
-        prepared.maps, budget or prepared.budget, prepared.format, spectra, channels, prices, measurements
-    )
-    plan = allocator.allocate(request)
-    _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
-    return plan
+    for budget in budgets:
+        request = AllocationRequest(prepared.maps, budget, prepared.format, spectra, channels, prices, measurements)
+        plan = allocator.allocate(request)
+        _check_plan(plan, request, allocation if isinstance(allocation, str) else allocation.name)
+        yield plan
 
 
 def _check_plan(plan: RankPlan, request: AllocationRequest, allocation: str) -> None:
