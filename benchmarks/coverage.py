@@ -1,10 +1,11 @@
-"""Which causal language models of transformers can be compressed without a plugin of their own.
+"""Which models of transformers that write text can be compressed without a plugin of their own.
 
-    python benchmarks/coverage.py            # every model type; about half an hour on one core
+    python benchmarks/coverage.py            # every model type; about an hour on one core
     python benchmarks/coverage.py olmo2 glm  # these anew, the others as they stand
 
-makes a tiny random model of each model type, finds its blocks, tries it by the conformance kit, compresses and reloads
-it, and writes what came of it into ``plugins/transformer/coverage.py`` and ``docs/models.md``. No checkpoint is read.
+makes a tiny random model of each model type, finds the blocks that text runs through, tries it by the conformance kit,
+compresses and reloads it, and writes what came of it into ``plugins/transformer/coverage.py`` and ``docs/models.md``.
+Towers for images or sounds stay dense. No checkpoint is read.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from lillama_core.architecture.targets.linear import linear_targets
 from lillama_core.cli.silence import silence_transformers
 from lillama_core.data.text.modality import random_tokens
 from lillama_core.errors import UserError, one_line
-from lillama_core.models.transformers_adapter import causal_classes
+from lillama_core.models.transformers_adapter import writing_classes
 from lillama_plugins.transformer import coverage as written
 from lillama_plugins.transformer.declared import Declared
 from lillama_registry import registry
 from lillama_testing.checks import CHECKS, run_check
-from lillama_testing.tiny import HEADS, SIZES, TinyModel, make_tiny_model, merged
+from lillama_testing.tiny import HEADS, SIZES, WIDTH, TinyModel, make_tiny_model, merged
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "plugins" / "transformer" / "coverage.py"
@@ -58,9 +59,39 @@ MORE_SIZES: dict[str, Any] = {
     "ffn_hidden_size": 64,
 }
 """Dimensions of some families, which their tiny models need beside the usual ones."""
+TOWER_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("embed_dim", "out_hidden_size", "output_dim", "projection_dim", "text_hidden_size"), WIDTH),
+    **dict.fromkeys(("adapter_in_dim", "adapter_out_dim", "adapter_input_size", "adapter_output_size"), WIDTH),
+    **dict.fromkeys(("depth", "layers"), 2),
+    **{"image_size": 32, "patch_size": 8},
+}
+"""Those of what reads images and sounds."""
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 8}
 ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+PARTS = {"rope_parameters": {**ROTARY, "mrope_section": [1, 1, 2]}}
+"""Positions in time, height and width turn a part of each head."""
+CODES = {"vocabulary_map": {"<image>": 300, "IMGIMGAAAAAZ": 301}, "vq_config": {"base_channels": 32}}
+"""Images are tokens, which a network of its own makes."""
+CONFORMER = {"hidden_dim": 32, "output_dim": 32}
+START_OF_IMAGE = {"vision_start_token_id": 300}
 CHANGES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), PARTS),
+    **dict.fromkeys(("cosmos3_edge_text", "hunyuan_vl_text", "glm4v_text", "glm_ocr_text"), PARTS),
+    **dict.fromkeys(("chameleon", "emu3"), CODES),
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], **PARTS},
+    "glm4v_moe_text": {"rope_parameters": {**ROTARY, "partial_rotary_factor": 0.5, "mrope_section": [0, 1, 1]}},
+    "glm5_next_text": {"index_topk": 16, "qk_rope_head_dim": 0},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    **dict.fromkeys(("granite_speech_encoder", "granite_speech_plus_encoder"), CONFORMER),
+    "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": 64},
+    "nemotron_h_omni": {
+        **{"vision_hidden_size": 32, "projector_hidden_size": 64},
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
+    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), START_OF_IMAGE),
+    "janus": {"vq_config": {"base_channels": 32}},
+    "mistral4": {"head_dim": 16},
+    "mllama_text_model": {"num_hidden_layers": 5, "cross_attention_layers": [1, 3]},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {
@@ -78,29 +109,15 @@ CHANGES: dict[str, dict[str, Any]] = {
         "per_layer_config": {},
     },
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
-        "hidden_size_per_layer_input": 8,
-        "vocab_size_per_layer_input": 384,
-        "laurel_rank": 8,
-    },
     "gemma4_text": {
         "head_dim": 8,
         "global_head_dim": 16,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": 384,
     },
-    "gemma4_unified_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-    },
+    "gemma4_unified_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"]},
     "jamba": {
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -139,9 +156,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 SEVERAL, MORE, AHEAD = "encoder-decoders", "more than text", "encoders"
 NO_MODEL, BLOCKS, EXPERTS, KIT = "no tiny model", "blocks", "experts", "conformance kit"
+TEXT_ALONE = "AutoModelForCausalLM"
+"""The auto class of most models."""
 CAUSES = {
-    SEVERAL: "the model type is one of encoder-decoders, of which the causal class is a part",
-    MORE: "the models take images or sounds as well",
+    SEVERAL: "a decoder reads what an encoder says; a causal class, where there is one, is a part of the model",
+    MORE: "the models do not run on text alone",
     AHEAD: "a token sees those that follow unless a config says otherwise",
     EXPERTS: "their experts are held in a layout that is not read; with `--architecture auto` they may stay dense",
     BLOCKS: "the blocks are not one list that runs once, one after the other",
@@ -158,6 +177,7 @@ class Refused(Exception):  # noqa: N818  it is an answer
         # The reason in brackets of what the kit says when a tiny model cannot be made, or cannot be run.
         text = re.sub(r"^no tiny \S+ can be made \((.*)\); say the .*", r"\1", one_line(reason, None))
         text = re.sub(r"^the dense \S+ model cannot be run on .*? \((.*)\)$", r"it cannot be run: \1", text)
+        text = re.sub(r"^model '[^']*' ", "its checkpoint ", text)
         super().__init__(cause, one_line(text.replace('"', "'").replace("\\", "/"), MOST_LETTERS))
 
 
@@ -181,12 +201,23 @@ def layers_of_each_kind(default: Any) -> dict[str, Any]:
 
 
 def settings_of(model_type: str, default: Any) -> dict[str, Any]:
-    """What makes a config of ``model_type`` a tiny one beside what the kit knows."""
+    """What makes a config of ``model_type`` a tiny one beside what the kit knows, and the configs in it."""
     known = default.to_dict()
     more = {name: size for name, size in MORE_SIZES.items() if isinstance(known.get(name), int)}
     if "kv_lora_rank" in known:
         more["num_key_value_heads"] = HEADS  # as many as there are queries, of which these models speak apart
+    inner = {name: getattr(default, name, None) for name in default.sub_configs}
+    for name, config in inner.items():
+        if config is not None:
+            tower = {} if "text" in name else TOWER_SIZES
+            sizes = {n: size for n, size in tower.items() if isinstance(known[name].get(n), int)}
+            more[name] = {**sizes, **settings_of(config.model_type, config)}
     return merged({**more, **layers_of_each_kind(default)}, CHANGES.get(model_type, {}))
+
+
+def loaded_by(model_type: str) -> str:
+    """The auto class that loads whole models of a type: with their towers, where they have any."""
+    return next(name for name, types in writing_classes().items() if model_type in types)
 
 
 def tiny_model(model_type: str, folder: Path) -> tuple[TinyModel, Any]:
@@ -198,17 +229,20 @@ def tiny_model(model_type: str, folder: Path) -> tuple[TinyModel, Any]:
     except Exception as error:
         raise Refused(NO_MODEL, error) from error
     if default.is_encoder_decoder:
-        raise Refused(SEVERAL, causal_classes()[model_type])
-    others = [name for name in default.sub_configs if name.startswith(("audio", "vision"))]
-    if others or default.get_text_config(decoder=True) is not default:
-        raise Refused(MORE, causal_classes()[model_type])
+        raise Refused(SEVERAL, writing_classes()[loaded_by(model_type)][model_type])
+    if getattr(default.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        raise Refused(BLOCKS, "later blocks take the keys and values of earlier ones")
+    if loaded_by(model_type) == TEXT_ALONE and any(n.startswith(("audio", "vision")) for n in default.sub_configs):
+        raise Refused(MORE, f"{writing_classes()[TEXT_ALONE][model_type]} is a part of them")
     architecture = Declared(model_types=(model_type,), stacks={"decoder": ""})
+    architecture.auto_class = loaded_by(model_type)
     try:
         architecture.tiny_config = settings_of(model_type, default)
         tiny = make_tiny_model(architecture, model_type, folder)
         return tiny, tiny.load()
     except Exception as error:
-        raise Refused(NO_MODEL, error) from error
+        alone = loaded_by(model_type) == TEXT_ALONE or "cannot be run" not in str(error)
+        raise Refused(NO_MODEL if alone else MORE, error) from error
 
 
 # Whether it works
@@ -257,8 +291,6 @@ def check_kit(tiny: TinyModel) -> None:
             continue
         if (unknown := re.search(r"the experts '(\S+)' are a (\w+), whose layout", error)) is not None:
             raise Refused(EXPERTS, f"{unknown[2]} at {unknown[1]}")
-        if getattr(tiny.load().config, "num_kv_shared_layers", 0):
-            raise Refused(BLOCKS, "later blocks may take the keys and values of earlier ones")
         raise Refused(BLOCKS if "in the order" in error else KIT, f"{name}: {error}")
 
 
@@ -315,7 +347,12 @@ def shown(name: str, cause: str, reason: str) -> str:
     return line if len(line) <= 120 else f'    "{name}": (\n        "{cause}",\n        "{reason}",\n    ),'
 
 
-def write_table(version: str, works: Mapping[str, str], refused: Mapping[str, tuple[str, str]], named: int) -> None:
+Refusals = Mapping[str, tuple[str, str]]
+
+
+def write_table(
+    version: str, works: Mapping[str, str], loaders: Mapping[str, str], refused: Refusals, named: int
+) -> None:
     """Write the module of the plugin; ``named`` are the model types that plugins name."""
     lines = [
         '"""Generated by ``python benchmarks/coverage.py``, which says how each line was found: do not edit."""',
@@ -328,6 +365,10 @@ def write_table(version: str, works: Mapping[str, str], refused: Mapping[str, tu
         *(f'    "{name}": "{path}",' for name, path in sorted(works.items())),
         "}",
         '"""Model type -> where the blocks of its decoder are."""',
+        "LOADED_BY: dict[str, str] = {",
+        *(f'    "{name}": "{loader}",' for name, loader in sorted(loaders.items())),
+        "}",
+        f'"""Those that read more than text -> the auto class that loads them whole; {TEXT_ALONE} loads the others."""',
         "REFUSED: dict[str, tuple[str, str]] = {",
         *(shown(name, *why) for name, why in sorted(refused.items())),
         "}",
@@ -336,29 +377,30 @@ def write_table(version: str, works: Mapping[str, str], refused: Mapping[str, tu
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def section(version: str, works: Mapping[str, str], refused: Mapping[str, tuple[str, str]], named: int) -> str:
+def section(version: str, works: Mapping[str, str], loaders: Mapping[str, str], refused: Refusals, named: int) -> str:
     """Return the part of the page that says what works: the two tables, and how many there are of each."""
     total = len(works) + len(refused) + named
-    by_path: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], list[str]] = {}
     for name, path in sorted(works.items()):
-        by_path.setdefault(path, []).append(f"`{name}`")
-    ordered = sorted(by_path.items(), key=lambda item: -len(item[1]))
-    rows = [f"| `{path}` | {', '.join(names)} |" for path, names in ordered]
+        places.setdefault((loaders.get(name, TEXT_ALONE), path), []).append(f"`{name}`")
+    ordered = sorted(places.items(), key=lambda item: (item[0][0] != TEXT_ALONE, item[0][0], -len(item[1])))
+    rows = [f"| `{path}` | `{loader}` | {', '.join(names)} |" for (loader, path), names in ordered]
     reasons = []
     for cause, meaning in CAUSES.items():
         # A class of transformers says nothing that the cause does not.
-        bare = cause in (SEVERAL, MORE, AHEAD)
+        bare = cause in (SEVERAL, AHEAD)
         found = [(name, why) for name, (own, why) in sorted(refused.items()) if own == cause]
         if found:
             names = [f"`{name}`" if bare else f"`{name}` ({_plain(why)})" for name, why in found]
             reasons.append(f"| {cause}: {meaning} | {', '.join(names) if bare else '; '.join(names)} |")
     counted = (
-        f"Of the {total} model types that transformers {version} lists as causal language models {named} are named by a"
-        f" plugin, {len(works)} work by this table, and {len(refused)} are refused."
+        f"Of the {total} model types that transformers {version} lists as models that write text, whatever else they"
+        f" read, {named} are named by a plugin, {len(works)} work by this table ({len(loaders)} of them are listed as"
+        f" reading images or sounds as well), and {len(refused)} are refused."
     )
     return "\n".join([
         *textwrap.wrap(counted, 128), "",
-        "| blocks at | model types |", "|---|---|", *rows, "",
+        "| blocks at | loaded by | model types |", "|---|---|---|", *rows, "",
         "| refused | model types |", "|---|---|", *reasons,
     ])  # fmt: skip
 
@@ -376,21 +418,26 @@ def write_page(text: str) -> None:
     PAGE.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
 
 
+def known_types() -> set[str]:
+    """The model types that transformers lists as models that write text."""
+    return set().union(*writing_classes().values())
+
+
 def named_by_plugins() -> set[str]:
-    """The model types of causal language models that a plugin names."""
-    return {t for a in registry().architectures if not a.fallback for t in a.model_types} & set(causal_classes())
+    """Those of them that a plugin names."""
+    return {t for a in registry().architectures if not a.fallback for t in a.model_types} & known_types()
 
 
 def main() -> None:
     """Try the model types that the command names, or all, and write what came of it."""
     import transformers
 
-    parser = argparse.ArgumentParser(description="Try every causal language model of transformers.")
+    parser = argparse.ArgumentParser(description="Try every model of transformers that writes text.")
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types to try anew (default: all)")
-    known = sorted(causal_classes())
+    known = sorted(known_types())
     chosen = parser.parse_args().types or known
     if unknown := sorted(set(chosen) - set(known)):
-        parser.error(f"transformers {transformers.__version__} knows no such causal language model: {unknown}")
+        parser.error(f"transformers {transformers.__version__} knows no such model that writes text: {unknown}")
     whole = set(chosen) == set(known)
     works = {} if whole else {t: path for t, path in written.WORKS.items() if t not in chosen}
     refused = {} if whole else {t: why for t, why in written.REFUSED.items() if t not in chosen}
@@ -404,7 +451,8 @@ def main() -> None:
         else:
             refused[model_type] = found
         print(f"{model_type:28} {time.monotonic() - start:5.1f} s  {found}", flush=True)
-    table = (transformers.__version__, works, refused, len(named_by_plugins()))
+    loaders = {t: loader for t in works if (loader := loaded_by(t)) != TEXT_ALONE}
+    table = (transformers.__version__, works, loaders, refused, len(named_by_plugins()))
     write_table(*table)
     write_page(section(*table))
     print(f"{len(works)} work, {len(refused)} are refused")

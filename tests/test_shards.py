@@ -22,7 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bad_input import write_gguf
 from torch import nn
+from transformers import CONFIG_MAPPING
 
+from lillama_benchmarks.coverage import settings_of
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import find_blocks
 from lillama_core.data.modality import modality_of
@@ -119,6 +121,18 @@ def test_every_block_is_the_one_that_from_pretrained_loads(
     expected = load_model(locate(str(folder)), architecture, "auto")
     assert expected.dtype == how.get("dtype", torch.float32)
     assert_is_loaded_by(reader_of(folder, architecture), expected, architecture)
+
+
+def test_what_a_model_computes_for_its_blocks(tmp_path: Path) -> None:
+    """A table of factors that no file holds, and that is not made by the layer that has it."""
+    architecture = copy.copy(architecture_of("falcon_h1"))
+    default = CONFIG_MAPPING["falcon_h1"]()
+    architecture.tiny_config = {**settings_of("falcon_h1", default), "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9]}
+    folder = make_tiny_model(architecture, "falcon_h1", tmp_path).folder
+    expected = load_model(locate(str(folder)), architecture, torch.float32)
+    table = reader_of(folder, architecture).block("model.layers.1").mamba.mup_vector
+    assert torch.equal(table, expected.get_submodule("model.layers.1").mamba.mup_vector)
+    assert set(table.unique().tolist()) == {torch.tensor(part).item() for part in (0.5, 0.6, 0.7, 0.8, 0.9)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -27,7 +27,7 @@ from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.states import rows_of
 from lillama_testing.checks import run_check
-from lillama_testing.tiny import TinyModel
+from lillama_testing.tiny import MATERIALS, QUICK, TinyModel
 
 IMAGE, PATCH, IMAGE_TOKEN, VOCABULARY = 16, 4, 5, 384
 PATCHES = (IMAGE // PATCH) ** 2
@@ -132,7 +132,16 @@ class DeepStack(Architecture):
     packed: Mapping[str, int] = {"pixel_values": 2, "image_grid_thw": 2}
 
 
-KINDS = (SideBySide, VisionLanguage, Captions, PatchesInOneRow, DeepStack)
+class BesideText(VisionLanguage):
+    """A language model whose tower takes more patches than there are tokens for an image."""
+
+    model_types = ("gemma3",)
+    modality = Pictures(leading=4)
+    stacks: Mapping[str, str] = {"text": "model.language_model.layers"}
+    read_after: Mapping[str, str] = {}
+
+
+KINDS = (SideBySide, VisionLanguage, Captions, PatchesInOneRow, DeepStack, BesideText)
 PLUGINS = {t: kind for kind in KINDS for t in kind.model_types}
 
 
@@ -176,6 +185,14 @@ def patches(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, vision_config=vision, text_config=text, **ids)
 
 
+def pooled(_: str) -> Any:
+    text = {**TEXT, **WORDS, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    return AutoConfig.for_model(
+        "gemma3", vision_config=VISION, text_config=text, image_token_id=IMAGE_TOKEN, mm_tokens_per_image=4
+    )
+
+
 CONFIGS: dict[str, Callable[[str], Any]] = {
     "clip": pair,
     "siglip": pair,
@@ -184,6 +201,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "qwen2_vl": patches,
     "qwen2_5_vl": patches,
     "qwen3_vl": patches,
+    "gemma3": pooled,
 }
 
 
@@ -256,6 +274,41 @@ def test_compress_load_save_again(model_type: str, tiny: Callable[[str], TinyMod
     for name in (modality.tokens, "pixel_values"):
         value = others[name]
         assert not torch.allclose(outputs(found, {**inputs, name: value}), outputs(found, inputs))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
+def test_a_language_model_inside_is_compressed_on_text_alone(
+    model_type: str, tiny: Callable[[str], TinyModel], tmp_path: Path
+) -> None:
+    specimen, out = tiny(model_type), tmp_path / "out"
+    text = MATERIALS["text"]
+    text.write(specimen.folder)
+    recipe = Recipe(**{**QUICK, "tokens": 512}, reduction=0.1, calibration=text.calibration)
+    record = compress(Request(str(specimen.folder), out, recipe), "quiet")
+    assert record.architecture == "transformer"
+    path = specimen.architecture.stacks["text"]
+    smaller = json.loads((out / "config.json").read_text())["quantization_config"]["sites"]
+    assert any(name.startswith(path) for name in smaller)
+    assert not any("vis" in name or "project" in name for name in smaller)
+
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    dense, found = load(specimen.folder), load(out)
+    assert type(found) is type(dense)
+    left, kept = dense.state_dict(), found.state_dict()
+    beside = [name for name in left if "vis" in name or "project" in name]
+    assert len(beside) > 20
+    assert all(torch.equal(left[name], kept[name]) for name in beside)
+
+    modality = specimen.architecture.modality
+    assert isinstance(modality, Pictures)
+    first, other = (packed_inputs(modality.rows(3, seed), specimen.architecture.packed) for seed in (9, 10))
+    words = {"input_ids": first["input_ids"][:, -8:]}
+    for inputs in (words, first):
+        assert outputs(found, inputs).isfinite().all()
+        # Outputs that had nothing to do with each other would differ by 1.4 of their norm.
+        assert (outputs(found, inputs) - outputs(dense, inputs)).norm() < 0.8 * outputs(dense, inputs).norm()
+    # The tower says something in it still.
+    assert not torch.allclose(outputs(found, {**first, "pixel_values": other["pixel_values"]}), outputs(found, first))
 
 
 def test_what_is_added_between_blocks_is_recorded(tiny: Callable[[str], TinyModel]) -> None:

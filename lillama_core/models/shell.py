@@ -36,11 +36,26 @@ def fill_shell(model: Any, tensors: Mapping[str, torch.Tensor], blocks: Collecti
 
 def complete_buffers(block: nn.Module, model: nn.Module, path: str) -> None:
     """Compute the tensors of ``block`` that are not loaded; ``model`` is the one that has it at ``path``."""
-    _complete(block, nearest_model(model, path), (), ())
+    owner = nearest_model(model, path)
+    if not _complete(block, owner, (), ()):
+        return
+    # Some classes compute what their blocks hold: they have to find the block in its place.
+    place, _, name = path.rpartition(".")
+    siblings = model.get_submodule(place)._modules
+    own = siblings[name]
+    siblings[name] = block
+    try:
+        with torch.random.fork_rng(devices=[]):
+            initialize(owner, owner, set(owner.children()))
+    finally:
+        siblings[name] = own
 
 
-def _complete(module: nn.Module, owner: Any, skip: Collection[nn.Module], tied: Collection[str]) -> None:
-    """Compute what is on the meta device, as transformers does, but for names in ``tied`` and modules in ``skip``."""
+def _complete(module: nn.Module, owner: Any, skip: Collection[nn.Module], tied: Collection[str]) -> bool:
+    """Compute what is on the meta device, as transformers does, but for names in ``tied`` and modules in ``skip``.
+
+    Returns whether there was anything.
+    """
     inside = {id(m) for outer in skip for m in outer.modules()}
     left = False
     for path, part in module.named_modules():
@@ -57,3 +72,4 @@ def _complete(module: nn.Module, owner: Any, skip: Collection[nn.Module], tied: 
         # Some classes draw numbers for weights that are loaded: the caller's generator stays as it is.
         with torch.random.fork_rng(devices=[]):
             initialize(module, owner, skip)
+    return left

@@ -42,6 +42,8 @@ NAMES = {
     "transformers.modeling_gguf_pytorch_utils:TENSOR_PROCESSORS": "reorders the tensors of GGUF files",
     "transformers.modeling_gguf_pytorch_utils:TensorProcessor": "stands for no reordering",
     "transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "lists the classes that write text",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "lists those that see as well",
+    "transformers.models.auto.modeling_auto:MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "lists those that hear as well",
     "transformers.models.auto.modeling_auto:MODEL_FOR_MASKED_LM_MAPPING_NAMES": "lists the families of encoders",
     "transformers.modeling_utils:PreTrainedModel.is_remote_code": "says whether a model brings code of its own",
     "transformers.dynamic_module_utils:custom_object_save": "copies a model's own code beside its weights",
@@ -132,6 +134,20 @@ def from_config(model_class: Any, config: Any, trust_remote_code: bool) -> nn.Mo
 def causal_classes() -> dict[str, str]:
     """Return the model types that can write text -> the name of the class with the head for it."""
     return dict(lookup("transformers.models.auto.modeling_auto:MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
+
+
+def writing_classes() -> dict[str, dict[str, str]]:
+    """Return auto class -> the model types that it loads as models that write text, with all that they read besides.
+
+    A type that several load is of the first of them.
+    """
+    mappings = {
+        "AutoModelForImageTextToText": "IMAGE_TEXT_TO_TEXT",
+        "AutoModelForMultimodalLM": "MULTIMODAL_LM",
+        "AutoModelForCausalLM": "CAUSAL_LM",
+    }
+    module = "transformers.models.auto.modeling_auto"
+    return {name: dict(lookup(f"{module}:MODEL_FOR_{of}_MAPPING_NAMES")) for name, of in mappings.items()}
 
 
 def is_encoder_family(model_type: str) -> bool:
@@ -262,7 +278,8 @@ def _initialize(module: nn.Module, owner: Any, skip: Container[nn.Module]) -> No
     for child in module.children():
         if child not in skip:
             _initialize(child, child if hasattr(child, "_init_weights") else owner, skip)
-    owner._init_weights(module)
+    if not getattr(module, "_is_hf_initialized", False):
+        owner._init_weights(module)
 
 
 def set_generation_config(model: Any, location: str) -> None:
@@ -286,9 +303,9 @@ def set_generation_config(model: Any, location: str) -> None:
         raise UserError(f"the settings for writing text at {location!r} cannot be read: {one_line(error)}") from None
 
 
-def mark_loaded(tensor: torch.Tensor) -> None:
-    """Keep `initialize` from touching ``tensor``."""
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+def mark_loaded(part: torch.Tensor | nn.Module) -> None:
+    """Keep `initialize`, and transformers, from touching a tensor or a module."""
+    part._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -51,9 +51,9 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     from huggingface_hub import ModelCard
 
     source = origin.source
-    causal = origin.architecture.auto_class == "AutoModelForCausalLM"
     data = front_matter(record, origin)
-    processor_class = modality_of(origin.architecture).processor_class
+    modality = modality_of(origin.architecture)
+    processor_class = modality.processor_class
     name = source.short_name if source.is_local else record.model
     text = (
         environment(autoescape=False)
@@ -78,7 +78,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             auto_class=origin.architecture.auto_class,
             processor_class=processor_class,
             processor_name="tokenizer" if processor_class == "AutoTokenizer" else "processor",
-            causal=causal,
+            causal=modality.name == "text",
             remote_code=source.trust_remote_code,
             recipe=[(code(k), code(v), meaning) for k, v, meaning in recipe_rows(record)],
             data=record.data,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForImageClassification": "image-classification",

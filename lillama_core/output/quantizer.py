@@ -25,9 +25,9 @@ from lillama_core.architecture.targets.experts import ExpertsTarget
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.quantized import hold
 from lillama_core.errors import LillamaError
-from lillama_core.formats.base import empty_linear
+from lillama_core.formats.base import LowRankLinear, empty_linear
 from lillama_core.models.source import QUANT_METHOD
-from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, weight_renaming
+from lillama_core.models.transformers_adapter import attach_quantizer, is_registered, mark_loaded, weight_renaming
 from lillama_core.output.soundness import check_orders
 from lillama_core.quantization.modules import QuantizedLinear
 from lillama_core.quantization.packing import BITS, GROUP
@@ -203,6 +203,11 @@ class LillamaHfQuantizer(HfQuantizer):
             path = own_path(model, name)
             if path is not None:
                 hold(model, path, bits, lambda weight, packing: packing.empty(weight.device))
+        # All of these come from the files, and a model's rules for the layers that they replace do not fit them.
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                for part in module.modules():
+                    mark_loaded(part)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> nn.Module:
         check_orders(model)
