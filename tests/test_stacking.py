@@ -122,6 +122,7 @@ def test_compiled_and_exported_models_give_the_same(small: Path) -> None:
         torch.testing.assert_close(model(input_ids=ids(), use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("small", ["pivoted"], indirect=True)
 def test_lm_eval_from_its_own_command_line(small: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     start = "import lillama_core; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"

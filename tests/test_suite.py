@@ -286,7 +286,7 @@ def test_an_interrupted_suite_keeps_no_half_cell(tmp_path: Path) -> None:
 def test_results_of_another_model_are_not_reused(tmp_path: Path, make_model: Any) -> None:
     out, model = tmp_path / "out", tmp_path / "model"
     make_model(model, max_position_embeddings=512)
-    words = ("benchmark", "--suite", "smoke", "--models", model, "--output", out)
+    words = ("benchmark", "--suite", "smoke", "--models", model, "--methods", "svd", "--output", out)
     assert run_process(*words).status == 0
     before = (out / FILE).read_text()
     assert run_process(*words, "--resume").status == 0
