@@ -11,6 +11,7 @@ def lillama_initializers() -> dict[str, str]:
         "activation-scaled": "lillama_benchmarks.baselines.asvd:ActivationScaled",
         "nystrom": "lillama_benchmarks.baselines.modegpt:Nystrom",
         "output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents",
+        "whitened-update": "lillama_benchmarks.baselines.svd_llm_update:WhitenedUpdate",
     }
 
 

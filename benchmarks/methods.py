@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lillama_benchmarks.baselines import asvd, bolaco, d_rank, liteasr, modegpt, obd_llm, skipcat, svd_llm
+from lillama_benchmarks.baselines import (
+    asvd,
+    bolaco,
+    d_rank,
+    liteasr,
+    modegpt,
+    obd_llm,
+    skipcat,
+    svd_llm,
+    svd_llm_update,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ BASELINES = tuple(
     Method(name, "fast", {**options, "steps": 0})
     for name, options in {
         "svd-llm": svd_llm.OPTIONS,
+        "svd-llm-update": svd_llm_update.OPTIONS,
         "asvd": asvd.OPTIONS,
         "skipcat": skipcat.OPTIONS,
         "d-rank": d_rank.OPTIONS,

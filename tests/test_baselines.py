@@ -25,7 +25,7 @@ from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, 
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import UserError
 from lillama_core.formats.pivoted import InputPivotedLinear
-from lillama_core.initialization import MapStatistics, PlainSVD
+from lillama_core.initialization import MapStatistics, PlainSVD, StudentStatistics
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import Recipe
 from lillama_core.recipe.reading import check_options_are_read, choose
@@ -134,6 +134,48 @@ def test_svd_llm_keeps_one_fraction_of_every_map() -> None:
     for name, (m, n) in list(shapes.items())[:-2]:
         assert plan.ranks[name] == int(m * n * 0.75 / (m + n))
     assert 0 <= left < 56
+
+
+# SVD-LLM's update
+
+
+def student_of(x: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, StudentStatistics]:
+    """What a map reads in a compressed model that reads ``x`` [tokens, in] in the dense one, and moments of both."""
+    generator = torch.Generator().manual_seed(2)
+    change = torch.eye(x.shape[1]) - 0.3 * torch.rand(x.shape[1], x.shape[1], generator=generator)
+    own = x @ change + 0.1 * torch.randn(x.shape, generator=generator) - 0.2
+    moment = SecondMoment()
+    moment.add(own)
+    statistics = (moment.mean(), x.T @ own / len(x), moment.center(), x.mean(0))
+    return own, StudentStatistics(*statistics, has_bias)
+
+
+def with_ones(rows: torch.Tensor, has_bias: bool) -> np.ndarray:
+    """Rows in fp64, with a column of ones for a bias."""
+    found = rows.double().numpy()
+    return np.concatenate([found, np.ones((len(found), 1))], 1) if has_bias else found
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_svd_llm_update_is_least_squares_on_what_the_compressed_model_reads(
+    out_features: int, in_features: int, has_bias: bool
+) -> None:
+    W, x, statistics = drawn(out_features, in_features)
+    own, seen = student_of(x, has_bias)
+    init = strategies_of("svd-llm-update").init
+    B, A = init.decompose(W, statistics).factors(W, 5)
+    left, right, shift = init.adapt(W, B, A, seen)
+    assert right is A
+    y = (own @ W.T).double().numpy()
+    solution = np.linalg.lstsq(with_ones(own @ A.T, has_bias), y, rcond=None)[0]
+    np.testing.assert_allclose(left.double().numpy(), solution[:5].T, rtol=1e-3, atol=1e-3)
+    assert (shift is None) == (not has_bias)
+    if shift is not None:
+        np.testing.assert_allclose(shift.double().numpy(), solution[5], rtol=1e-3, atol=2e-3)
+    # Where nothing is lost below, nothing is to be updated.
+    same = StudentStatistics(statistics.inputs, statistics.inputs, statistics.center, statistics.center, False)
+    torch.testing.assert_close(init.adapt(W, B, A, same)[0], B, rtol=1e-3, atol=1e-3)
 
 
 # SkipCat
