@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lillama_benchmarks.baselines import (
+    aa_svd,
     asvd,
     bolaco,
     d_rank,
@@ -50,6 +51,7 @@ BASELINES = tuple(
     for name, options in {
         "svd-llm": svd_llm.OPTIONS,
         "svd-llm-update": svd_llm_update.OPTIONS,
+        "aa-svd": aa_svd.OPTIONS,
         "asvd": asvd.OPTIONS,
         "skipcat": skipcat.OPTIONS,
         "d-rank": d_rank.OPTIONS,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lillama_core import Recipe
 from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.linear import linear_targets
@@ -15,6 +19,7 @@ from lillama_core.data.modality import Samples
 from lillama_core.distillation.adaptation import adapt
 from lillama_core.distillation.training import RoutingReplay
 from lillama_core.initialization import MapStatistics, PlainSVD, StudentStatistics
+from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.masks import StackMasks
@@ -110,3 +115,23 @@ def test_a_map_that_few_rows_reach_keeps_its_factors() -> None:
     adapt(block, dense, student, [m.name for m in block.maps], initializer, there, there, x, [0], RoutingReplay(()))
     # Not of the map with twice as many inputs.
     assert [len(seen.inputs) for seen in initializer.told] == [WIDTH, WIDTH]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+def test_what_is_lost_below_is_made_up_for(
+    family: str, tmp_path: Path, make_model: Callable[..., Path], calibration_text: Path
+) -> None:
+    """With experts and with biases, too."""
+    dense = make_model(tmp_path / "dense", family, num_hidden_layers=3)
+    options: dict[str, Any] = {
+        **{"reduction": 0.3, "tokens": 4096, "sequence_length": 32, "rescaling_tokens": 0, "steps": 0},
+        **{"calibration": (str(calibration_text),), "self_share": 0.0, "held_out": 0.25, "compute": "float32"},
+        **{"allocation": "uniform", "compress_embeddings": False},
+    }
+
+    def errors(init: str) -> list[float]:
+        request = Request(str(dense), tmp_path / init, Recipe(**options, init=init))
+        return [block["error_after"] for block in compress(request, "quiet").blocks]
+
+    # Of rows that nothing was fitted to.
+    assert errors("anchored")[-1] < errors("whitened")[-1]

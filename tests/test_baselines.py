@@ -136,7 +136,7 @@ def test_svd_llm_keeps_one_fraction_of_every_map() -> None:
     assert 0 <= left < 56
 
 
-# SVD-LLM's update
+# SVD-LLM's update, and AA-SVD
 
 
 def student_of(x: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, StudentStatistics]:
@@ -176,6 +176,32 @@ def test_svd_llm_update_is_least_squares_on_what_the_compressed_model_reads(
     # Where nothing is lost below, nothing is to be updated.
     same = StudentStatistics(statistics.inputs, statistics.inputs, statistics.center, statistics.center, False)
     torch.testing.assert_close(init.adapt(W, B, A, same)[0], B, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_aa_svd_is_the_reduced_rank_regression_of_dense_outputs(
+    out_features: int, in_features: int, has_bias: bool
+) -> None:
+    """Another way: least squares of full rank, then the principal components of what it gives."""
+    W, x, statistics = drawn(out_features, in_features)
+    own, seen = student_of(x, has_bias)
+    init = strategies_of("aa-svd").init
+    B, A, shift = init.adapt(W, *init.decompose(W, statistics).factors(W, 5), seen)
+    y = (x @ W.T).double().numpy()
+    fitted = with_ones(own, has_bias) @ np.linalg.lstsq(with_ones(own, has_bias), y, rcond=None)[0]
+    center = fitted.mean(0) if has_bias else np.zeros(out_features)
+    _, _, Vt = np.linalg.svd(fitted - center, full_matrices=False)
+    expected = (fitted - center) @ Vt[:5].T @ Vt[:5] + center
+    found = (own @ (B @ A).T).double().numpy() + (0.0 if shift is None else shift.double().numpy())
+    assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+    least = np.linalg.norm(y - expected) ** 2
+    assert np.linalg.norm(y - found) ** 2 == pytest.approx(least, rel=1e-3)
+    # Where nothing is lost below, it is SVD-LLM.
+    same = StudentStatistics(statistics.inputs, statistics.inputs, statistics.center, statistics.center, False)
+    plain = torch.matmul(*strategies_of("svd-llm").init.decompose(W, statistics).factors(W, 5))
+    B, A, _ = init.adapt(W, B, A, same)
+    assert (x @ (B @ A - plain).T).norm() < 1e-2 * (x @ plain.T).norm()
 
 
 # SkipCat
