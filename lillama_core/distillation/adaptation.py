@@ -23,6 +23,7 @@ from lillama_core.distillation.training import RoutingReplay
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.initialization import Initializer, StudentStatistics, balance
 from lillama_core.runtime.activations import StackActivations
+from lillama_core.runtime.harness import StopForward
 from lillama_core.runtime.masks import upstream_tensors
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 from lillama_core.statistics.reduction import reduce_moments
@@ -132,6 +133,8 @@ class Readers:
     routing: RoutingReplay
     leader: dict[str, str] = field(default_factory=dict)
     """By map, the first one that reads the same tensor; of the first run, in the order of the calls."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often leaders were called in the first run; it may be otherwise in other runs for maps of a group."""
 
     def levels(self, names: Collection[str]) -> list[list[str]]:
         """The maps ``names`` that can be fitted together, in the order of the block; last what was not called."""
@@ -154,16 +157,24 @@ class Readers:
         tensors: list[tuple[str, torch.Tensor]] = []
         masks, inputs = activations.masks[batch], activations.runner.inputs(self.block, batch)
         upstream = upstream_tensors([inputs.args, inputs.kwargs])
+        expected = {leader: self.calls.get(leader, 0) for leader in leaders}
+        steady = expected and all(expected.values()) and not any(m.group for m in self.block.maps if m.name in expected)
 
         def note(map_: TargetLinear, tensor: torch.Tensor) -> None:
             first = next((name for name, other in tensors if other is tensor), map_.name)
             leader = self.leader.setdefault(map_.name, first)
-            if leader == map_.name:
-                tensors.append((leader, tensor))
-            if leader == map_.name and leader in leaders:
+            if leader != map_.name:
+                return
+            tensors.append((leader, tensor))
+            if not leaders:
+                self.calls[leader] = self.calls.get(leader, 0) + 1
+            elif leader in leaders:
                 found.setdefault(leader, []).append(flat_rows(tensor, masks, tensor.data_ptr() in upstream))
+                if steady and all(len(found.get(name, ())) == calls for name, calls in expected.items()):
+                    # What comes after it in the block is not to be seen now.
+                    raise StopForward
 
-        with torch.no_grad(), contextlib.ExitStack() as stack:
+        with torch.no_grad(), contextlib.suppress(StopForward), contextlib.ExitStack() as stack:
             for target in (target for target in self.block.targets if isinstance(target, LinearTarget)):
                 stack.enter_context(target.observe(module, on_input=note))
             stack.enter_context(self.routing.replaying(module, batch))
