@@ -17,6 +17,7 @@ from lillama_benchmarks.baselines import (
     skipcat,
     svd_llm,
     svd_llm_update,
+    wanda_sp,
 )
 
 
@@ -58,6 +59,7 @@ BASELINES = tuple(
         "obd-llm": obd_llm.OPTIONS,
         "liteasr": liteasr.OPTIONS,
         "modegpt": modegpt.OPTIONS,
+        "wanda-sp": wanda_sp.OPTIONS,
         "bolaco": bolaco.OPTIONS,
     }.items()
 )

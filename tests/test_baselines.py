@@ -477,6 +477,30 @@ def test_modegpt_keeps_channels_of_high_leverage_and_refits() -> None:
         assert float(found.curve.errors[k - 1]) == pytest.approx(lost, rel=1e-2, abs=1e-4)
 
 
+def test_wanda_sp_keeps_large_channels_as_they_are() -> None:
+    W, z, statistics = drawn(6, 20)
+    found = strategies_of("wanda-sp").init.eliminate(W, statistics)
+    norms = np.linalg.norm(z.double().numpy(), axis=0)
+    order = np.array([sum(abs(float(w)) for w in W[:, j]) * norms[j] for j in range(20)]).argsort()[::-1]
+    assert found.order.tolist() == order.tolist()
+    for k in (1, 7, 20):
+        assert found.kept(k).tolist() == sorted(order[:k])
+        refitted, bias = found.refit(W, torch.ones(6), k)
+        np.testing.assert_allclose(refitted, W[:, sorted(order[:k])], rtol=1e-5)
+        assert bias is not None
+        assert bias.tolist() == [1.0] * 6
+
+
+def test_wanda_sp_takes_the_same_part_of_every_net() -> None:
+    told = Told({("decoder", 0): 0.9, ("decoder", 1): 0.1, ("decoder", 2): 0.5})
+    plan = strategies_of("wanda-sp").allocation.allocate(request_for_nets([16, 16, 16], 40, 0.3, told))
+    assert not plan.ranks
+    counts = list(plan.channels.values())
+    # What rounding leaves goes to one of them.
+    assert len(counts) == 3
+    assert max(counts) - min(counts) <= 2
+
+
 def nets(widths: Sequence[int], size: int = 40) -> tuple[list[PlannedMap], dict[str, ChannelCurve]]:
     """A net of three maps and an attention map in each of several blocks of these widths, and what may be taken out."""
     maps, curves = [], {}
