@@ -154,7 +154,7 @@ class StackCompressor:
             # What the dense block reads is looked at beside.
             student = block.with_layers(student, factors)
         student.to(self.recorder.device)
-        if routes is not None and self.initializer.adapts:
+        if ranks and routes is not None and self.initializer.adapts:
             # Of channels that are taken out the compressed model reads nothing to compare with.
             touched = {m.name for c in block.channels if c.name in counts for m in (*c.sources, c.sink)}
             batches = [batch for batch in roles.train if batch is not None]
