@@ -146,8 +146,7 @@ def student_of(x: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, StudentSt
     own = x @ change + 0.1 * torch.randn(x.shape, generator=generator) - 0.2
     moment = SecondMoment()
     moment.add(own)
-    statistics = (moment.mean(), x.T @ own / len(x), moment.center(), x.mean(0))
-    return own, StudentStatistics(*statistics, has_bias)
+    return own, StudentStatistics(moment.mean(), moment.center(), has_bias, x.T @ own / len(x), x.mean(0))
 
 
 def with_ones(rows: torch.Tensor, has_bias: bool) -> np.ndarray:
@@ -174,7 +173,7 @@ def test_svd_llm_update_is_least_squares_on_what_the_compressed_model_reads(
     if shift is not None:
         np.testing.assert_allclose(shift.double().numpy(), solution[5], rtol=1e-3, atol=2e-3)
     # Where nothing is lost below, nothing is to be updated.
-    same = StudentStatistics(statistics.inputs, statistics.inputs, statistics.center, statistics.center, False)
+    same = StudentStatistics(statistics.inputs, statistics.center, False)
     torch.testing.assert_close(init.adapt(W, B, A, same)[0], B, rtol=1e-3, atol=1e-3)
 
 
@@ -198,7 +197,7 @@ def test_aa_svd_is_the_reduced_rank_regression_of_dense_outputs(
     least = np.linalg.norm(y - expected) ** 2
     assert np.linalg.norm(y - found) ** 2 == pytest.approx(least, rel=1e-3)
     # Where nothing is lost below, it is SVD-LLM.
-    same = StudentStatistics(statistics.inputs, statistics.inputs, statistics.center, statistics.center, False)
+    same = StudentStatistics(statistics.inputs, statistics.center, False, statistics.inputs, statistics.center)
     plain = torch.matmul(*strategies_of("svd-llm").init.decompose(W, statistics).factors(W, 5))
     B, A, _ = init.adapt(W, B, A, same)
     assert (x @ (B @ A - plain).T).norm() < 1e-2 * (x @ plain.T).norm()

@@ -34,10 +34,14 @@ class Anchored(Whitened):
     name = "anchored"
     corrects = False
     adapts = True
+    compares = True
 
     def adapt(
         self, weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, seen: StudentStatistics
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        # They are asked for.
+        assert seen.cross is not None
+        assert seen.dense_center is not None
         W, rank = weight.double(), len(A)
         C, S = seen.cross.double(), seen.inputs.double()
         if seen.has_bias:

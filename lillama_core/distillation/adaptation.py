@@ -1,7 +1,8 @@
 """Factors fitted again to what their maps read in the compressed model, map by map in the order of a block.
 
 In the model as far as it is compressed a map reads x', not what it reads in the dense model, x. Of the rows that are
-fitted to, E[x' x'^T] and E[x x'^T] go to the initialiser, which makes other factors of them (`Initializer.adapt`).
+fitted to, E[x' x'^T], and E[x x'^T] if asked for, go to the initialiser, which makes other factors of them
+(`Initializer.adapt`).
 Maps that read one tensor, and those of a group, are fitted together; what comes after them in the block then reads what
 they give. Modules that hold several maps (the experts of a layer) show nothing of them once they are low rank: their
 maps keep the factors that they had.
@@ -25,9 +26,9 @@ from lillama_core.initialization import Initializer, StudentStatistics, balance
 from lillama_core.runtime.activations import StackActivations
 from lillama_core.runtime.harness import StopForward
 from lillama_core.runtime.masks import upstream_tensors
-from lillama_core.statistics.moments import SecondMoment, flat_rows
+from lillama_core.statistics.moments import SecondMoment, computes_in_bfloat16, flat_rows
 from lillama_core.statistics.reduction import reduce_moments
-from lillama_core.system.devices import exact_device
+from lillama_core.system.devices import exact_device, fast_gram_products
 from lillama_core.system.processes import ALONE, World
 
 
@@ -38,7 +39,7 @@ def adapt(
     names: Collection[str],
     initializer: Initializer,
     activations: StackActivations,
-    routes: StackActivations,
+    routes: StackActivations | None,
     entering: Sequence[torch.Tensor],
     batches: Sequence[int],
     routing: RoutingReplay,
@@ -47,24 +48,25 @@ def adapt(
     """Replace the factors of the maps ``names`` in ``student`` by what ``initializer`` makes of them.
 
     ``activations`` are the compressed model's at this block, ``routes`` has what the dense model gives its own beside
-    ``entering``. A map that fewer rows of ``batches`` reach than it has inputs keeps its factors: they would not span
-    its inputs. So does one that does not get the same rows in both models.
+    ``entering``, for an initialiser that compares both. A map that fewer rows of ``batches`` reach than it has inputs
+    keeps its factors: they would not span its inputs. So does one that does not get the same rows in both models.
     """
     device = activations.runner.device
     maps = {m.name: m for target in block.targets if isinstance(target, LinearTarget) for m in target.maps}
     readers = Readers(block, routing)
     if batches:
-        readers.rows(dense, routes, entering[batches[0]], batches[0])
+        readers.rows(student, activations, activations.hidden[batches[0]], batches[0])
     # A process of which no row came to an expert does not know what its maps share.
     called = world.from_main(lambda: readers.leader)
     readers.leader = {**called, **{name: name for name in maps if name not in called}}
     for level in readers.levels(set(names) & set(maps)):
-        pairs = {leader: _Pairs(maps[leader], device) for leader in sorted({readers.leader[name] for name in level})}
+        leaders = sorted({readers.leader[name] for name in level})
+        pairs = {leader: _Pairs(maps[leader], device, routes is not None) for leader in leaders}
         for batch in batches:
-            ours = readers.rows(student, activations, activations.hidden[batch], batch, pairs)
-            theirs = readers.rows(dense, routes, entering[batch], batch, pairs)
+            ours = readers.rows(student, activations, activations.hidden[batch], batch, leaders)
+            theirs = ours if routes is None else readers.rows(dense, routes, entering[batch], batch, leaders)
             for leader, pair in pairs.items():
-                for (own, _), (x, weights) in zip(ours.get(leader, ()), theirs.get(leader, ()), strict=False):
+                for (own, weights), (x, _) in zip(ours.get(leader, ()), theirs.get(leader, ()), strict=False):
                     pair.add(own, x, weights)
         seen = _reduced(pairs, world, device)
         layers = {}
@@ -87,12 +89,12 @@ def adapt(
 class _Pairs:
     """Moments of the inputs x' of one map and x of the dense one, row by row."""
 
-    def __init__(self, map_: TargetLinear, device: torch.device) -> None:
-        self.own = SecondMoment()
-        self.cross = torch.zeros(map_.in_features, map_.in_features, device=device)
-        """Sum of x x'^T."""
-        self.dense = torch.zeros(map_.in_features, device=device)
-        """Sum of x."""
+    def __init__(self, map_: TargetLinear, device: torch.device, compares: bool) -> None:
+        self.own, self.size = SecondMoment(), map_.in_features
+        self.sums = [torch.zeros(self.size, self.size, device=device), torch.zeros(self.size, device=device)]
+        """Of x x'^T and of x; none where they are not compared."""
+        if not compares:
+            self.sums.clear()
 
     def add(self, own: torch.Tensor, x: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Add rows x' and x [n, in], each pair as often as ``weights`` [n] says; none where their numbers differ."""
@@ -101,19 +103,19 @@ class _Pairs:
         if weights is not None:
             kept = weights > 0
             own, x, weights = own[kept], x[kept], weights[kept].float()
-        own, x = own.float(), x.float()
         self.own.add(own, weights)
-        x = x if weights is None else x * weights[:, None]
-        self.dense += x.sum(0)
-        with torch.autocast(x.device.type, enabled=False):
-            self.cross.addmm_(x.T, own)
+        if self.sums:
+            half, x = own.dtype == torch.bfloat16, x.float()
+            x = x if weights is None else x * weights[:, None]
+            self.sums[1] += x.sum(0)
+            with torch.autocast(x.device.type, enabled=False), fast_gram_products(x.device, half):
+                self.sums[0].addmm_(x.T, own.float())
 
     def statistics(self, device: torch.device, has_bias: bool) -> StudentStatistics:
         """The means, on ``device``."""
-        count = self.own.count
-        means = (self.own.mean(), self.cross / count, self.own.center(), self.dense / count)
-        inputs, cross, center, dense_center = (tensor.to(device) for tensor in means)
-        return StudentStatistics(inputs, cross, center, dense_center, has_bias)
+        inputs, center = self.own.mean().to(device), self.own.center().to(device)
+        compared = [total.to(device) / self.own.count for total in self.sums]
+        return StudentStatistics(inputs, center, has_bias, *compared)
 
 
 def _reduced(pairs: dict[str, _Pairs], world: World, device: torch.device) -> dict[str, _Pairs]:
@@ -121,8 +123,8 @@ def _reduced(pairs: dict[str, _Pairs], world: World, device: torch.device) -> di
     reduced = reduce_moments(world, {name: pair.own for name, pair in pairs.items()}, list(pairs), None, device)
     for name, pair in pairs.items():
         pair.own = reduced.get(name, pair.own)
-        world.sum_([pair.cross, pair.dense])
-    return {name: pair for name, pair in pairs.items() if pair.own.count >= len(pair.cross)}
+        world.sum_(pair.sums)
+    return {name: pair for name, pair in pairs.items() if pair.own.count >= pair.size}
 
 
 @dataclass
@@ -169,7 +171,10 @@ class Readers:
             if not leaders:
                 self.calls[leader] = self.calls.get(leader, 0) + 1
             elif leader in leaders:
-                found.setdefault(leader, []).append(flat_rows(tensor, masks, tensor.data_ptr() in upstream))
+                rows, weights = flat_rows(tensor, masks, tensor.data_ptr() in upstream)
+                # As the map itself will have them.
+                rows = rows.bfloat16() if computes_in_bfloat16(rows.device) else rows
+                found.setdefault(leader, []).append((rows, weights))
                 if steady and all(len(found.get(name, ())) == calls for name, calls in expected.items()):
                     # What comes after it in the block is not to be seen now.
                     raise StopForward

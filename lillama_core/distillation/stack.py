@@ -154,11 +154,12 @@ class StackCompressor:
             # What the dense block reads is looked at beside.
             student = block.with_layers(student, factors)
         student.to(self.recorder.device)
-        if ranks and routes is not None and self.initializer.adapts:
+        if ranks and self.initializer.adapts:
             # Of channels that are taken out the compressed model reads nothing to compare with.
             touched = {m.name for c in block.channels if c.name in counts for m in (*c.sources, c.sink)}
             batches = [batch for batch in roles.train if batch is not None]
-            adapted = (set(ranks) - touched, self.initializer, activations, routes, entering, batches, data.pinned)
+            compared = routes if self.initializer.compares else None
+            adapted = (set(ranks) - touched, self.initializer, activations, compared, entering, batches, data.pinned)
             adapt(block, dense, student, *adapted, self.world)
         training = self.training if ranks or counts else replace(self.training, steps=0)
         fisher_factor = None

@@ -43,14 +43,14 @@ class StudentStatistics:
 
     inputs: torch.Tensor
     """E[x' x'^T] [in, in]."""
-    cross: torch.Tensor
-    """E[x x'^T] [in, in]."""
     center: torch.Tensor
     """E[x'] [in]."""
-    dense_center: torch.Tensor
-    """E[x] [in]."""
     has_bias: bool
     """Whether the map can absorb an error that is the same for all inputs."""
+    cross: torch.Tensor | None = None
+    """E[x x'^T] [in, in], for an initialiser that compares both."""
+    dense_center: torch.Tensor | None = None
+    """E[x] [in], likewise."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Initializer(Strategy, ABC):
     """Whether W may be replaced by a corrected map, see `lillama_core.distillation.correction`, and decomposed then."""
     adapts: bool = False
     """Whether `adapt` is asked for factors, once the maps before it have theirs: costs passes over all rows."""
+    compares: bool = False
+    """Whether `adapt` looks at what the map reads in the dense model, too, which costs as many passes again."""
 
     def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
         """Order the channels that W [out, in] reads by what they matter, with errors in the unit of `decompose`.

@@ -102,7 +102,7 @@ class BlocksStage(Stage):
         )
         # Routing, and what maps read, is noted of the dense model's blocks, given what the dense model gives them.
         routes: dict[str, StackActivations] = {}
-        if context.architecture.pinned or context.initializer.adapts:
+        if context.architecture.pinned or context.initializer.compares:
             routes = record_dense(context.recorder, dense.chosen.values(), found.states, numbers, followed)
         dense_embeddings: dict[str, nn.Module] = {}
         if context.spec.embedding is not None:
