@@ -6,8 +6,8 @@ S = E[x' x'^T] = R R^T, and U, s, V the singular vectors and values of M = W C R
 Block by block and, within a block, in the order of its maps; those that read one tensor together.
 
 Deviations: the refinement of each block by gradients, which the paper has afterwards and which it finds to do most, is
-left out. S and C have a ridge on the diagonal, of which the smallest damping here makes the least there can be in fp32;
-it draws W' x' to W x'. A map with a bias b has b + W E[x] - W' E[x'], and C and S are covariances then.
+left out. S and C have a small ridge on the diagonal, which draws W' to W. A map with a bias b gets
+b + W E[x] - W' E[x'], and C and S are covariances then.
 """
 
 from __future__ import annotations

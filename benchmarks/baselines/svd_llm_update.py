@@ -44,7 +44,7 @@ class WhitenedUpdate(Whitened):
         if seen.has_bias:
             S = S - torch.outer(seen.center, seen.center).double()
         SA = S @ right.T
-        # No rounding of W S A^T in what no input reaches: the ridge is that of the whitening.
+        # With a ridge as small as that of the whitening: no input may come by that A passes on.
         left = torch.cholesky_solve((W @ SA).T, root(right @ SA, self.options.input_damping)).T
         shift = (W - left @ right) @ seen.center.double() if seen.has_bias else None
         return left.float(), A, None if shift is None else shift.float()

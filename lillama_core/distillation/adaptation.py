@@ -2,10 +2,9 @@
 
 In the model as far as it is compressed a map reads x', not what it reads in the dense model, x. Of the rows that are
 fitted to, E[x' x'^T], and E[x x'^T] if asked for, go to the initialiser, which makes other factors of them
-(`Initializer.adapt`).
-Maps that read one tensor, and those of a group, are fitted together; what comes after them in the block then reads what
-they give. Modules that hold several maps (the experts of a layer) show nothing of them once they are low rank: their
-maps keep the factors that they had.
+(`Initializer.adapt`). Maps that read one tensor, and those of a group, are fitted together; what comes after them in
+the block then reads what they give. Modules that hold several maps (the experts of a layer) show nothing of them once
+they are low rank: their maps keep the factors that they had.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class BatchRoles:
     report: list[int]
     """Losses are reported on them, and nothing else."""
     train: list[int | None]
-    """The factors are trained on them; None for one of which only other processes have rows."""
+    """The factors are trained on them, or fitted again; None for one of which only other processes have rows."""
     followed: list[int | None]
     """All that the processes of the job follow, likewise."""
 
@@ -102,7 +102,7 @@ class StackCompressor:
 
         ``student`` is what enters the stack in the model whose earlier stacks are compressed, for the batches whose
         dense states were kept under ``numbers``. ``routes`` has the dense model's recorded arguments, to run its blocks
-        with where routing is replayed or factors are adapted.
+        with where routing is replayed or an initialiser compares.
         """
         masks = [mask.own for mask in student.masks]
         shares = roles.shares(masks, student.hidden, self.world)
