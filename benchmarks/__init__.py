@@ -9,8 +9,11 @@ from lillama_registry import LazyCommand, hookimpl
 def lillama_initializers() -> dict[str, str]:
     return {
         "activation-scaled": "lillama_benchmarks.baselines.asvd:ActivationScaled",
+        "anchored": "lillama_benchmarks.baselines.aa_svd:Anchored",
+        "channel-size": "lillama_benchmarks.baselines.wanda_sp:ChannelSize",
         "nystrom": "lillama_benchmarks.baselines.modegpt:Nystrom",
         "output-pca": "lillama_benchmarks.baselines.liteasr:OutputComponents",
+        "whitened-update": "lillama_benchmarks.baselines.svd_llm_update:WhitenedUpdate",
     }
 
 

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lillama_benchmarks.baselines import asvd, bolaco, d_rank, liteasr, modegpt, obd_llm, skipcat, svd_llm
+from lillama_benchmarks.baselines import (
+    aa_svd,
+    asvd,
+    bolaco,
+    d_rank,
+    liteasr,
+    modegpt,
+    obd_llm,
+    skipcat,
+    svd_llm,
+    svd_llm_update,
+    wanda_sp,
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +51,15 @@ BASELINES = tuple(
     Method(name, "fast", {**options, "steps": 0})
     for name, options in {
         "svd-llm": svd_llm.OPTIONS,
+        "svd-llm-update": svd_llm_update.OPTIONS,
+        "aa-svd": aa_svd.OPTIONS,
         "asvd": asvd.OPTIONS,
         "skipcat": skipcat.OPTIONS,
         "d-rank": d_rank.OPTIONS,
         "obd-llm": obd_llm.OPTIONS,
         "liteasr": liteasr.OPTIONS,
         "modegpt": modegpt.OPTIONS,
+        "wanda-sp": wanda_sp.OPTIONS,
         "bolaco": bolaco.OPTIONS,
     }.items()
 )

@@ -25,7 +25,7 @@ from lillama_core.allocation.plan import PlannedMap, RankPlan, kept_parameters, 
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.errors import UserError
 from lillama_core.formats.pivoted import InputPivotedLinear
-from lillama_core.initialization import MapStatistics, PlainSVD
+from lillama_core.initialization import MapStatistics, PlainSVD, StudentStatistics
 from lillama_core.recipe.loading import load_recipe
 from lillama_core.recipe.model import Recipe
 from lillama_core.recipe.reading import check_options_are_read, choose
@@ -134,6 +134,73 @@ def test_svd_llm_keeps_one_fraction_of_every_map() -> None:
     for name, (m, n) in list(shapes.items())[:-2]:
         assert plan.ranks[name] == int(m * n * 0.75 / (m + n))
     assert 0 <= left < 56
+
+
+# SVD-LLM's update, and AA-SVD
+
+
+def student_of(x: torch.Tensor, has_bias: bool) -> tuple[torch.Tensor, StudentStatistics]:
+    """What a map reads in a compressed model that reads ``x`` [tokens, in] in the dense one, and moments of both."""
+    generator = torch.Generator().manual_seed(2)
+    change = torch.eye(x.shape[1]) - 0.3 * torch.rand(x.shape[1], x.shape[1], generator=generator)
+    own = x @ change + 0.1 * torch.randn(x.shape, generator=generator) - 0.2
+    moment = SecondMoment()
+    moment.add(own)
+    return own, StudentStatistics(moment.mean(), moment.center(), has_bias, x.T @ own / len(x), x.mean(0))
+
+
+def with_ones(rows: torch.Tensor, has_bias: bool) -> np.ndarray:
+    """Rows in fp64, with a column of ones for a bias."""
+    found = rows.double().numpy()
+    return np.concatenate([found, np.ones((len(found), 1))], 1) if has_bias else found
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_svd_llm_update_is_least_squares_on_what_the_compressed_model_reads(
+    out_features: int, in_features: int, has_bias: bool
+) -> None:
+    W, x, statistics = drawn(out_features, in_features)
+    own, seen = student_of(x, has_bias)
+    init = strategies_of("svd-llm-update").init
+    B, A = init.decompose(W, statistics).factors(W, 5)
+    left, right, shift = init.adapt(W, B, A, seen)
+    assert right is A
+    y = (own @ W.T).double().numpy()
+    solution = np.linalg.lstsq(with_ones(own @ A.T, has_bias), y, rcond=None)[0]
+    np.testing.assert_allclose(left.double().numpy(), solution[:5].T, rtol=1e-3, atol=1e-3)
+    assert (shift is None) == (not has_bias)
+    if shift is not None:
+        np.testing.assert_allclose(shift.double().numpy(), solution[5], rtol=1e-3, atol=2e-3)
+    # Where nothing is lost below, nothing is to be updated.
+    same = StudentStatistics(statistics.inputs, statistics.center, False)
+    torch.testing.assert_close(init.adapt(W, B, A, same)[0], B, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_aa_svd_is_the_reduced_rank_regression_of_dense_outputs(
+    out_features: int, in_features: int, has_bias: bool
+) -> None:
+    """Another way: least squares of full rank, then the principal components of what it gives."""
+    W, x, statistics = drawn(out_features, in_features)
+    own, seen = student_of(x, has_bias)
+    init = strategies_of("aa-svd").init
+    B, A, shift = init.adapt(W, *init.decompose(W, statistics).factors(W, 5), seen)
+    y = (x @ W.T).double().numpy()
+    fitted = with_ones(own, has_bias) @ np.linalg.lstsq(with_ones(own, has_bias), y, rcond=None)[0]
+    center = fitted.mean(0) if has_bias else np.zeros(out_features)
+    _, _, Vt = np.linalg.svd(fitted - center, full_matrices=False)
+    expected = (fitted - center) @ Vt[:5].T @ Vt[:5] + center
+    found = (own @ (B @ A).T).double().numpy() + (0.0 if shift is None else shift.double().numpy())
+    assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+    least = np.linalg.norm(y - expected) ** 2
+    assert np.linalg.norm(y - found) ** 2 == pytest.approx(least, rel=1e-3)
+    # Where nothing is lost below, it is SVD-LLM.
+    same = StudentStatistics(statistics.inputs, statistics.center, False, statistics.inputs, statistics.center)
+    plain = torch.matmul(*strategies_of("svd-llm").init.decompose(W, statistics).factors(W, 5))
+    B, A, _ = init.adapt(W, B, A, same)
+    assert (x @ (B @ A - plain).T).norm() < 1e-2 * (x @ plain.T).norm()
 
 
 # SkipCat
@@ -407,6 +474,30 @@ def test_modegpt_keeps_channels_of_high_leverage_and_refits() -> None:
         assert bias.tolist() == [1.0] * 6
         lost = ((z @ W.T - z[:, kept] @ refitted.T).double() ** 2).sum().item() / len(z)
         assert float(found.curve.errors[k - 1]) == pytest.approx(lost, rel=1e-2, abs=1e-4)
+
+
+def test_wanda_sp_keeps_large_channels_as_they_are() -> None:
+    W, z, statistics = drawn(6, 20)
+    found = strategies_of("wanda-sp").init.eliminate(W, statistics)
+    norms = np.linalg.norm(z.double().numpy(), axis=0)
+    order = np.array([sum(abs(float(w)) for w in W[:, j]) * norms[j] for j in range(20)]).argsort()[::-1]
+    assert found.order.tolist() == order.tolist()
+    for k in (1, 7, 20):
+        assert found.kept(k).tolist() == sorted(order[:k])
+        refitted, bias = found.refit(W, torch.ones(6), k)
+        np.testing.assert_allclose(refitted, W[:, sorted(order[:k])], rtol=1e-5)
+        assert bias is not None
+        assert bias.tolist() == [1.0] * 6
+
+
+def test_wanda_sp_takes_the_same_part_of_every_net() -> None:
+    told = Told({("decoder", 0): 0.9, ("decoder", 1): 0.1, ("decoder", 2): 0.5})
+    plan = strategies_of("wanda-sp").allocation.allocate(request_for_nets([16, 16, 16], 40, 0.3, told))
+    assert not plan.ranks
+    counts = list(plan.channels.values())
+    # What rounding leaves goes to one of them.
+    assert len(counts) == 3
+    assert max(counts) - min(counts) <= 2
 
 
 def nets(widths: Sequence[int], size: int = 40) -> tuple[list[PlannedMap], dict[str, ChannelCurve]]:

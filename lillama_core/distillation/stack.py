@@ -14,6 +14,7 @@ from lillama_core.allocation.plan import RankPlan
 from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.linear import LinearTarget
 from lillama_core.architecture.targets.linear_map import TargetLinear
+from lillama_core.distillation.adaptation import adapt
 from lillama_core.distillation.correction import LastMap, correct
 from lillama_core.distillation.finished_blocks import (
     FinishedBlocks,
@@ -25,7 +26,6 @@ from lillama_core.distillation.losses import MSE
 from lillama_core.distillation.training import BlockData, RoutingReplay, TrainingOptions, distill_block
 from lillama_core.initialization import Initializer, root
 from lillama_core.runtime.activations import StackActivations
-from lillama_core.runtime.block_runner import BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.states import StateStore
@@ -47,7 +47,7 @@ class BatchRoles:
     report: list[int]
     """Losses are reported on them, and nothing else."""
     train: list[int | None]
-    """The factors are trained on them; None for one of which only other processes have rows."""
+    """The factors are trained on them, or fitted again; None for one of which only other processes have rows."""
     followed: list[int | None]
     """All that the processes of the job follow, likewise."""
 
@@ -102,7 +102,7 @@ class StackCompressor:
 
         ``student`` is what enters the stack in the model whose earlier stacks are compressed, for the batches whose
         dense states were kept under ``numbers``. ``routes`` has the dense model's recorded arguments, to run its blocks
-        with where routing is replayed.
+        with where routing is replayed or an initialiser compares.
         """
         masks = [mask.own for mask in student.masks]
         shares = roles.shares(masks, student.hidden, self.world)
@@ -113,14 +113,14 @@ class StackCompressor:
                 entering, leaving = (self.states.read(block.stack, block.index + i, numbers) for i in (0, 1))
                 dense = self.source.block(block)
                 routing = RoutingReplay(self.recorder.architecture.pinned)
-                if routes is not None:
+                if routes is not None and routing.paths:
                     with torch.no_grad(), routing.noting(dense):
                         for index, hidden in enumerate(entering):
                             routes.runner(dense, block, index, hidden)
                 before: Sequence[torch.Tensor] = entering if self.training.follows_teacher else ()
                 data = BlockData(before, student.hidden, leaving, masks, roles.choose, roles.report)
                 data = replace(data, train=roles.train, shares=shares, pinned=routing)
-                self._compress_block(block, dense, ranks, counts, student.runner, data, roles.correct)
+                self._compress_block(block, dense, ranks, counts, student, data, roles, routes, entering)
                 # Only what the main process has written is the block.
                 self.world.barrier()
             note = self.finished.note(block)
@@ -136,11 +136,14 @@ class StackCompressor:
         dense: nn.Module,
         ranks: dict[str, int],
         counts: dict[str, int],
-        runner: BlockRunner,
+        activations: StackActivations,
         data: BlockData,
-        correct_on: list[int],
+        roles: BatchRoles,
+        routes: StackActivations | None,
+        entering: Sequence[torch.Tensor],
     ) -> None:
-        """Factor, correct, train, convert and write a block, made of ``dense``."""
+        """Factor, adapt, correct, train, convert and write a block, made of ``dense``, which ``entering`` enters."""
+        runner = activations.runner
         student = narrowed(block, dense, counts, self.store)
         # What comes from below is not what it was, even where this block stays as it is.
         name = self.store.last_map(block) if self.corrects and block.targets else None
@@ -148,8 +151,16 @@ class StackCompressor:
         gradient_moment = self.store.metric(block) if ranks or counts or self.store.has(block) else None
         if ranks:
             factors = factored_layers(block, dense, student, ranks, counts, self.store, self.initializer, self.seed)
-            block.put(student, factors)
+            # What the dense block reads is looked at beside.
+            student = block.with_layers(student, factors)
         student.to(self.recorder.device)
+        if ranks and self.initializer.adapts:
+            # Of channels that are taken out the compressed model reads nothing to compare with.
+            touched = {m.name for c in block.channels if c.name in counts for m in (*c.sources, c.sink)}
+            batches = [batch for batch in roles.train if batch is not None]
+            compared = routes if self.initializer.compares else None
+            adapted = (set(ranks) - touched, self.initializer, activations, compared, entering, batches, data.pinned)
+            adapt(block, dense, student, *adapted, self.world)
         training = self.training if ranks or counts else replace(self.training, steps=0)
         fisher_factor = None
         if training.loss.needs_sensitivity and gradient_moment is None:
@@ -160,7 +171,7 @@ class StackCompressor:
         shrinkage = 0.0
         if last is not None:
             corrected = correct(
-                last, block, student, runner, data, correct_on, fisher_factor, self.correction_ridge, self.world
+                last, block, student, runner, data, roles.correct, fisher_factor, self.correction_ridge, self.world
             )
             shrinkage, name = corrected.shrinkage, last.map.name
             if shrinkage > 0:

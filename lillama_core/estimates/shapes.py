@@ -156,6 +156,8 @@ class Job:
     parts: int = 10
     """Runs of blocks whose loss is measured apart."""
     correction: int = 0
+    adapts: bool = False
+    """Whether factors are fitted again to what the compressed model reads; the time of that is not estimated."""
     healing: float = 0.0
     """Times that the whole model goes through the rows that are fitted to at the end."""
     evaluations: int = 8
@@ -180,7 +182,7 @@ class Job:
     @property
     def followed(self) -> int:
         """Rows that are followed through the compressed blocks."""
-        return (self.fit if self.steps else self.correction) + self.choose + self.report
+        return (self.fit if self.steps or self.adapts else self.correction) + self.choose + self.report
 
     def calls(self, rows: float) -> float:
         """Batches that hold so many rows."""
@@ -188,7 +190,7 @@ class Job:
 
     def kept_rows(self, on_device: bool) -> int:
         """Rows whose hidden states are kept at the entry of every block."""
-        if self.steps:
+        if self.steps or self.adapts:
             return self.passed
         fit = self.fit if self.sensitivity and on_device else min(self.fit, _whole(self.sensitivity, self.batch))
         return max(fit, self.correction) + self.choose + self.report

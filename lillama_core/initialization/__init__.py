@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics, balance
+from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics, StudentStatistics, balance
 from lillama_core.initialization.second_moments import Fisher, Whitened, root
 from lillama_core.initialization.weights_only import PlainSVD, RandomInit
 
@@ -13,6 +13,7 @@ __all__ = [
     "MapStatistics",
     "PlainSVD",
     "RandomInit",
+    "StudentStatistics",
     "Whitened",
     "balance",
     "root",

@@ -38,6 +38,22 @@ class MapStatistics:
 
 
 @dataclass(frozen=True)
+class StudentStatistics:
+    """Statistics of a map's inputs x' in the model as far as it is compressed, beside its inputs x in the dense one."""
+
+    inputs: torch.Tensor
+    """E[x' x'^T] [in, in]."""
+    center: torch.Tensor
+    """E[x'] [in]."""
+    has_bias: bool
+    """Whether the map can absorb an error that is the same for all inputs."""
+    cross: torch.Tensor | None = None
+    """E[x x'^T] [in, in], for an initialiser that compares both."""
+    dense_center: torch.Tensor | None = None
+    """E[x] [in], likewise."""
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """A map's matrix taken apart once, so that factors of every rank are slices.
 
@@ -86,6 +102,10 @@ class Initializer(Strategy, ABC):
     needs_gradients: bool = False
     corrects: bool = False
     """Whether W may be replaced by a corrected map, see `lillama_core.distillation.correction`, and decomposed then."""
+    adapts: bool = False
+    """Whether `adapt` is asked for factors, once the maps before it have theirs: costs passes over all rows."""
+    compares: bool = False
+    """Whether `adapt` looks at what the map reads in the dense model, too, which costs as many passes again."""
 
     def eliminate(self, weight: torch.Tensor, statistics: MapStatistics) -> Elimination | None:
         """Order the channels that W [out, in] reads by what they matter, with errors in the unit of `decompose`.
@@ -103,3 +123,12 @@ class Initializer(Strategy, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B [out, rank], A [rank, in]) from which training starts."""
         return decomposition.factors(weight, rank)
+
+    def adapt(
+        self, weight: torch.Tensor, B: torch.Tensor, A: torch.Tensor, seen: StudentStatistics
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Replace the factors B and A of W = ``weight`` [out, in] by others of the same rank, for the inputs ``seen``.
+
+        The third is what goes onto the dense bias [out]; None: the bias stays as B and A had it.
+        """
+        return B, A, None

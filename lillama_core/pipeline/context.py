@@ -156,6 +156,11 @@ class Context:
         return self.recipe.steps > 0 or self.corrects or self.recipe.healing_epochs > 0
 
     @property
+    def follows_fit(self) -> bool:
+        """Whether all rows that are fitted to go through the blocks as these are compressed."""
+        return self.recipe.steps > 0 or self.initializer.adapts
+
+    @property
     def state_dtype(self) -> torch.dtype:
         """In which hidden states are kept: that of matrix products, which read little else."""
         return self.autocast or torch.float32

@@ -250,6 +250,7 @@ def job_of(spec: CompressionSpec, recipe: Recipe, half: bool, length: int, rows:
         rescaling=min(fit, part(recipe.rescaling_tokens)) if measures else 0,
         parts=int(getattr(options, "parts", 10)),
         correction=min(fit, part(recipe.correction_tokens)) if corrects else 0,
+        adapts=initializer.adapts,
         healing=recipe.healing_epochs,
         evaluations=int(getattr(make_stage(recipe, "heal").options, "evaluations", 8)),
         looks=initializer.needs_inputs,

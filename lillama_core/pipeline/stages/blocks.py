@@ -100,9 +100,9 @@ class BlocksStage(Stage):
             functools.partial(self._note, context),
             context.world,
         )
-        # Routing is noted of the dense model's blocks, which are given what the dense model gives them.
+        # Routing, and what maps read, is noted of the dense model's blocks, given what the dense model gives them.
         routes: dict[str, StackActivations] = {}
-        if context.architecture.pinned:
+        if context.architecture.pinned or context.initializer.compares:
             routes = record_dense(context.recorder, dense.chosen.values(), found.states, numbers, followed)
         dense_embeddings: dict[str, nn.Module] = {}
         if context.spec.embedding is not None:
@@ -149,13 +149,14 @@ class BlocksStage(Stage):
     def _follow(context: Context) -> tuple[list[int], BatchRoles]:
         """The numbers of the batches that are followed through the blocks by this process, and what each serves.
 
-        All that is fitted to where blocks are trained, else what the correction asks for; and what chooses and reports.
+        All that is fitted to where blocks are trained or factors adapted, else what the correction asks for; and what
+        chooses and reports.
         """
         split, recipe = context.get(CalibrationSplit), context.recipe
         correcting = 0
         if context.corrects:
             correcting = split.batches_for(recipe.correction_tokens / context.given_tokens)
-        fit = split.fit if recipe.steps > 0 else split.fit[:correcting]
+        fit = split.fit if context.follows_fit else split.fit[:correcting]
         numbers = split.here([*fit, *split.choose, *split.report])
         places = {number: place for place, number in enumerate(numbers)}
 

@@ -74,15 +74,15 @@ class StatisticsStage(Stage):
     ) -> None:
         dense, split = context.get(DenseModel), context.get(CalibrationSplit)
         goes_back = self._needs_gradients(context)
-        looks, trains = context.initializer.needs_inputs, context.recipe.steps > 0
-        fit = split.here(split.fit) if looks or trains or goes_back else ()
+        looks, follows = context.initializer.needs_inputs, context.follows_fit
+        fit = split.here(split.fit) if looks or follows or goes_back else ()
         numbers = (*fit, *split.here((*split.choose, *split.report)))
         activations = ActivationStore(context.recorder, split.batches).select(numbers)
         rows = split.rows_for(context.recipe.sensitivity_tokens, context.given_tokens) if goes_back else 0
         keeps_moments = self._keeps_moments(context)
         kept = set(numbers)
-        if not trains:
-            # What is neither trained on nor run again need not be kept.
+        if not follows:
+            # What is neither fitted to again nor run again need not be kept.
             fitted = len(split.fit) if goes_back and not keeps_moments else split.batches_with(rows)
             correcting = split.batches_for(context.recipe.correction_tokens / context.given_tokens)
             kept -= set(split.fit[max(fitted, correcting if context.corrects else 0) :])
