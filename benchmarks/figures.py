@@ -65,7 +65,7 @@ def quality(
     """Compress by the command line, unless that was done before, and measure the result."""
     output = folder / f"{method.name}-{reduction:g}"
     if not output.exists():
-        recipe = output.with_suffix(".yaml")
+        recipe = output.with_name(f"{output.name}.yaml")
         recipe.write_text(json.dumps({"recipe": method.recipe, **method.options, "reduction": reduction}))
         again = ["--resume"] if output.with_name(f"{output.name}.partial").exists() else []
         subprocess.run(

@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ TEXTS = {"wikitext2-test": "WikiText-2", "tales-grimm": "tales", "code": "code"}
 
 RANKS_ALONE = {"compress_embeddings": False, "remove_channels": False}
 """What rules that share out ranks alone can do."""
-CODE = "code"
-"""In place of a source: the first half of the program code."""
+CODE, MIXED = "code", "mixed"
+"""In place of a source: the first half of the program code; as much of it as of WikiText-2, in turns."""
+TURN = 4000
+"""Characters of one text at a time, in whole lines: two rows."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ QUESTIONS = (
             "the model's own text": {"self_share": 1.0},
             "encyclopaedia and own": {"self_share": 0.5},
             "code and own": {"self_share": 0.5, "calibration": CODE},
+            "encyclopaedia and code": {"self_share": 0.0, "calibration": MIXED},
+            "encyclopaedia, code and own": {"self_share": 0.5, "calibration": MIXED},
         },
     ),
     Question(
@@ -106,6 +110,21 @@ def halves_of_code(folder: Path) -> tuple[Path, Path]:
     return found
 
 
+def in_turns(folder: Path, texts: Sequence[Path]) -> Path:
+    """A file with `TURN` characters of each text in turns, until the first of them ends."""
+    left = [text.read_text(encoding="utf-8").splitlines(keepends=True)[::-1] for text in texts]
+    found: list[str] = []
+    while all(left):
+        for lines in left:
+            size = 0
+            while lines and size < TURN:
+                found.append(lines.pop())
+                size += len(found[-1])
+    path = folder / "mixed.txt"
+    path.write_text("".join(found), encoding="utf-8")
+    return path
+
+
 def code_perplexity(spec: str, text: Path) -> float:
     model, tokenizer, _ = load(spec)
     rows = load_text_windows(Source.parse(str(text)), tokenizer, 512, CODE_WINDOWS)
@@ -118,7 +137,8 @@ def answer(model: str, question: Question, name: str, seed: int, folder: Path) -
     options = {**question.common, **question.answers[name], "seed": seed}
     source = options.pop("calibration", None)
     stem = f"{question.name}-{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    text = calibrate if source == CODE else DATA / "wikitext2-valid.txt"
+    prose = DATA / "wikitext2-valid.txt"
+    text = {CODE: calibrate, MIXED: in_turns(folder, (prose, calibrate))}.get(source, prose)
     found = compress_and_measure(model, Method(stem, question.recipe, options), REDUCTION, folder, text)
     found["perplexity"]["code"] = code_perplexity(str(folder / f"{stem}-{REDUCTION:g}"), measure)
     return found
