@@ -35,8 +35,8 @@ TEXTS = {"wikitext2-test": "WikiText-2", "tales-grimm": "tales", "code": "code"}
 
 RANKS_ALONE = {"compress_embeddings": False, "remove_channels": False}
 """What rules that share out ranks alone can do."""
-CODE, MIXED = "code", "mixed"
-"""In place of a source: the first half of the program code; as much of it as of WikiText-2, in turns."""
+CODE, MIXED, OWN = "code", "mixed", "self"
+"""In place of a source: the first half of the program code; as much of it as of WikiText-2, in turns; no text."""
 TURN = 4000
 """Characters of one text at a time, in whole lines: two rows."""
 
@@ -76,7 +76,7 @@ QUESTIONS = (
         {
             "encyclopaedia": {"self_share": 0.0},
             "code": {"self_share": 0.0, "calibration": CODE},
-            "the model's own text": {"self_share": 1.0},
+            "the model's own text": {"self_share": 1.0, "calibration": OWN},
             "encyclopaedia and own": {"self_share": 0.5},
             "code and own": {"self_share": 0.5, "calibration": CODE},
             "encyclopaedia and code": {"self_share": 0.0, "calibration": MIXED},
@@ -138,7 +138,8 @@ def answer(model: str, question: Question, name: str, seed: int, folder: Path) -
     source = options.pop("calibration", None)
     stem = f"{question.name}-{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
     prose = DATA / "wikitext2-valid.txt"
-    text = {CODE: calibrate, MIXED: in_turns(folder, (prose, calibrate))}.get(source, prose)
+    sources = {None: prose, CODE: calibrate, MIXED: in_turns(folder, (prose, calibrate)), OWN: Path(OWN)}
+    text = sources[source]
     found = compress_and_measure(model, Method(stem, question.recipe, options), REDUCTION, folder, text)
     found["perplexity"]["code"] = code_perplexity(str(folder / f"{stem}-{REDUCTION:g}"), measure)
     return found
