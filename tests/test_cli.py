@@ -334,7 +334,10 @@ def test_options_of_a_strategy_reach_it(run_cli: Cli, tiny_model: Path, argument
     ("arguments", "expected"),
     [
         ("--init.input_dampng 3", "--init.input_dampng: 'fisher' has no such option; did you mean 'input_damping'?"),
-        ("--init svd --init.input-damping 3", "'svd' has no such option; 'fisher', 'nystrom' and 'whitened' have it"),
+        (
+            "--init svd --init.input-damping 3",
+            "'svd' has no such option; 'anchored', 'channel-size', 'fisher', 'nystrom', 'whitened'",
+        ),
         ("--minimum-rank 8", "--minimum-rank: 'spectrum' has no such option; 'bottom-first' and 'top-first' have it"),
         ("--init.input-damping many", "--init.input-damping must be a number, not 'many'"),
         ("--init.input-damping 0", "--init.input-damping must be more than 0, not 0"),

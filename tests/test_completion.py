@@ -20,7 +20,7 @@ Cli = Callable[..., Ended]
         ("lillama com", ["plain,compress", "plain,completion"]),
         ("lillama compress m --resu", ["plain,--resume"]),
         ("lillama compress m --recipe f", ["plain,fast"]),
-        ("lillama compress m --init w", ["plain,whitened"]),
+        ("lillama compress m --init w", ["plain,whitened", "plain,whitened-update"]),
         ("lillama compress m --schedule ", ["plain,cosine", "plain,constant"]),
         # An option whose value is not typed yet is no mistake.
         ("lillama compress m -o --overwrite --schedule co", ["plain,cosine", "plain,constant"]),
