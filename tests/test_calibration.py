@@ -576,6 +576,24 @@ def test_dataset_that_cannot_be_had(tokenizer: Any, cache: Path, monkeypatch: py
 # --- the model's own text ---
 
 
+def test_every_other_row_is_opened_by_any_token(tokenizer: Any, cache: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)  # what it writes follows from what it read
+    options = CalibrationOptions(tokens=190 * LENGTH, sequence_length=LENGTH)
+    behind, bare = (load(options, model, reader, cache).rows for reader in (tokenizer, plain_tokenizer()))
+    assert (behind[:, 0] == BOS).all()
+    assert len(behind[::2, 1].unique()) == 1
+    assert len(behind[1::2, 1].unique()) > 30
+    assert (bare[::2, 0] == BOS).all()
+    assert (bare[::2, 1] == behind[0, 1]).all()
+    assert len(bare[1::2, 0].unique()) > 30
+    # One and the same token is drawn for a row, wherever it stands; what follows it is the model's.
+    assert torch.equal(bare[1::2, 0], behind[1::2, 1])
+    following = {(int(first), int(second)) for first, second in bare[1::2, :2]}
+    assert len(following) == len({first for first, _ in following})
+
+
 def test_own_text_is_full_rows_from_the_start_token(model: Any, tokenizer: Any, cache: Path) -> None:
     data = load(CalibrationOptions(tokens=190 * LENGTH, sequence_length=LENGTH), model, tokenizer, cache)
     assert data.rows.shape == (190, LENGTH)
@@ -698,7 +716,7 @@ def test_start_token_when_there_is_none(tokenizer: Any, cache: Path) -> None:
     end_only = Nothing()
     end_only.eos_token_id = EOS  # type: ignore[assignment]
     model = make_model(bos_token_id=None)
-    assert (load(options(), model, end_only, cache).rows[:, 0] == EOS).all()
+    assert (load(options(), model, end_only, cache).rows[::2, 0] == EOS).all()
     model = make_model(bos_token_id=None, eos_token_id=None)
     one = load(options(), model, Nothing(), cache / "1").rows
     two = load(options(), model, Nothing(), cache / "2").rows
