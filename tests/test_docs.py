@@ -277,6 +277,8 @@ def test_paths_in_the_text_exist() -> None:
             top = code.split("/")[0]
             if "/" in code and top in ("lillama_core", "registry", "plugins", "tests", "benchmarks", "docs", ".ci"):
                 named.add(code)
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    named.update(re.findall(r"(?:lillama_core|benchmarks|plugins)/[\w./-]*\w", notice))
     assert named
     assert not {path for path in named if not list(ROOT.glob(path.rstrip("/")))}
 
