@@ -28,10 +28,17 @@ def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # In front of the others, since the first one that knows a module loads it.
         sys.meta_path.insert(0, _Finder())
-    # After the finder is there: another thread may be importing transformers. Registering twice does no harm.
+    # Another thread that imports it may be past the finders already: wait until it is done, as an import would.
+    importlib._bootstrap._lock_unlock_module(TABLE)  # type: ignore[attr-defined]
+    # Registering twice does no harm.
     table = sys.modules.get(TABLE)
     if table is not None and not getattr(table.__spec__, "_initializing", False):
         _register()
+
+
+def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+    """Find a module as the finder does: for one that was asked before it was there."""
+    return _Finder().find_spec(name, path, target)
 
 
 class _Finder(MetaPathFinder):

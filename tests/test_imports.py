@@ -63,6 +63,10 @@ def test_every_public_name_is_there() -> None:
         _ = lillama_core.comprss  # type: ignore[attr-defined]
 
 
+ALONE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__module__", "") != "lillama_startup"]
+"""
+"""Takes out what reads compressed models in any program, where lillama is installed."""
 LOAD = """
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(sum(type(m).__name__.endswith("Linear") and type(m).__name__ != "Linear" for m in model.modules()) > 0)
@@ -83,7 +87,7 @@ print(sum(type(m).__name__.endswith("Linear") and type(m).__name__ != "Linear" f
     ],
 )
 def test_transformers_loads_a_compressed_model_in_either_order_of_imports(imports: str, compressed: Path) -> None:
-    assert run(f"import sys\n{imports}\n{LOAD}", compressed) == "True"
+    assert run(f"{ALONE}{imports}\n{LOAD}", compressed) == "True"
 
 
 def test_importing_in_several_threads_at_once_registers_once(compressed: Path) -> None:
@@ -108,11 +112,35 @@ from lillama_core.transformers_hook import _Finder
 assert sum(isinstance(finder, _Finder) for finder in sys.meta_path) == 1
 from transformers import AutoModelForCausalLM
 """
+    assert run(ALONE + code + LOAD, compressed) == "True"
+    assert run("import sys" + code + LOAD, compressed) == "True"
+
+
+def test_an_import_by_another_thread_is_waited_for(compressed: Path) -> None:
+    code = f"""{ALONE}
+import importlib.machinery, threading, time
+on_its_way = threading.Event()
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != "transformers.quantizers.auto":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        on_its_way.set()
+        time.sleep(0.5)
+        return spec
+sys.meta_path.insert(0, Slow)
+thread = threading.Thread(target=importlib.import_module, args=("transformers.quantizers.auto",))
+thread.start()
+on_its_way.wait()
+import lillama_core
+from transformers import AutoModelForCausalLM
+"""
     assert run(code + LOAD, compressed) == "True"
 
 
 def test_a_tool_sees_the_module_as_without_the_hook() -> None:
-    code = """
+    code = f"""{ALONE}
 import lillama_core, inspect
 import transformers.quantizers.auto as auto
 assert type(auto.__loader__).__name__ == "SourceFileLoader", auto.__loader__
@@ -120,12 +148,12 @@ assert auto.__spec__.loader is auto.__loader__
 assert "register_quantizer" in inspect.getsource(auto)
 """
     assert run(code) == ""
+    assert run(code.replace("import lillama_core, inspect", "import inspect").replace(ALONE, "")) == ""
 
 
 def test_transformers_is_usable_where_the_format_cannot_be_registered() -> None:
     # Half an installation: whoever wants a tokenizer alone must not be stopped.
-    code = """
-import sys
+    code = f"""{ALONE}
 sys.modules["lillama_core.formats"] = None
 import lillama_core, warnings
 with warnings.catch_warnings(record=True) as caught:

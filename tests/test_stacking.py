@@ -18,6 +18,7 @@ import lillama_core
 from lillama_core.evaluation.metrics import tasks
 from lillama_core.formats.base import LowRankLinear
 
+ROOT = Path(__file__).parents[1]
 OPTIONS: dict[str, Any] = {
     "recipe": "fast", "tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128,
     "self_share": 0.0, "quiet": True, "reduction": 0.3, "compress_embeddings": False,
@@ -125,7 +126,9 @@ def test_compiled_and_exported_models_give_the_same(small: Path) -> None:
 @pytest.mark.parametrize("small", ["pivoted"], indirect=True)
 def test_lm_eval_from_its_own_command_line(small: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    start = "import lillama_core; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    # What lillama.pth does where lillama is installed, and not merely lies in a clone.
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'registry')!r}); import lillama_startup\n"
+    start += "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     asked = ["--model", "hf", "--model_args", f"pretrained={small}", "--tasks", "lillama_cloze", "--device", "cpu"]
     asked += ["--include_path", str(Path(tasks.__file__).parent), "--limit", "4", "--output_path", str(tmp_path)]
     done = subprocess.run(

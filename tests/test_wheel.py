@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from lillama_benchmarks import suites
 from lillama_benchmarks.suites import Suite, choose_models, cross_architecture
@@ -28,8 +29,9 @@ BUILD = "import setuptools.build_meta as backend; backend.build_wheel('.')"
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("tree")
     for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored, dirs_exist_ok=True)
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / file, tree / file)
     subprocess.run([sys.executable, "-c", BUILD], cwd=tree, check=True, capture_output=True)
     (built,) = tree.glob("*.whl")
@@ -64,6 +66,41 @@ def test_every_module_and_file_of_the_core_is_in_the_wheel(wheel: Path) -> None:
         folder = ROOT / FOLDERS[package]
         files = {f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
         assert not {str(file) for file in files if f"{package}/{file.as_posix()}" not in shipped}
+
+
+@needs_setuptools
+def test_what_is_installed_loads_models_without_an_import(wheel: Path, compressed: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = """
+import site, sys
+site.addsitedir(sys.argv[1])
+finders = [f for f in sys.meta_path if getattr(f, "__module__", "") == "lillama_startup"]
+assert finders and "lillama_core" not in sys.modules and "torch" not in sys.modules
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[2]).model.layers[0].mlp).__module__)
+print(sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING["lillama"].__module__)
+"""
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "site"), str(compressed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "lillama_core.output.quantizer"
+
+
+def test_a_broken_installation_stops_nobody_who_uses_transformers() -> None:
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(ROOT / "registry")!r})
+sys.modules["lillama_registry"] = None  # which the core imports when the format is registered
+import lillama_startup
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import transformers.quantizers.auto as auto
+print(*[w.message for w in caught if "lillama" in str(w.message)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "transformers cannot load models compressed by lillama" in done.stdout
 
 
 def test_the_zoo_needs_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
