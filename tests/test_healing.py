@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -292,3 +293,62 @@ def test_other_architectures(model_type: str, tmp_path: Path) -> None:
     assert losses[told["kept_step"]] == min(losses.values()) < losses[0]
     assert record.fidelity is not None
     assert record.fidelity["divergence"] < 1.1 * told["fidelity_before"]["divergence"]
+
+
+class Sparse(nn.Module):
+    """Predicts 11 classes at each position; one layer is reached by rows that begin with 0, one by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(problem_type=None)
+        self.enter, self.leave = nn.Embedding(11, 4), nn.Linear(4, 11)
+        self.seldom, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        x = self.enter(input_ids)
+        if input_ids[0, 0] == 0:
+            x = x + self.seldom(x)
+        return SimpleNamespace(logits=self.leave(x))
+
+
+def sparse_healing(progress: Progress, folder: Path | None, length: int = 6, **options: Any) -> Healing:
+    rows = torch.randint(1, 11, (12, length), generator=torch.Generator().manual_seed(1))
+    rows[4, 0] = 0
+    batches = [Samples({"input_ids": r}) for r in rows.split(2)]
+    settings = HealingOptions(learning_rate=1e-2, evaluations=4, **options)
+    return Healing(
+        Sparse(), Sparse().apply(_shift), batches[:4], batches[4:], settings, 4.0, 0, 96, None, progress, folder
+    )
+
+
+def _shift(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data.mul_(2)
+
+
+def test_what_few_rows_reach_is_trained_and_resumed_as_often_as_it_is_reached(tmp_path: Path) -> None:
+    whole = sparse_healing(Progress("quiet"), tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    expected = whole.run()
+    with pytest.raises(KeyboardInterrupt):
+        sparse_healing(Interrupted(10), tmp_path / "parts").run()
+    again = sparse_healing(Progress("quiet"), tmp_path / "parts")
+    assert again.run() == expected
+    before = Sparse().state_dict()
+    for name, tensor in whole.student.state_dict().items():
+        assert torch.equal(again.student.state_dict()[name], tensor), name
+        assert torch.equal(before[name], tensor) == name.startswith("never."), name
+
+
+@pytest.mark.parametrize("length", [6, 300])
+def test_each_position_counts_where_the_data_names_none(length: int) -> None:
+    training = sparse_healing(Progress("quiet"), None, length)
+    training._positions = training._predictions_of_a_row()
+    rows = torch.cat([samples.inputs["input_ids"] for samples in training.choose])
+    assert training.teacher is not None
+    with torch.no_grad():
+        log_q, p = training.student(rows).logits.log_softmax(-1), training.teacher(rows).logits.softmax(-1)
+    divergence = nn.functional.kl_div(log_q, p, reduction="none").sum(-1).mean()
+    assert training._loss(training.choose) == pytest.approx(divergence.item(), rel=1e-5)

@@ -41,18 +41,18 @@ class Objective:
         if self.lm and (samples.targets is None or not predicts):
             raise UserError("objectives lm and kd+lm need a model that predicts tokens, and data with such; take kd")
 
-    def count(self, samples: Samples) -> float:
-        """How many predictions of ``samples`` count."""
-        return float(self._counts(samples).sum().item())
+    def count(self, samples: Samples, positions: int = 1) -> float:
+        """How many predictions of ``samples`` count; ``positions`` of a row do where neither mask nor targets say."""
+        return float(self._counts(samples, positions).sum().item())
 
-    def _counts(self, samples: Samples) -> torch.Tensor:
+    def _counts(self, samples: Samples, positions: int) -> torch.Tensor:
         """What each position counts for [rows, length]."""
         if samples.output_mask is not None:
             counts = samples.output_mask.float()
         elif samples.targets is not None:
             counts = torch.ones(samples.targets.shape)
         else:
-            return torch.ones(len(samples))
+            return torch.ones(len(samples), positions)
         if self.lm and samples.targets is not None:
             counts = counts * (samples.targets != IGNORE_INDEX)
         return counts
@@ -73,7 +73,7 @@ class Objective:
         device = student.device
         flat = student.detach().reshape(-1, classes)
         whole = None if teacher is None else teacher.reshape(-1, classes)
-        counts = self._counts(samples).to(device).reshape(-1)
+        counts = self._counts(samples, student[0, ..., 0].numel()).to(device).reshape(-1)
         labels = None if samples.targets is None else samples.targets.to(device).reshape(-1).clamp(min=0)
         out = None if gradient is None else gradient.view(-1, classes)
         total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)

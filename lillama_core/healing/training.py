@@ -30,6 +30,8 @@ from lillama_core.system.files import read_json, read_tensors, write_json, write
 from lillama_core.system.processes import ALONE, World
 from lillama_core.system.progress import Progress
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps of each parameter that has had a gradient."""
 DIVERGED = 2.0
 """The training has diverged when the loss on the rows that choose is this many times what it was before."""
 
@@ -64,7 +66,7 @@ class Healed:
         return min(point.loss for point in self.curve)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Healing:
     """A student, its teacher, and the rows of this process to train it on."""
 
@@ -89,6 +91,7 @@ class Healing:
     world: World = ALONE
     narrow: Collection[str] = ()
     """Paths of layers of the student whose matrices are smaller than in the dense model: they go with the factors."""
+    _positions: int = field(default=1, init=False)
 
     @property
     def objective(self) -> Objective:
@@ -117,6 +120,7 @@ class Healing:
         optimizer = torch.optim.AdamW(
             parameters, lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.95)
         )
+        self._positions = self._predictions_of_a_row()
         state = _State(trained, optimizer, self.folder)
         found, step = state.restore()
         steps, order = self.steps, self._order()
@@ -182,7 +186,7 @@ class Healing:
 
     def _learn(self, samples: Samples, parameters: list[nn.Parameter]) -> float:
         """Give the parameters the gradient of the mean loss of a batch, and return that loss."""
-        (count,) = self.world.sums([self.objective.count(samples) if len(samples) else 0.0])
+        (count,) = self.world.sums([self._count(samples) if len(samples) else 0.0])
         total = 0.0
         # Row by row: one graph alive at a time, and the same sum.
         for row in range(len(samples)):
@@ -200,9 +204,23 @@ class Healing:
             for row in range(len(samples)):
                 one = samples.part(row, row + 1)
                 total += self._row(one, None)
-                count += self.objective.count(one)
+                count += self._count(one)
         total, count = self.world.sums([total, count])
         return total / max(count, 1e-30)
+
+    def _count(self, samples: Samples) -> float:
+        return self.objective.count(samples, self._positions)
+
+    def _predictions_of_a_row(self) -> int:
+        """How many the student makes, where its data does not say; 1 where its outputs are no predictions."""
+        one = next((batch.part(0, 1) for batch in (*self.fit, *self.choose) if len(batch)), None)
+        if one is None or one.targets is not None or one.output_mask is not None:
+            return 1
+        device = next(self.student.parameters()).device
+        with torch.no_grad(), self._autocast(device):
+            outputs = self.student(**{k: v.to(device) for k, v in one.inputs.items()})
+        logits = class_logits(self.student, outputs)
+        return 1 if logits is None else logits[0, ..., 0].numel()
 
     def _row(self, samples: Samples, scale: float | None) -> float:
         """The summed loss of a row; with a ``scale`` its gradient times that is added to the parameters'."""
@@ -276,9 +294,10 @@ class _State:
             return
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._trained.items():
-            own = self._optimizer.state[parameter]
             tensors[f"now.{name}"], tensors[f"best.{name}"] = parameter.detach(), self._best[name]
-            tensors[f"mean.{name}"], tensors[f"square.{name}"] = own["exp_avg"], own["exp_avg_sq"]
+            # What no row has reached yet (an expert, a tower beside the text) has no state.
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
         path = self._folder / f"healing-{step}.safetensors"
         write_tensors(path, tensors)
         write_json(self._folder / "healing.json", {"step": step, "file": path.name, **asdict(found)})
@@ -295,10 +314,11 @@ class _State:
         for name, parameter in self._trained.items():
             parameter.data.copy_(tensors[f"now.{name}"])
             self._best[name] = tensors[f"best.{name}"].to(parameter.device)
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(note["step"])),
-                "exp_avg": tensors[f"mean.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"square.{name}"].to(parameter.device),
-            }
+            own = {key: tensors[f"{key}.{name}"] for key in ADAMW_STATE if f"{key}.{name}" in tensors}
+            if own:
+                # Each parameter's own count of steps, which torch keeps on the CPU.
+                self._optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
+                }
         curve = [Point(**point) for point in note["curve"]]
         return Healed(curve, int(note["kept_step"]), str(note["ended"])), int(note["step"])
