@@ -23,6 +23,7 @@ from lillama_core.data.modality import modality_of
 from lillama_core.exporting import CompressedModel, ExportJob
 from lillama_core.exporting.dense import DenseExporter
 from lillama_core.exporting.run import ExportRequest, open_compressed
+from lillama_core.exporting.settings import copy_small_files
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import locate
 from lillama_core.strategies import make
@@ -216,6 +217,21 @@ def test_dense_is_an_ordinary_directory(
     assert {k: t.shape for k, t in stored.items()} == {k: t.shape for k, t in original.items()}
     processor = "preprocessor_config.json" if model_type == "whisper" else "tokenizer.json"
     assert (out / processor).read_bytes() == (folder / processor).read_bytes()
+
+
+def test_files_outside_of_the_model_do_not_come_along(tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    hub, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    for folder in (hub, blobs, tmp_path / "out"):
+        folder.mkdir(parents=True)
+    (blobs / "5f").write_text("{}")
+    (hub / "tokenizer.json").symlink_to("../../blobs/5f")
+    (hub / "added.json").symlink_to("tokenizer.json")
+    copy_small_files(hub, tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"tokenizer.json", "added.json"}
+    (hub / "special.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(UserError, match=r"special\.json' is a link to a file outside of the model"):
+        copy_small_files(hub, tmp_path / "out")
 
 
 def test_products_are_those_of_the_stored_factors(

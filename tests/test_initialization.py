@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import core_names
 
+from lillama_core.errors import LillamaError
 from lillama_core.initialization import MapStatistics
-from lillama_core.initialization.second_moments import FisherOptions, WhitenedOptions
+from lillama_core.initialization.second_moments import FisherOptions, WhitenedOptions, root
 from lillama_core.strategies import make
 
 
@@ -159,3 +160,11 @@ def test_a_bias_makes_up_for_what_all_inputs_share(shape: tuple[int, int]) -> No
     B, A = plain.factors(W, 4)
     assert plain.bias(b, W, B, A) is b
     assert error < ((X @ W.T) - (X @ A.T @ B.T)).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_no_numbers_are_an_error(value: float) -> None:
+    moment = torch.eye(4)
+    moment[1, 1] = value
+    with pytest.raises(LillamaError, match=r"moments \[4, 4\] .* are infinite or not a number"):
+        root(moment, 0.1)

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 from lillama_core.architecture.find import find_architecture
 from lillama_core.data.shipped import OFFLINE_TEXT
 from lillama_core.data.sources import Source
+from lillama_core.data.speech.utterances import Utterance
 from lillama_core.data.text.calibration import load_text_windows
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Measurement, Subject, language_model_evaluation
@@ -29,6 +30,7 @@ from lillama_core.evaluation.metrics import (
     zero_shot,
 )
 from lillama_core.evaluation.metrics.perplexity import perplexity, window_losses
+from lillama_core.evaluation.metrics.speech import timed_utterances
 from lillama_testing.tiny import byte_level_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,3 +313,10 @@ def test_a_model_beside_itself_is_in_the_file_twice() -> None:
 def test_columns_of_a_comparison_differ(models: tuple[str, ...], columns: list[str]) -> None:
     rows, _ = comparison_rows([Evaluated(model, []) for model in models])
     assert rows[0] == ["metric", *columns, "change", "unit", "better"]
+
+
+def test_recordings_that_are_all_too_long_cannot_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = Utterance(None, "", b"", "1", "a row", too_long=True)
+    monkeypatch.setattr("lillama_core.evaluation.metrics.speech.read_speech", lambda source, count: [long] * count)
+    with pytest.raises(UserError, match="'org/talks': the first 10 recordings are all too long"):
+        timed_utterances(EvaluationOptions(data="org/talks"))

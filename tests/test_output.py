@@ -578,6 +578,9 @@ def test_card_and_report_of_a_run(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>").save_pretrained(dense)
     # As a model has that reads images, too, which calibrating on text has no use for.
     (dense / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
+    # A model from elsewhere may name a file of this machine.
+    (tmp_path / "secret.json").write_text('{"password": "sesame"}')
+    (dense / "video_preprocessor_config.json").symlink_to(tmp_path / "secret.json")
     recipe = Recipe(
         reduction=0.1,
         calibration=(str(corpus),),
@@ -593,6 +596,7 @@ def test_card_and_report_of_a_run(tmp_path: Path) -> None:
 
     name = "preprocessor_config.json"
     assert (output / name).read_text() == (dense / name).read_text()
+    assert not (output / "video_preprocessor_config.json").exists()
     readme = (output / "README.md").read_text(encoding="utf-8")
     report = (output / "report.html").read_text(encoding="utf-8")
     for text in (readme, report, (output / "lillama_recipe.yaml").read_text(encoding="utf-8")):

@@ -231,6 +231,24 @@ def test_an_evaluation_is_of_what_is_published(run_cli: Cli, tiny_model: Path) -
     assert "--evaluate does not go with --target-size: run 'lillama evaluate'" in ended.error
 
 
+def test_an_interrupted_evaluation_leaves_a_model_that_is_complete(
+    run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lillama_core.pipeline.evaluate_result.compare_in", stop)
+    output = tmp_path / "o"
+    ended = run_cli(
+        "compress", tiny_model, "-o", output, "--calibration", calibration_text, *WEIGHTS_ONLY, "--evaluate"
+    )
+    assert ended.status == 1
+    said = f"interrupted; '{output}' is complete but for that; 'lillama evaluate {output}' measures it"
+    assert ended.stderr.splitlines()[-1] == f"lillama: error: {said}"
+    assert not output.with_name("o.partial").exists()
+    assert (output / "lillama.json").exists()
+
+
 def test_a_streamed_run_is_measured_block_by_block(
     run_cli: Cli, tiny_model: Path, calibration_text: Path, tmp_path: Path
 ) -> None:

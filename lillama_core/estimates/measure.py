@@ -21,6 +21,7 @@ import torch
 from lillama_core.errors import LillamaError, UserError
 from lillama_core.estimates.machine import Machine
 from lillama_core.system.cache import default_cache_dir
+from lillama_core.system.control_groups import memory_left
 from lillama_core.system.devices import exact_device, has_fast_bfloat16
 from lillama_core.system.files import write_json
 
@@ -95,17 +96,9 @@ def _path(device: torch.device) -> Path:
 
 def free_host() -> float:
     """Bytes of the host's memory that are available, with what this process holds already."""
-    available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    limit = _memory_limit()
-    return SPARE * (available if limit is None else min(available, limit))
-
-
-def _memory_limit() -> int | None:
-    """What the control group of this process may use, on Linux."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            return int(Path(name).read_text(encoding="ascii"))
-    return None
+    available, limit = psutil.virtual_memory().available, memory_left()
+    room = available if limit is None else min(available, limit)
+    return SPARE * (room + psutil.Process().memory_info().rss)
 
 
 def free_device(device: torch.device) -> float | None:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from lillama_core.allocation import Spectrum
 from lillama_core.initialization.base import Decomposition, Initializer, MapStatistics
-from lillama_core.initialization.eigen import descending_eigenpairs, symmetric_product
+from lillama_core.initialization.eigen import check_moment, descending_eigenpairs, symmetric_product
 from lillama_core.initialization.elimination import Elimination, eliminate
 from lillama_core.strategies import StrategyOptions
 
@@ -62,8 +62,10 @@ def root(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Lower Cholesky factor (fp64) of a second moment [d, d] with a ridge of ``damping`` times its mean diagonal.
 
     A moment of trace zero (of a map that no token reached) becomes the identity, so that the weights alone decide.
-    Rounding can leave a moment slightly indefinite: the ridge grows tenfold until the factor exists.
+    Rounding can leave a moment slightly indefinite: the ridge grows tenfold until the factor exists. Raises
+    LillamaError for a moment that is not finite.
     """
+    check_moment(moment)
     moment = moment.double()
     size = moment.shape[0]
     mean = moment.diagonal().mean().item()

@@ -32,6 +32,7 @@ from lillama_core.runtime.weight_source import run_blocks_from
 from lillama_core.system.files import apply_umask, weight_hashes, write_json, write_tensors
 from lillama_core.system.progress import Progress
 from lillama_core.system.quiet import quiet
+from lillama_core.system.regular import leads_out
 
 if TYPE_CHECKING:
     from lillama_core.pipeline.spec import CompressionSpec
@@ -152,7 +153,7 @@ def copy_processors(source: ModelSource, result: Path) -> None:
         # A hub that cannot be reached is no reason to lose a finished run.
         with contextlib.suppress(UserError):
             found = None if (result / name).exists() else local_file(source, name)
-            if found is not None:
+            if found is not None and not leads_out(found):
                 shutil.copyfile(found, result / name)
 
 

@@ -48,9 +48,7 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
         options = replace(options, answers=ANSWERS)
     asked = EvaluationRequest(
         models=(request.model, output),
-        options=replace(
-            options_for(origin.config), answers=ANSWERS if origin.architecture.evaluation.gives_answers else 0
-        ),
+        options=options,
         architecture=request.architecture,
         tokenizer=request.tokenizer,
         device=request.device,
@@ -64,6 +62,9 @@ def evaluate_result(request: Request, record: RunRecord, origin: Origin, verbosi
             both = compare_in(ALONE, asked)
         except LillamaError as error:
             raise LillamaError(f"the evaluation failed: {error}; {advice}") from error
+        except KeyboardInterrupt:
+            # There is nothing to resume.
+            raise LillamaError(f"interrupted; {advice}") from None
         record.evaluation = {
             "windows": asked.options.windows,
             "sequence_length": asked.options.sequence_length,

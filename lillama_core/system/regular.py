@@ -41,6 +41,16 @@ def check_folder(folder: Path) -> None:
                 check_regular(entry)
 
 
+def leads_out(file: Path) -> bool:
+    """Whether ``file``, of a model, is a link to what is no part of the model: it must not come along when copied.
+
+    In the Hub's cache a model is a folder of links into the folder ``blobs`` two levels up.
+    """
+    folder = file.parent.resolve()
+    found = file.resolve()
+    return not (found.is_relative_to(folder) or found.parent == folder.parent.parent / "blobs")
+
+
 def check_new_file(path: Path, option: str) -> None:
     """Raise UserError unless a file can be made at ``path``, or replaced there; nothing is left behind.
 

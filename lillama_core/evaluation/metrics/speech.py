@@ -228,10 +228,17 @@ class RealTimeFactor(Speed):
 
 
 def timed_utterances(options: EvaluationOptions) -> list[Utterance]:
-    """The first utterances of the data, at most ``TIMED``."""
+    """The first utterances of the data, at most ``TIMED``; UserError where there are none."""
     source = options.data or SPEECH_SETS["read"]
     # A few more, of which some may be too long.
-    return [u for u in read_speech(source, 2 * TIMED) if not u.too_long][:TIMED]
+    read = read_speech(source, 2 * TIMED)
+    found = [u for u in read if not u.too_long][:TIMED]
+    if not found:
+        raise UserError(
+            f"{str(source)!r}: the first {len(read)} recordings are all too long to be transcribed at once, so that"
+            " the real-time factor cannot be measured; name data with shorter ones"
+        )
+    return found
 
 
 def transcribe_one(subject: Subject) -> None:
