@@ -256,42 +256,53 @@ def serve(address: str) -> tuple[str, list[str]]:
     # Nothing of it is collected, looked at, or copied for that in a child.
     gc.collect()
     gc.freeze()
+    running: dict[int, tuple[int, socket.socket]] = {}
+    """What becomes readable when a process ends -> its number, and who is told."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(16)
         os.write(1, b"ready\n")
         while True:
-            ready, _, _ = select.select([listening, 0], [], [])
-            # Those that have waited for an order's process; so that what all took counts as time of the tests.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
+            ready, _, _ = select.select([listening, 0, *running], [], [])
+            for ended in running.keys() & set(ready):
+                tell(*running.pop(ended))
+                os.close(ended)
             if 0 in ready:
                 os._exit(0)
+            if listening not in ready:
+                continue
             line, _ = listening.accept()
-            if os.fork() == 0:
+            length, fds, _, _ = socket.recv_fds(line, 4, 3)
+            wanted, text = int.from_bytes(length, "big"), b""
+            while len(text) < wanted and (more := line.recv(wanted - len(text))):
+                text += more
+            if len(text) < wanted or not wanted:
+                # Whoever asked has ended.
+                line.close()
+                continue
+            order = json.loads(text)
+            child = os.fork()
+            if child == 0:
+                for ended, (_, other) in running.items():
+                    os.close(ended)
+                    other.close()
                 listening.close()
-                return keep(line, address, known)
-            line.close()
+                line.close()
+                become(order, fds, address, known)
+                return order["module"], order["arguments"]
+            for fd in fds:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                line.sendall(f"{child}\n".encode())
+            running[os.pidfd_open(child)] = child, line
 
 
-def keep(line: socket.socket, address: str, known: list[str]) -> tuple[str, list[str]]:
-    """Fork the process of one order, wait for it, and say how it ended; returns in that process."""
-    length, fds, _, _ = socket.recv_fds(line, 4, 3)
-    wanted, text = int.from_bytes(length, "big"), b""
-    while len(text) < wanted:
-        text += line.recv(wanted - len(text))
-    order = json.loads(text)
-    child = os.fork()
-    if child == 0:
-        line.close()
-        become(order, fds, address, known)
-        return order["module"], order["arguments"]
+def tell(child: int, line: socket.socket) -> None:
+    """Say how a process has ended."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(OSError):
-        line.sendall(f"{child}\n".encode())
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         line.sendall(f"{status}\n".encode())
-    os._exit(0)
+    line.close()
 
 
 def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: list[str]) -> None:
@@ -301,6 +312,7 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
         os.close(fd)
     os.chdir(order["folder"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
+    same_plugins = order["environment"].get("LILLAMA_PLUGINS") == os.environ.get("LILLAMA_PLUGINS")
     os.environ.clear()
     os.environ.update(order["environment"] | {ADDRESS: address})
     sys.argv = [order["module"], *order["arguments"][order["module"] == "-c" :]]
@@ -310,8 +322,9 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
     importlib.invalidate_caches()
     import lillama_registry
 
-    # This process may have plugins of its own.
-    lillama_registry.registry.cache_clear()
+    if not same_plugins or set(added) - set(known):
+        # This process may have plugins of its own.
+        lillama_registry.registry.cache_clear()
     import torch
 
     torch.set_num_threads(int(order["environment"].get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -334,6 +347,9 @@ def import_all() -> None:
             importlib.import_module(name)
     import transformers
 
+    import lillama_registry
+
+    lillama_registry.registry()
     classes = ("AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast", "GenerationMixin")
     for name in classes:
         getattr(transformers, name)
