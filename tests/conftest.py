@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ import pytest
 # Before transformers is imported: nothing here needs the network, and a mistyped name must not look for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Code that comes with a model is copied there, by this process and by those that it starts.
+os.environ["HF_MODULES_CACHE"] = f"{tempfile.gettempdir()}/lillama-modules-{os.getpid()}"
 
 import torch
 import warm
@@ -27,6 +31,8 @@ from lillama_core.cli.main import main
 from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer, attach
 from lillama_registry import registry
 from lillama_testing.tiny import byte_level_tokenizer
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-valid.txt"
 VOCABULARY = 384
@@ -168,7 +174,7 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compressed(_tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a quick run makes of the tiny model, from a process of its own; ``stdout`` and ``stderr`` lie beside it."""
     output = tmp_path_factory.mktemp("compressed") / "small"
-    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK, fresh=True)
+    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK)
     assert done.status == 0, done
     (output.parent / "stdout").write_text(done.stdout)
     (output.parent / "stderr").write_text(done.stderr)
