@@ -334,7 +334,7 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
 def import_all() -> None:
     """Import what commands and compressions need, so that no child has to."""
     names = (
-        *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.ticker"),
+        *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.figure"),
         # Not the commands: what they offer depends on a process's plugins when they are imported.
         *("lillama_core.api", "lillama_core.pipeline"),
         *("lillama_benchmarks.command", "lillama_benchmarks.engines.in_turns", "lillama_testing"),
@@ -350,6 +350,9 @@ def import_all() -> None:
     import lillama_registry
 
     lillama_registry.registry()
+    # A table of a thousand regular expressions, made when the first model is loaded.
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     classes = ("AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast", "GenerationMixin")
     for name in classes:
         getattr(transformers, name)
