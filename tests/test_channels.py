@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, QUICK_ANYHOW, Ended
+from conftest import QUICK_ANYHOW, Ended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

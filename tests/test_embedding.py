@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import QUICK_ANYHOW, WEIGHTS_ONLY, Ended, environment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,10 +133,8 @@ def test_compress_a_tied_model(
         "tokens = torch.arange(12).view(2, 6)\n"
         "assert torch.equal(model(tokens).logits, other(tokens).logits)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(out), str(tmp_path / "again")],
-        capture_output=True, text=True, env=environment(), timeout=120, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(out), str(tmp_path / "again")]
+    done = warm.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
 
     # A loader that does not know the format must not fill the table with random numbers.
