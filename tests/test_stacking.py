@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import warm
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -131,8 +131,9 @@ def test_lm_eval_from_its_own_command_line(small: Path, tmp_path: Path) -> None:
     start += "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     asked = ["--model", "hf", "--model_args", f"pretrained={small}", "--tasks", "lillama_cloze", "--device", "cpu"]
     asked += ["--include_path", str(Path(tasks.__file__).parent), "--limit", "4", "--output_path", str(tmp_path)]
-    command = [sys.executable, "-P", "-c", start, "run", *asked]
-    done = warm.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, "run", *asked], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = tmp_path.rglob("results_*.json")
     accuracy = json.loads(file.read_text())["results"]["lillama_cloze"]["acc,none"]

@@ -382,6 +382,9 @@ def tell_transformers(modules: str | None) -> None:
 
 def import_libraries() -> None:
     """Import what a model is loaded by where there is no lillama."""
+    # What an installation has Python load when it starts would import lillama with transformers.
+    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__module__", "") != "lillama_startup"]
+    sys.modules.pop("lillama_startup", None)
     for name in ("torch", "safetensors.torch", "transformers", "transformers.dynamic_module_utils"):
         importlib.import_module(name)
     prepare_transformers()
