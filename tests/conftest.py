@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,8 @@ import pytest
 # Before transformers is imported: nothing here needs the network, and a mistyped name must not look for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Code that comes with a model is copied there, by this process and by those that it starts.
+os.environ["HF_MODULES_CACHE"] = f"{tempfile.gettempdir()}/lillama-modules-{os.getpid()}"
 
 import torch
 import warm
@@ -27,15 +32,20 @@ from lillama_core.output.quantizer import LillamaConfig, LillamaHfQuantizer, att
 from lillama_registry import registry
 from lillama_testing.tiny import byte_level_tokenizer
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
 TEXT = Path(__file__).parents[1] / "benchmarks" / "data" / "wikitext2-valid.txt"
 VOCABULARY = 384
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 
-QUICK = (
+QUICK_ANYHOW = (
     *("--tokens", "1024", "--sequence-length", "32", "--batch-size", "4", "--sensitivity-tokens", "128"),
     *("--steps", "3", "--self-share", "0"),
 )
 """Options of a run of a tiny model that takes about a second; the calibration data is still to be named."""
+
+QUICK = (*QUICK_ANYHOW, "--rescaling-tokens", "128")
+"""The same for an initialiser that predicts losses, and an allocator that asks for them."""
 
 WEIGHTS_ONLY = (
     *("--tokens", "1024", "--sequence-length", "32", "--batch-size", "4", "--self-share", "0"),
@@ -78,6 +88,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _forking() -> None:
     """A fresh process for each result that is loaded again would be most of the time of all tests."""
     warm.fork_from_now_on()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collected_once() -> None:
+    """What has been loaded by now is half a million objects that stay: no collection has to look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +177,7 @@ def calibration_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compressed(_tiny_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a quick run makes of the tiny model, from a process of its own; ``stdout`` and ``stderr`` lie beside it."""
     output = tmp_path_factory.mktemp("compressed") / "small"
-    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK, fresh=True)
+    done = run_process("compress", _tiny_model, "-o", output, "--calibration", calibration_text, *QUICK)
     assert done.status == 0, done
     (output.parent / "stdout").write_text(done.stdout)
     (output.parent / "stderr").write_text(done.stderr)

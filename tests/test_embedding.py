@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, WEIGHTS_ONLY, Ended, environment
+import warm
+from conftest import QUICK_ANYHOW, WEIGHTS_ONLY, Ended, environment
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -95,7 +95,7 @@ def test_compress_a_tied_model(
 ) -> None:
     out = tmp_path / "out"
     options = ["--compress-embeddings", "--format", format_name, "--reduction", "0.3", "--allocation", "uniform"]
-    ended = run_cli("compress", tiny_model, "-o", out, *options, "--calibration", calibration_text, *QUICK)
+    ended = run_cli("compress", tiny_model, "-o", out, *options, "--calibration", calibration_text, *QUICK_ANYHOW)
     assert ended.status == 0, ended
     written = json.loads((out / "lillama.json").read_text())
     ranks = {name.rpartition(".")[2]: r for name, r in written["plan"]["ranks"].items() if "embed_tokens" in name}
@@ -133,10 +133,8 @@ def test_compress_a_tied_model(
         "tokens = torch.arange(12).view(2, 6)\n"
         "assert torch.equal(model(tokens).logits, other(tokens).logits)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(out), str(tmp_path / "again")],
-        capture_output=True, text=True, env=environment(), timeout=120, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(out), str(tmp_path / "again")]
+    done = warm.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
 
     # A loader that does not know the format must not fill the table with random numbers.

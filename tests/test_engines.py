@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,11 +253,22 @@ def test_an_interrupted_ray_leaves_nothing_and_goes_on_to_the_rows_of_a_run_in_t
     assert rows_of(out) == rows_of(in_turns)
 
 
-@needs_ray
-def test_more_than_a_node_has_is_refused(tmp_path: Path) -> None:
-    done = run_process("benchmark", "--suite", "smoke", "--models", "tiny-llama", "--output", tmp_path / "out",
-                       "--engine", "ray", "--cpus-per-cell", "100000")  # fmt: skip
-    assert "no node of Ray has 100000 CPUs and 0 GPUs for a cell (there are: " in done.error
+@pytest.mark.parametrize(
+    ("asked", "refused"), [({"cpus": 9}, "9 CPUs and 0 GPUs"), ({"gpus": 1.0}, "1 CPUs and 1 GPUs")]
+)
+def test_more_than_a_node_has_is_refused(asked: dict[str, Any], refused: str, tmp_path: Path) -> None:
+    """Of nodes as Ray lists them; the runs above ask a Ray that has room."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"memory": 1e9}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    with pytest.raises(UserError) as caught:
+        OnRay("smoke", tmp_path, **asked)._check_room(ray)
+    said = f"no node of Ray has {refused} for a cell (there are: 8 CPUs, 0 GPUs; 0 CPUs, 0 GPUs); ask for less"
+    assert str(caught.value) == said
+    OnRay("smoke", tmp_path, cpus=8)._check_room(ray)
 
 
 def test_what_a_worker_is_told_is_json_and_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from lillama_registry import registry
 from lillama_testing.tiny import TinyModel, make_tiny_model
 
 FEW: dict[str, Any] = {"windows": 5, "sequence_length": 32, "limit": 7, "quiet": True}
+SAME: dict[str, Any] = {**FEW, "metrics": ("perplexity", "accuracy")}
+"""Those that do not depend on the machine."""
 SHORT = ("--windows", "5", "--sequence-length", "32", "--limit", "7")
 
 
@@ -40,7 +42,7 @@ def test_a_streamed_model_measures_as_in_memory(model_type: str, tmp_path: Path)
     made = specimen(model_type, tmp_path / "dense")
     compress(Request(str(made.folder), tmp_path / "small", made.recipe()), "quiet")
     resident, streamed = (
-        values(evaluate(tmp_path / "small", baseline=made.folder, stream=stream, **FEW)) for stream in (False, True)
+        values(evaluate(tmp_path / "small", baseline=made.folder, stream=stream, **SAME)) for stream in (False, True)
     )
     assert resident[0]["perplexity"] != resident[1]["perplexity"]
     assert set(resident[0]) == {
@@ -57,7 +59,7 @@ def test_a_quantized_model_too(tmp_path: Path) -> None:
     compress(Request(str(made.folder), tmp_path / "small", made.recipe(format="factored")), "quiet")
     quantize(tmp_path / "small", tmp_path / "bits", bits=8)
     exact, resident, streamed = (
-        values(evaluate(tmp_path / folder, stream=stream, **FEW))[0]
+        values(evaluate(tmp_path / folder, stream=stream, **SAME))[0]
         for folder, stream in (("small", False), ("bits", True), ("bits", False))
     )
     assert streamed == pytest.approx(resident, rel=1e-5)
@@ -67,9 +69,9 @@ def test_a_quantized_model_too(tmp_path: Path) -> None:
 def test_in_half_precision_too(tmp_path: Path) -> None:
     made = specimen("llama", tmp_path / "dense")
     resident, streamed = (
-        values(evaluate(made.folder, stream=stream, dtype="bfloat16", **FEW)) for stream in (False, True)
+        values(evaluate(made.folder, stream=stream, dtype="bfloat16", **SAME)) for stream in (False, True)
     )
-    exact = values(evaluate(made.folder, **FEW))
+    exact = values(evaluate(made.folder, **SAME))
     assert streamed[0]["perplexity"] == pytest.approx(resident[0]["perplexity"], rel=1e-3)
     assert streamed[0]["perplexity"] != exact[0]["perplexity"]
 
@@ -106,8 +108,8 @@ def test_that_a_streamed_run_cannot_be_measured_is_told_before_it(tmp_path: Path
 def test_answers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = specimen("llama", tmp_path / "dense")
     compress(Request(str(made.folder), tmp_path / "small", made.recipe()), "quiet")
-    arguments = ["evaluate", str(tmp_path / "small"), "--baseline", str(made.folder), *SHORT]
-    assert main([*arguments, "--answers", "2"]) == 0
+    arguments = ["evaluate", str(tmp_path / "small"), "--baseline", str(made.folder), *SHORT, "--metrics"]
+    assert main([*arguments, "perplexity,answers", "--answers", "2"]) == 0
     said = capsys.readouterr()
     assert "answers: 2, of 64 tokens at most" in said.err
     (first, second) = [i for i, line in enumerate(said.out.splitlines()) if line.startswith("> ")]
@@ -115,11 +117,11 @@ def test_answers_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert lines[0].startswith("> ")
     assert lines[1].startswith("dense")
     assert any(line.startswith("small") for line in lines[1 : second - first])
-    found = evaluate(tmp_path / "small", baseline=made.folder, answers=1, **FEW)
+    found = evaluate(tmp_path / "small", baseline=made.folder, answers=1, metrics="answers", **FEW)
     ((prompt, (dense, small)),) = found.answers
     assert dense != small
     assert f"> {prompt}" in repr(found)
-    assert main(arguments) == 0
+    assert main([*arguments, "perplexity,answers"]) == 0
     assert "answers: " not in capsys.readouterr().err
 
 

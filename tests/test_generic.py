@@ -424,10 +424,7 @@ class StrangerForCausalLM(PreTrainedModel):
 """
 
 
-def test_a_model_that_comes_with_its_code(
-    tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_a_model_that_comes_with_its_code(tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path) -> None:
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "modeling_stranger.py").write_text(REMOTE)

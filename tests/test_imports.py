@@ -80,7 +80,6 @@ print(sum(type(m).__name__.endswith("Linear") and type(m).__name__ != "Linear" f
         "from transformers import AutoModelForCausalLM\nimport lillama_core",
         "import transformers\nimport lillama_core\nfrom transformers import AutoModelForCausalLM",
         "import transformers.quantizers.auto\nimport lillama_core\nfrom transformers import AutoModelForCausalLM",
-        "import torch, transformers.modeling_utils\nimport lillama_core\nfrom transformers import AutoModelForCausalLM",
         "import lillama_core.output.quantizer\nfrom transformers import AutoModelForCausalLM",
         "import lillama_core, importlib\nimportlib.reload(lillama_core)\nimport transformers.quantizers.auto as auto\n"
         "importlib.reload(auto)\nimportlib.reload(lillama_core)\nfrom transformers import AutoModelForCausalLM",

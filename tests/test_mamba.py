@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from conftest import core_names
+from conftest import core_names, environment
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -203,7 +201,6 @@ def test_installed_kernels_are_not_called_with_tensors_on_a_cpu(family: str, tmp
                 break
             (parent / "__init__.py").touch()
         (folder / "__init__.py").write_text("".join(CUDA_ALONE.format(name=name) for name in functions))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "packages"), *sys.path])}
     # First what transformers itself makes of them.
     script = (
         f"import sys, torch, transformers.models.{family}.modeling_{family} as m\n"
@@ -214,7 +211,8 @@ def test_installed_kernels_are_not_called_with_tensors_on_a_cpu(family: str, tmp
         "from lillama_core.cli.main import main\n"
         f"sys.exit(main(['plugin', 'check', {family!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    env = environment(PYTHONPATH=str(tmp_path / "packages"))
+    done = warm.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Expected x.is_cuda()" in done.stdout, "the stand-ins were not found, nothing was tested"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -199,8 +198,8 @@ def test_a_loader_without_lillama_stops(compressed: tuple[Path, list[str]]) -> N
         f"AutoModelForCausalLM.from_pretrained({str(compressed[0])!r})\n"
         "print('loaded')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), timeout=300, check=False
+    done = warm.run(
+        [sys.executable, "-c", script], plain=True, capture_output=True, text=True, env=environment(), timeout=300
     )
     assert done.returncode != 0
     assert "loaded" not in done.stdout

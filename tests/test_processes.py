@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import warm
-from conftest import QUICK, Ended, command, environment
+from conftest import QUICK_ANYHOW, Ended, command, environment
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
@@ -32,7 +32,7 @@ from lillama_testing import make_tiny_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun and signals as Linux has them")
 
-OPTIONS = (*QUICK, "--correction-tokens", "512", "--sensitivity-tokens", "512", "-q")
+OPTIONS = (*QUICK_ANYHOW, "--correction-tokens", "512", "--sensitivity-tokens", "512", "-q")
 MEASURED = ("--rescaling-tokens", "512")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import WEIGHTS_ONLY, Ended, environment, tree
 from safetensors import safe_open
 from torch import nn
@@ -283,9 +283,8 @@ def test_a_dense_result_has_a_card_and_keeps_what_is_left_out(tiny_model: Path, 
 def test_transformers_alone_refuses(tiny_model: Path, tmp_path: Path) -> None:
     lillama_core.quantize(tiny_model, tmp_path / "small", quiet=True)
     code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(tmp_path / "small")], capture_output=True, text=True, env=environment()
-    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "small")]
+    done = warm.run(command, plain=True, capture_output=True, text=True, env=environment())
     assert done.returncode != 0
     assert "mismatch" in done.stderr
 

@@ -26,7 +26,8 @@ def test_smollm2_loses_a_fifth_of_its_parameters_and_little_of_its_sense(tmp_pat
     command = [
         sys.executable, "-m", "lillama_core", "compress", str(MODEL), "--output", str(out), "--reduction", "0.2",
         "--recipe", "fast", "--calibration", str(ROOT / "benchmarks" / "data" / "wikitext2-valid.txt"),
-        "--self-share", "0", "--tokens", "4096", "--sensitivity-tokens", "1024", "--rescaling-tokens", "256", "--quiet",
+        "--self-share", "0", "--tokens", "2048", "--sequence-length", "256", "--sensitivity-tokens", "512",
+        "--rescaling-tokens", "256", "--quiet",
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
@@ -47,7 +48,7 @@ def test_smollm2_loses_a_fifth_of_its_parameters_and_little_of_its_sense(tmp_pat
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     text = ROOT / "benchmarks" / "data" / "wikitext2-test.txt"
-    rows = load_text_windows(Source.parse(str(text)), tokenizer, 512, 8)
+    rows = load_text_windows(Source.parse(str(text)), tokenizer, 512, 4)
     assert perplexity(model, rows, torch.device("cpu"))[0] < 40
     # Text as that which it was calibrated on: of chats it has seen none.
     prompt = tokenizer("The town lies on the northern bank of the river , and its church", return_tensors="pt")

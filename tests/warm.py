@@ -5,7 +5,9 @@ every compression starts one to load its result again. Those of `ENTRIES` are fo
 memory, environment, arguments and end, and know nothing of the process that asked for them. What a process loads, and
 from where, is tested by those that are started as a user starts them: ``run_process(..., fresh=True)``.
 
-    python -m warm SOCKET
+What an export is checked by, without lillama, is forked from a second process that has never seen lillama.
+
+    python -m warm SOCKET [plain]
 
 serves until its standard input ends.
 """
@@ -38,10 +40,12 @@ ENTRIES = {
     "lillama_core.output.verify": "lillama_core.output.verify",
 }
 """What ``-m`` names -> the module whose ``main`` it calls."""
-ADDRESS = "LILLAMA_TEST_WARM"
-"""The variable that tells a forked process where to ask for others."""
+ADDRESS = {False: "LILLAMA_TEST_WARM", True: "LILLAMA_TEST_WARM_PLAIN"}
+"""The variables that tell a forked process where to ask for others: with lillama, and plain ones without it."""
 STARTERS = ("lillama_core.output.directory", "lillama_benchmarks.cells")
 """Modules of lillama that start processes of `ENTRIES`."""
+PLAIN_STARTER = "lillama_core.exporting.fresh"
+"""The one that starts those that must not have lillama."""
 POLL_SECONDS = 0.01
 PYTHON = sys.executable
 """Taken now: a test may name another program for lillama to start."""
@@ -59,11 +63,18 @@ LOADED_WITH = read_early({**os.environ, "HF_HUB_OFFLINE": "1"})
 """Those that the server's libraries have read."""
 
 
-def served(command: Any, environment: Mapping[str, str] | None = None) -> tuple[str, list[str]] | None:
+def served(
+    command: Any, environment: Mapping[str, str] | None = None, plain: bool = False
+) -> tuple[str, list[str]] | None:
     """The module and the arguments of a command that can be forked; None: start it as it is."""
     if sys.platform != "linux" or not isinstance(command, list) or command[:1] != [PYTHON]:
         return None
-    if read_early(os.environ if environment is None else environment) != LOADED_WITH:
+    early, loaded = read_early(os.environ if environment is None else environment), dict(LOADED_WITH)
+    if plain:
+        # It is told, see `become`.
+        for read in (early, loaded):
+            read.pop("HF_MODULES_CACHE", None)
+    if early != loaded:
         return None
     words = [str(word) for word in command[1:] if word != "-P"]
     if words[:1] == ["-c"]:
@@ -84,9 +95,13 @@ class Process:
         cwd: str | Path | None = None,
         text: bool = True,
         file_bytes: int | None = None,
+        plain: bool = False,
     ) -> None:
-        """``file_bytes``: how large a file it may write; by itself it may as much as this process."""
-        found = served(args, env)
+        """``file_bytes``: how large a file it may write; by itself it may as much as this process.
+
+        ``plain``: one that has not loaded lillama.
+        """
+        found = served(args, env, plain)
         assert found is not None, args
         assert stdin in (None, subprocess.DEVNULL)
         assert text
@@ -97,15 +112,16 @@ class Process:
             tempfile.TemporaryFile() if out == subprocess.PIPE else None  # noqa: SIM115  read after the end
             for out in (stdout, stderr)
         ]
+        address = _address(plain)
         order = {
             "module": found[0],
             "arguments": found[1],
-            "environment": dict(os.environ if env is None else env),
+            "environment": dict(os.environ if env is None else env) | _known_addresses(),
             "folder": str(Path.cwd() if cwd is None else cwd),
             "file_bytes": resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes,
         }
         self._line = socket.socket(socket.AF_UNIX)
-        self._line.connect(_address())
+        self._line.connect(address)
         with open(os.devnull) as nothing:
             files = [own or out for own, out in zip(self._said, (stdout, stderr), strict=True)]
             fds = [nothing.fileno(), *(n if out is None else out.fileno() for n, out in enumerate(files, 1))]  # type: ignore[union-attr]
@@ -164,16 +180,16 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], plain: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
     """`subprocess.run` for what can be forked, and itself for what cannot."""
-    if served(command, options.get("env")) is None:
+    if served(command, options.get("env"), plain) is None:
         if (size := options.pop("file_bytes", None)) is not None:
             options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         return subprocess.run(command, **options)
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     timeout, check = options.pop("timeout", None), options.pop("check", False)
-    process = Process(command, **options)
+    process = Process(command, plain=plain, **options)
     try:
         stdout, stderr = process.communicate(timeout)
     except BaseException:
@@ -198,9 +214,9 @@ def start(command: list[str], **options: Any) -> Any:
 class Forking(ModuleType):
     """Stands for the module ``subprocess`` where lillama starts processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
         super().__init__("subprocess")
-        self.run, self.Popen = run, start
+        self.run, self.Popen = functools.partial(run, plain=plain), start
 
     def __getattr__(self, name: str) -> Any:
         return getattr(subprocess, name)
@@ -211,20 +227,31 @@ def fork_from_now_on() -> None:
     for name in STARTERS:
         module: Any = importlib.import_module(name)
         module.subprocess = Forking()
+    starter: Any = importlib.import_module(PLAIN_STARTER)
+    starter.subprocess = Forking(plain=True)
 
 
-@functools.cache
-def _address() -> str:
+def _known_addresses() -> dict[str, str]:
+    """What a forked process is told: where the servers are that there are already."""
+    return {
+        name: address for plain, name in ADDRESS.items() if (address := _started.get(plain) or os.environ.get(name))
+    }
+
+
+_started: dict[bool, str] = {}
+
+
+def _address(plain: bool = False) -> str:
     """Where the server listens; it is started when nobody has yet."""
-    if ADDRESS in os.environ:
-        return os.environ[ADDRESS]
+    if found := _known_addresses().get(ADDRESS[plain]):
+        return found
     folder = tempfile.mkdtemp(prefix="lillama-warm-", dir="/tmp")
     address = f"{folder}/socket"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     # Whatever the first test that needs it has changed.
     env = {name: value for name, value in os.environ.items() if name not in read_early(os.environ)} | LOADED_WITH
     env |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "PYTHONPATH": path}
-    command = [PYTHON, "-P", "-m", "warm", address]
+    command = [PYTHON, "-P", "-m", "warm", address, *(["plain"] if plain else [])]
     pipe = subprocess.PIPE
     # A session of its own: whoever interrupts the tests waits for what they started.
     server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
@@ -241,60 +268,77 @@ def _address() -> str:
     assert server.stdout is not None
     if not server.stdout.readline():
         raise RuntimeError(f"the server of warm processes ended with status {server.wait()}")
+    _started[plain] = address
     return address
 
 
 # The server
 
 
-def serve(address: str) -> tuple[str, list[str]]:
+def serve(address: str, plain: bool) -> tuple[str, list[str]]:
     """Fork a process for each order that comes. Returns only in these, with the module and the arguments to run."""
     import select
 
     known = list(sys.path)
-    import_all()
+    import_libraries() if plain else import_all()
     # Nothing of it is collected, looked at, or copied for that in a child.
     gc.collect()
     gc.freeze()
+    running: dict[int, tuple[int, socket.socket]] = {}
+    """What becomes readable when a process ends -> its number, and who is told."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(16)
         os.write(1, b"ready\n")
         while True:
-            ready, _, _ = select.select([listening, 0], [], [])
-            # Those that have waited for an order's process; so that what all took counts as time of the tests.
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
+            ready, _, _ = select.select([listening, 0, *running], [], [])
+            for ended in running.keys() & set(ready):
+                tell(*running.pop(ended))
+                os.close(ended)
             if 0 in ready:
                 os._exit(0)
+            if listening not in ready:
+                continue
             line, _ = listening.accept()
-            if os.fork() == 0:
+            length, fds, _, _ = socket.recv_fds(line, 4, 3)
+            wanted, text = int.from_bytes(length, "big"), b""
+            while len(text) < wanted and (more := line.recv(wanted - len(text))):
+                text += more
+            if len(text) < wanted or not wanted:
+                # Whoever asked has ended.
+                line.close()
+                continue
+            order = json.loads(text)
+            child = os.fork()
+            if child == 0:
+                for ended, (_, other) in running.items():
+                    os.close(ended)
+                    other.close()
                 listening.close()
-                return keep(line, address, known)
-            line.close()
+                line.close()
+                become(order, fds, known)
+                if plain:
+                    tell_transformers(os.environ.get("HF_MODULES_CACHE"))
+                else:
+                    use_own_plugins(order, known)
+                    fork_from_now_on()
+                return order["module"], order["arguments"]
+            for fd in fds:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                line.sendall(f"{child}\n".encode())
+            running[os.pidfd_open(child)] = child, line
 
 
-def keep(line: socket.socket, address: str, known: list[str]) -> tuple[str, list[str]]:
-    """Fork the process of one order, wait for it, and say how it ended; returns in that process."""
-    length, fds, _, _ = socket.recv_fds(line, 4, 3)
-    wanted, text = int.from_bytes(length, "big"), b""
-    while len(text) < wanted:
-        text += line.recv(wanted - len(text))
-    order = json.loads(text)
-    child = os.fork()
-    if child == 0:
-        line.close()
-        become(order, fds, address, known)
-        return order["module"], order["arguments"]
+def tell(child: int, line: socket.socket) -> None:
+    """Say how a process has ended."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with contextlib.suppress(OSError):
-        line.sendall(f"{child}\n".encode())
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         line.sendall(f"{status}\n".encode())
-    os._exit(0)
+    line.close()
 
 
-def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: list[str]) -> None:
+def become(order: Mapping[str, Any], fds: Sequence[int], known: list[str]) -> None:
     """Make this process look like a fresh one that was started for ``order``."""
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
@@ -302,45 +346,90 @@ def become(order: Mapping[str, Any], fds: Sequence[int], address: str, known: li
     os.chdir(order["folder"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
     os.environ.clear()
-    os.environ.update(order["environment"] | {ADDRESS: address})
+    os.environ.update(order["environment"])
     sys.argv = [order["module"], *order["arguments"][order["module"] == "-c" :]]
     here = str(Path(__file__).parent)
-    added = [path for path in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
+    added = added_paths(order)
     sys.path[:] = [*added, *(path for path in known if path not in ("", here, *added))]
     importlib.invalidate_caches()
-    import lillama_registry
-
-    # This process may have plugins of its own.
-    lillama_registry.registry.cache_clear()
     import torch
 
     torch.set_num_threads(int(order["environment"].get("OMP_NUM_THREADS", torch.get_num_threads())))
-    fork_from_now_on()
+
+
+def added_paths(order: Mapping[str, Any]) -> list[str]:
+    return [path for path in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def use_own_plugins(order: Mapping[str, Any], known: list[str]) -> None:
+    """Look for plugins anew where the process of ``order`` may have others than the server."""
+    import lillama_registry
+
+    if order["environment"].get("LILLAMA_PLUGINS") != SERVED_PLUGINS or set(added_paths(order)) - set(known):
+        lillama_registry.registry.cache_clear()
+
+
+SERVED_PLUGINS = os.environ.get("LILLAMA_PLUGINS")
+"""As it was when this module was loaded, in the server."""
+
+
+def tell_transformers(modules: str | None) -> None:
+    """Where code that comes with models is copied to, which transformers has read when it was loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers") and modules and "HF_MODULES_CACHE" in vars(module):
+            module.HF_MODULES_CACHE = modules  # type: ignore[attr-defined]
+
+
+def import_libraries() -> None:
+    """Import what a model is loaded by where there is no lillama."""
+    # What an installation has Python load when it starts would import lillama with transformers.
+    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__module__", "") != "lillama_startup"]
+    sys.modules.pop("lillama_startup", None)
+    for name in ("torch", "safetensors.torch", "transformers", "transformers.dynamic_module_utils"):
+        importlib.import_module(name)
+    prepare_transformers()
+    assert not [name for name in sys.modules if name.startswith("lillama")]
 
 
 def import_all() -> None:
     """Import what commands and compressions need, so that no child has to."""
     names = (
-        *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.ticker"),
+        *("torch", "scipy.linalg", "jinja2", "matplotlib.backends.backend_svg", "matplotlib.figure"),
         # Not the commands: what they offer depends on a process's plugins when they are imported.
         *("lillama_core.api", "lillama_core.pipeline"),
         *("lillama_benchmarks.command", "lillama_benchmarks.engines.in_turns", "lillama_testing"),
-        *("lillama_core.evaluation.metrics.perplexity", "lillama_core.output.report", *ENTRIES.values(), *STARTERS),
+        *(
+            "lillama_core.evaluation.metrics.perplexity",
+            "lillama_core.output.report",
+            *ENTRIES.values(),
+            *STARTERS,
+            PLAIN_STARTER,
+        ),
     )
     for name in names:
         importlib.import_module(name)
     if importlib.util.find_spec("lm_eval") is not None:
         for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"):
             importlib.import_module(name)
+    import lillama_registry
+
+    lillama_registry.registry()
+    prepare_transformers()
+
+
+def prepare_transformers() -> None:
     import transformers
 
+    # A table of a thousand regular expressions, made when the first model is loaded.
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     classes = ("AutoModelForCausalLM", "LlamaForCausalLM", "PreTrainedTokenizerFast", "GenerationMixin")
     for name in classes:
         getattr(transformers, name)
 
 
 def main() -> None:
-    module, arguments = serve(sys.argv[1])
+    module, arguments = serve(sys.argv[1], sys.argv[2:] == ["plain"])
     if module == "-c":
         sys.modules["__main__"] = ModuleType("__main__")
         exec(arguments[0], vars(sys.modules["__main__"]))

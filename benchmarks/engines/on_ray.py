@@ -39,6 +39,8 @@ ON_THIS_MACHINE = {
     "RAY_memory_monitor_refresh_ms": "0",
     # Its ports can be reached from other machines; whoever does not know this run's token is refused.
     "RAY_AUTH_MODE": "token",
+    # Cells are timed: they are not to come after everything else that runs here.
+    "RAY_worker_niceness": "0",
 }
 
 

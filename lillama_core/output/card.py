@@ -7,6 +7,7 @@ folders of the machine that made it appear in neither.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,6 +98,7 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
     (result / RECIPE_FILE).write_text(recipe, encoding="utf-8")
 
 
+@functools.cache
 def environment(autoescape: bool) -> jinja2.Environment:
     """Where the templates are; a name that one of them lacks is an error, not an empty string."""
     return jinja2.Environment(

@@ -41,8 +41,35 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="none")
 
 
+def roomy_figure(
+    width: float, height: float, left: float, right: float = 0.1, top: float = 0.1, bottom: float = 0.1
+) -> Figure:
+    """The same with room of these inches around its plots, for titles at ``y=1``.
+
+    To have matplotlib measure it takes longer than all the drawing, and it measures a font that the page does not have.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="none")
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=2 * left / width,
+    )
+    return figure
+
+
+def room_for(labels: Sequence[str]) -> float:
+    """Inches that these labels take beside an axis, in small print."""
+    return 0.15 + min(0.07 * max(map(len, labels), default=0), WIDTH / 2)
+
+
 def style(axes: Axes) -> None:
     """Thin lines, and colours that stand in for those of the page."""
+    from matplotlib.transforms import ScaledTranslation
+
     axes.set_facecolor("none")
     axes.tick_params(colors=INK, which="both", length=0, labelsize=9)
     for side in ("top", "right", "left"):
@@ -50,6 +77,11 @@ def style(axes: Axes) -> None:
     axes.spines["bottom"].set_color(GRID)
     axes.xaxis.label.set_color(INK)
     axes.xaxis.label.set_fontsize(10)
+    if axes.figure.get_layout_engine() is None:
+        # Where matplotlib would move them to, had it measured the numbers that are in between.
+        below = ScaledTranslation(0, -0.25, axes.figure.dpi_scale_trans)
+        axes.xaxis.set_label_coords(0.5, 0, axes.transAxes + below)
+        axes.yaxis.set_label_coords(0, 0.5)
 
 
 def plain_labels(labels: Sequence[Any]) -> None:

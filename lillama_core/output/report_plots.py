@@ -9,13 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 from lillama_core.output.card import Change
 from lillama_core.output.numbers import duration, percent
-from lillama_core.output.plots import AFTER, BEFORE, FAINT, GRID, INK, WIDTH, new_figure, plain_labels, style
+from lillama_core.output.plots import (
+    AFTER,
+    BEFORE,
+    FAINT,
+    GRID,
+    INK,
+    WIDTH,
+    plain_labels,
+    room_for,
+    roomy_figure,
+    style,
+)
 from lillama_core.output.record import RunRecord
 from lillama_core.output.stacks import Stack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+NUMBERS = 0.55
+"""Inches for the numbers beside an axis."""
+
+
+def short(value: float, _: object) -> str:
+    """A number beside an axis."""
+    return f"{value:.3g}"
 
 
 def _block_ticks(axes: Axes, blocks: int, most: int) -> None:
@@ -37,7 +57,7 @@ def rank_map(stack: Stack) -> Figure:
     lowest = min(math.floor(min(fractions) * 10) / 10, 0.9)
     norm = Normalize(lowest, 1.0)
     colours = colormaps["cividis"]
-    figure = new_figure(WIDTH, 1.1 + 0.3 * len(names))
+    figure = roomy_figure(WIDTH, 1.1 + 0.3 * len(names), room_for(names), right=0.8, bottom=0.5)
     axes = figure.add_subplot()
     grid = [[math.nan] * blocks for _ in names]
     for y, row in enumerate(stack.cells.values()):
@@ -90,7 +110,7 @@ def training(stack: Stack) -> Figure:
     """Held-out loss and relative error of each block's output, before and after training."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = new_figure(WIDTH, 3.2)
+    figure = roomy_figure(WIDTH, 3.2, NUMBERS, top=0.6, bottom=0.5)
     panels = (("loss", "loss on rows that chose nothing"), ("error", "relative squared error of the output"))
     handles: list[Any] = []
     for column, (key, title) in enumerate(panels):
@@ -111,15 +131,15 @@ def training(stack: Stack) -> Figure:
             low, high = axes.get_ylim()
             axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+            axes.yaxis.set_major_formatter(short)
         handles = handles or lines
         axes.set_xlim(-0.5, len(stack.blocks) - 0.5)
-        axes.set_title(title, loc="left", color=INK, fontsize=10)
+        axes.set_title(title, loc="left", color=INK, fontsize=10, y=1)
         axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         _block_ticks(axes, len(stack.blocks), most=16)
         style(axes)
-    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
     return figure
 
 
@@ -130,7 +150,7 @@ def _beside(axes: Axes, x: float, y: float, text: str) -> None:
 
 def times(times: list[tuple[str, float]]) -> Figure:
     """Bars: where the time went."""
-    figure = new_figure(WIDTH, 0.5 + 0.32 * len(times))
+    figure = roomy_figure(WIDTH, 0.5 + 0.32 * len(times), room_for([name for name, _ in times]))
     axes = figure.add_subplot()
     longest, total = max(s for _, s in times), sum(s for _, s in times)
     axes.barh(range(len(times)), [s for _, s in times], color=AFTER, height=0.62)
@@ -148,7 +168,7 @@ def times(times: list[tuple[str, float]]) -> Figure:
 
 def sizes(rows: list[Change]) -> Figure:
     """Pairs of bars: dense and compressed, each pair relative to its dense one."""
-    figure = new_figure(WIDTH, 0.45 + 0.62 * len(rows))
+    figure = roomy_figure(WIDTH, 0.45 + 0.62 * len(rows), room_for([change.label for change in rows]))
     axes = figure.add_subplot()
     for y, change in enumerate(rows):
         pairs = (
@@ -173,7 +193,7 @@ def losses(record: RunRecord) -> Figure:
     parts = [
         (predicted, measured) for _, predicted, measured in found.get("parts", []) if predicted > 0 and measured > 0
     ]
-    figure = new_figure(WIDTH, 3.4)
+    figure = roomy_figure(WIDTH, 3.4, NUMBERS, top=0.35, bottom=0.5)
     axes = figure.add_subplot(1, 2 if parts else 1, 1)
     axes.plot(
         [100 * reduction for reduction, _ in found["sizes"]],
@@ -187,7 +207,7 @@ def losses(record: RunRecord) -> Figure:
         axes.plot([removed], [measured], color=AFTER, marker="o", linestyle="none", label="this result, measured")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("parameters removed, %")
-    axes.set_title(f"loss, {found['unit']}", loc="left", color=INK, fontsize=10)
+    axes.set_title(f"loss, {found['unit']}", loc="left", color=INK, fontsize=10, y=1)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     every = [axes]
     if parts:
@@ -197,9 +217,11 @@ def losses(record: RunRecord) -> Figure:
         every[1].plot(*zip(*parts, strict=True), color=AFTER, marker="o", linestyle="none", markersize=4)
         every[1].set_xscale("log")
         every[1].set_yscale("log")
+        every[1].xaxis.set_major_formatter(short)
         every[1].set_xlabel("predicted")
-        every[1].set_title("measured, of parts of the model by themselves", loc="left", color=INK, fontsize=10)
+        every[1].set_title("measured, of parts of the model by themselves", loc="left", color=INK, fontsize=10, y=1)
     for panel in every:
+        panel.yaxis.set_major_formatter(short)
         panel.grid(color=GRID, linewidth=0.6)
         panel.set_axisbelow(True)
         style(panel)
@@ -208,7 +230,7 @@ def losses(record: RunRecord) -> Figure:
 
 def speeds(rows: Sequence[tuple[str, float, str]]) -> Figure:
     """Bars: how many times as fast as the dense model, which is the line at 1; label, times and note of each."""
-    figure = new_figure(WIDTH, 0.6 + 0.36 * len(rows))
+    figure = roomy_figure(WIDTH, 0.6 + 0.36 * len(rows), room_for([label for label, _, _ in rows]))
     axes = figure.add_subplot()
     axes.barh(range(len(rows)), [times for _, times, _ in rows], color=AFTER, height=0.62)
     axes.axvline(1, color=INK, linewidth=0.8)

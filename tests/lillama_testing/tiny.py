@@ -54,8 +54,8 @@ MOST_PARAMETERS = 20_000_000
 """Of a model that is still tiny: it is compressed within seconds."""
 
 QUICK: dict[str, Any] = {
-    "tokens": 1024, "sequence_length": 32, "samples": 8, "batch_size": 4, "sensitivity_tokens": 128, "steps": 2,
-    "self_share": 0.0, "compute": "float32",
+    "tokens": 1024, "sequence_length": 32, "samples": 8, "batch_size": 4, "sensitivity_tokens": 128,
+    "rescaling_tokens": 128, "steps": 2, "self_share": 0.0, "compute": "float32",
 }  # fmt: skip
 """Options of a recipe with which a tiny model is compressed within seconds."""
 

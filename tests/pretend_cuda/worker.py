@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import inspect
 import json
@@ -27,6 +28,9 @@ def main(guard: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import_all()
+    # Nothing of it is collected, or copied for that, in a child.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -68,16 +68,21 @@ def _installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
-@functools.lru_cache(maxsize=1)
-def _task_manager(names: tuple[str, ...]) -> Any:
-    """lm-eval's index, checked to know all of ``names``; raises UserError for one that it does not know."""
+@functools.cache
+def _index(defaults: bool) -> Any:
+    """lm-eval's index of the tasks that come with lillama, and of its own if ``defaults``."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    return TaskManager(include_path=str(TASKS_FOLDER), include_defaults=defaults)
+
+
+def _task_manager(names: tuple[str, ...]) -> Any:
+    """lm-eval's index, checked to know all of ``names``; raises UserError for one that it does not know."""
+    manager = _index(False)
     if set(names).issubset(manager.all_tasks):
         return manager
     # Indexing the thousands of tasks that come with lm-eval takes seconds; the offline ones need none of it.
-    manager = TaskManager(include_path=str(TASKS_FOLDER))
+    manager = _index(True)
     known = [*manager.all_tasks, *ALIASES]
     for name in names:
         if name not in known:
