@@ -50,7 +50,7 @@ class Prediction:
         for block in self._spec.all_blocks:
             ranks = {**plan.of(block), **plan.channels_of(block)}
             if ranks:
-                lost = predicted_errors(self._store.spectra(block), self._store.curves(block), ranks)
+                lost = predicted_errors(self._store.spectra(block), self._store.curves(block), block.channels, ranks)
                 total += sum(value * self.factors[block.path_of(name)] for name, value in lost.items())
         return total
 
