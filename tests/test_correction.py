@@ -27,7 +27,7 @@ from lillama_core.runtime.block_runner import BlockInputs, BlockRunner
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.weight_source import ResidentSource
 from lillama_core.statistics.last_map import find_last_map
-from lillama_core.strategies import make
+from lillama_core.strategies import StrategyChoice, make
 
 CPU = torch.device("cpu")
 WIDTH = 6
@@ -187,6 +187,21 @@ def test_factors_of_a_corrected_map_suit_the_inputs_that_it_has() -> None:
     # No affine map of rank 2 does better: that is the principal components of the outputs.
     S = torch.linalg.svdvals(y - y.mean(0))
     assert (layer(x) - y).square().sum().item() == pytest.approx(S[2:].square().sum().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("inputs", [6, 12])
+def test_factors_of_a_corrected_map_weigh_outputs_however_many_channels_are_left(inputs: int) -> None:
+    torch.manual_seed(0)
+    W, x, g = torch.randn(8, inputs), torch.randn(500, inputs) @ torch.randn(inputs, inputs), torch.randn(500, 8)
+    g = g @ torch.diag(torch.tensor([5.0, 3, 2, 1, 1, 0.5, 0.2, 0.1]))
+    G, F = x.T @ x / 500, g.T @ g / 500
+    corrected = Corrected(W, None, G, x.mean(0), 0.5)
+    options = {"input_damping": 1e-6, "gradient_damping": 1e-6}
+    initializer = make("initializers", StrategyChoice(name="fisher", options=options))
+    layer = corrected.factored(3, initializer, F, F.diagonal().mean().item(), torch.Generator())
+    off = W - layer(torch.eye(inputs)).T
+    tail = torch.linalg.svdvals(torch.linalg.cholesky(F).T @ W @ torch.linalg.cholesky(G))[3:]
+    assert torch.trace(F @ off @ G @ off.T).item() == pytest.approx(tail.square().sum().item(), rel=1e-3)
 
 
 def test_a_run_corrects_and_says_by_how_much(

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lillama_core import Recipe
 from lillama_core.architecture.targets.bands import LEAST_ROWS, band_bounds, band_sizes
-from lillama_core.architecture.targets.embedding import embedding_block, embedding_target
+from lillama_core.architecture.targets.embedding import embedding_block, embedding_target, scale_of
 from lillama_core.architecture.targets.embedding_modules import BandedEmbedding
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Fisher, MapStatistics
@@ -30,6 +30,7 @@ from lillama_core.models.outputs import main_output
 from lillama_core.pipeline import Request, compress
 from lillama_core.runtime.modules import swapped_modules
 from lillama_core.statistics.embedding import EmbeddingObserver
+from lillama_core.statistics.sensitivity import draw_labels
 from lillama_core.strategies import make
 
 
@@ -55,7 +56,7 @@ def test_a_table_of_full_rank_changes_nothing(model_type: str, paths: set[str], 
     target = embedding_target(embedding_block(model))
     dense = target.modules(model)
     assert set(dense) == paths
-    table = model.get_input_embeddings().weight.detach().clone()
+    table = model.get_input_embeddings().weight.detach().clone() * scale_of(model.get_input_embeddings())
     target.order = torch.randperm(len(table), generator=torch.Generator().manual_seed(1))
     format_, layers, saved = make("formats", format_name), {}, 0
     # Every other band of full rank, the others dense.
@@ -69,7 +70,7 @@ def test_a_table_of_full_rank_changes_nothing(model_type: str, paths: set[str], 
     assert before - count_parameters(model) == saved
     torch.testing.assert_close(main_output(model(**inputs)), expected, rtol=1e-3, atol=1e-4)
     rows = model.get_input_embeddings()(torch.arange(len(table)))
-    torch.testing.assert_close(rows, table * target.scale, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(rows, table, rtol=1e-3, atol=1e-5)
     for path in paths:
         assert model.get_submodule(path).weight is model.get_input_embeddings().weight
     with swapped_modules(model, dense):
@@ -201,7 +202,9 @@ def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
         model.set_input_embeddings(table)
         target = embedding_target(embedding_block(model))
         observer = EmbeddingObserver(target)
-        observer.entry.add(entry)
+        gain = observer.gain(model, lambda table=table: [table(ids)])
+        assert gain == pytest.approx(scale)
+        observer.entry.add(gain * entry)
         assert len(target.maps) == 1
         needed, tokens = observer.needed(Samples({"input_ids": ids}))
         statistics = observer.statistics(table.weight, needed, tokens / 4)
@@ -211,6 +214,64 @@ def test_a_scaled_table_has_the_factors_of_the_plain_one_that_it_stands_for(
     torch.testing.assert_close(*(factors for factors, _ in found), rtol=1e-3, atol=1e-4)
     # And what is lost by cutting it off is the same number of nats.
     torch.testing.assert_close(*(squared_singular_values for _, squared_singular_values in found), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 1 / 16, "bos_token_id": 1, "eos_token_id": 2}),
+    ],
+)
+def test_predicted_losses_count_what_the_model_multiplies_around_the_table(
+    model_type: str, settings: dict[str, Any]
+) -> None:
+    """Of noise on a tied table: twice the divergence that it causes."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type, vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=True, initializer_range=0.1, **settings,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    observer = EmbeddingObserver.of(embedding_block(model))
+    generator = torch.Generator().manual_seed(0)
+    frequencies = torch.randn(200, generator=generator).softmax(0)
+    ids = torch.multinomial(frequencies, 16 * 64, True, generator=generator).view(16, 64)
+    entering: list[torch.Tensor] = []
+
+    def enter() -> list[torch.Tensor]:
+        entering.clear()
+        with torch.no_grad():
+            model(ids, use_cache=False)
+        return entering.copy()
+
+    def note(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entering.append([*args, *named.values()][0])
+
+    model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    gain = observer.gain(model, enter)
+    assert gain == pytest.approx(settings.get("embedding_multiplier", 1.0), rel=1e-3)
+    with observer.observe(model):
+        for row in ids:
+            entering.clear()
+            logits = model(row[None], use_cache=False).logits
+            entering[0].retain_grad()
+            labels = draw_labels(logits.detach()[0].softmax(-1), generator)
+            logits.backward(logits.detach().softmax(-1).scatter_add(2, labels[None], -torch.ones(1, 64, 1)))
+            assert entering[0].grad is not None
+            observer.entry.add(gain * entering[0].grad[0])
+    needed, tokens = observer.needed(Samples({"input_ids": ids}))
+    W = model.get_input_embeddings().weight
+    noise = 0.02 * W.std().item() * torch.randn(W.shape, generator=generator)
+    statistics = observer.statistics(W.detach(), needed, tokens / len(ids))
+    predicted = statistics.rows * (needed.float()[:, None] * (noise @ statistics.inputs) * noise).sum().item()
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits.log_softmax(-1)
+        W.add_(noise)
+        after = model(ids, use_cache=False).logits.log_softmax(-1)
+    measured = 2 * (before.exp() * (before - after)).sum().item() / len(ids)
+    assert 0.8 < measured / predicted < 1.3
 
 
 def test_without_sensitivity_the_frequencies_of_tokens_still_count(

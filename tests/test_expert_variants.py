@@ -15,11 +15,13 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from lillama_core.architecture.blocks import Block
 from lillama_core.architecture.targets.expert_layouts import has_known_layout
 from lillama_core.architecture.targets.expert_modules import LowRankExperts
 from lillama_core.architecture.targets.experts import ExpertsTarget, find_targets
 from lillama_core.architecture.targets.linear_map import MapChoice
 from lillama_core.errors import LillamaError, UserError
+from lillama_core.statistics.observers import InputObserver
 from lillama_core.strategies import make
 
 EXPERTS, IDENTITIES, CHOSEN, WIDTH, UNITS, TOKENS = 4, 2, 2, 8, 10, 15
@@ -136,6 +138,42 @@ def test_maps_are_shown_the_rows_that_are_sent_to_them(layer: Layer) -> None:
     if layer.kind == "every":
         # One moment is enough for both.
         assert inputs["experts.gate.0"] is inputs["experts.up.0"]
+
+
+class Apart(nn.Module):
+    """Experts with gate and up apart, to which tokens are sent by their choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.randn(3, UNITS, WIDTH)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.randn(3, WIDTH, UNITS))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(hidden_states)
+        for e, (gate, up, down) in enumerate(zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)):
+            shares = ((top_k_index == e) * weights).sum(-1, keepdim=True)
+            out += shares * (self.act_fn(hidden_states @ gate.T) * (hidden_states @ up.T)) @ down.T
+        return out
+
+
+def test_gate_and_up_borrow_alike() -> None:
+    """They read the same rows, which are kept once: few of its own are joined by the others', none by their size."""
+    torch.manual_seed(0)
+    layer, hidden = nn.Module(), torch.randn(20, WIDTH)
+    layer.experts = Apart()
+    observer = InputObserver(Block("decoder", 0, "", (target_of(layer),)))
+    index = torch.tensor([0] * 17 + [1] * 3)[:, None]
+    with observer.observe(layer), torch.no_grad():
+        observer.next_batch()
+        layer.experts(hidden, index, torch.ones(20, 1))
+    average = hidden.T @ hidden / 20
+    few = (hidden[17:].T @ hidden[17:] + WIDTH * average) / (3 + WIDTH)
+    for part in ("gate", "up"):
+        torch.testing.assert_close(observer.moment(f"experts.{part}.1"), few)
+        center = (hidden[17:].sum(0) + WIDTH * hidden.mean(0)) / (3 + WIDTH)
+        torch.testing.assert_close(observer.center(f"experts.{part}.1"), center)
+        torch.testing.assert_close(observer.moment(f"experts.{part}.2"), torch.eye(WIDTH) * average.diagonal().mean())
 
 
 @pytest.mark.parametrize("format_name", ["factored", "pivoted"])

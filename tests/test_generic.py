@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from lillama_core.data.modality import SampleRequest, Samples, modality_of
 from lillama_core.data.text.encoder import EncoderDecoderText, EncoderText, with_special_ends
 from lillama_core.errors import UserError
 from lillama_core.evaluation.base import EvaluationOptions, Subject
+from lillama_core.evaluation.fidelity import predictions_per_row
 from lillama_core.evaluation.metrics import Perplexity
 from lillama_core.evaluation.metrics.output_error import OutputError
 from lillama_core.models.loading import count_parameters, load_model
@@ -146,6 +148,25 @@ def test_stacks_maps_and_chain(model_type: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", sorted(CLASSES))
+def test_predictions_of_a_row_are_counted_as_losses_are_measured(model_type: str) -> None:
+    model = tiny(model_type)
+    architecture, inputs = discover(model.config), inputs_of(model.config)
+    *earlier, last = find_blocks(architecture, model).values()
+    harness = StackHarness(model, architecture, last, [StackHarness(model, architecture, of) for of in earlier])
+    data = Samples(inputs)
+    # An image has one label, a text one for each position of what is put out.
+    positions = 1 if model_type == "vit" else main_output(model(**inputs)).shape[1]
+    assert predictions_per_row(harness, data, None) == positions
+    if model_type != "vit":
+        mask = torch.ones(len(data), positions)
+        mask[0, 1:] = 0
+        masked = replace(data, output_mask=mask)
+        assert predictions_per_row(harness, masked, None) == ((len(data) - 1) * positions + 1) / len(data)
+    model.config.problem_type = "regression"
+    assert predictions_per_row(harness, data, None) is None
+
+
 @pytest.mark.parametrize("dense", sorted(CLASSES), indirect=True)
 def test_compress_load_save_evaluate(
     dense: Path, tmp_path: Path, calibration_text: Path, images: Path, run_cli: Callable[..., Ended]
@@ -159,6 +180,7 @@ def test_compress_load_save_evaluate(
         assert f"at {path}, " in ended.stderr
     written = json.loads((out / "lillama.json").read_text())
     assert written["plan"]["ranks"]
+    assert written["losses"]["unit"] == "nats a prediction"
     assert written["remarks"]
     assert written["remarks"][0] in ended.stderr
     assert any("calibration:" in line for line in written["remarks"])
@@ -304,6 +326,7 @@ def test_scores_that_are_no_classes(
                    calibration_text)  # fmt: skip
     assert done.status == 0, done
     record = json.loads((tmp_path / "out" / "lillama.json").read_text())
+    assert record["losses"]["unit"] == "relative error of the outputs"
     assert record["fidelity"]["divergence"] is None
     assert record["fidelity"]["agreement"] is None
     assert 0 < record["fidelity"]["relative_error"] < 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lillama_core.initialization import balance
+from lillama_core.statistics import moments
 from lillama_core.statistics.moments import SecondMoment, add_upper_gram, computes_in_bfloat16
 from lillama_core.system.devices import fast_gram_products
 
@@ -121,6 +122,25 @@ def test_bfloat16_rows_lose_nothing_by_products_in_bfloat16(autocast: bool) -> N
     eigenvalues = torch.linalg.eigvalsh(exact)
     bound = 4 * torch.finfo(torch.float32).eps * eigenvalues.max().item()
     torch.testing.assert_close(torch.linalg.eigvalsh(moment.mean().double()), eigenvalues, rtol=1e-5, atol=bound)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_and_means_are_of_the_same_rows(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel that hardly varies around a number that bfloat16 has not: its variance must not become negative."""
+    monkeypatch.setattr(moments, "has_fast_bfloat16_cpu", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 8, generator=generator)
+    rows[:, 0] = 100.2
+    weights = torch.rand(500, generator=generator) if weighted else None
+    moment = SecondMoment()
+    with torch.autocast("cpu", torch.bfloat16):
+        moment.add(rows, weights)
+    G, center = moment.mean().double(), moment.center().double()
+    # As far as fp32 holds its square.
+    assert torch.linalg.eigvalsh(G - torch.outer(center, center))[0] > -1e-2
+    roots = torch.ones(500) if weights is None else weights.sqrt()
+    rounded = (roots[:, None] * rows).bfloat16().float()
+    torch.testing.assert_close(moment.center(), roots @ rounded / roots.square().sum())
 
 
 def test_on_cuda_tf32_is_allowed_inside_only() -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from lillama_core import Recipe, load_recipe
-from lillama_core.allocation import Spectrum
+from lillama_core.allocation import ChannelCurve, Spectrum
 from lillama_core.architecture.blocks import Block, find_blocks
 from lillama_core.architecture.find import find_architecture
+from lillama_core.architecture.targets.channels import Channels
+from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Decomposition
 from lillama_core.output.record import RunRecord
@@ -26,7 +28,14 @@ from lillama_core.runtime.activations import ActivationStore
 from lillama_core.runtime.harness import StackHarness
 from lillama_core.runtime.recording import Recorder
 from lillama_core.runtime.weight_source import ResidentSource
-from lillama_core.statistics.loss_calibration import Ablation, StackErrors, kinds_of, parts_of, safe_ratio
+from lillama_core.statistics.loss_calibration import (
+    Ablation,
+    StackErrors,
+    kinds_of,
+    parts_of,
+    predicted_errors,
+    safe_ratio,
+)
 from lillama_core.statistics.store import DecompositionStore
 from lillama_core.system.progress import Progress
 
@@ -83,7 +92,8 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     tokens = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(1))
     batches = [Samples({"input_ids": rows}) for rows in tokens.split(2)]
     activations = ActivationStore(Recorder(architecture, CPU, None), batches)
-    errors = StackErrors(blocks, ranks, left_out)
+    tell = {name: lambda mine, known=known: {n: known[n] for n in mine} for name, known in left_out.items()}
+    errors = StackErrors(blocks, ranks, tell)
     variants = errors.variants(PARTS)
     ablation = Ablation([parent], source, activations, low_rank, Progress("quiet"))
     scales = errors.scales(PARTS, ablation.costs(variants))
@@ -118,6 +128,19 @@ def test_scales_are_quotients_of_what_the_whole_model_does() -> None:
     # Of a kind that was never low rank only the block is known.
     assert scales[f"model.layers.5.{whole}"] == pytest.approx(of_block[blocks[5].name], rel=1e-2)
     assert [v.name for v in variants] == [run[-1] for run in runs] + list(ranks[blocks[0].name])
+
+
+def test_errors_of_maps_are_those_of_the_channels_that_stay() -> None:
+    """As the allocator counts them; where a variant takes no channels out, all of a map's errors are."""
+    up, gate = (TargetLinear(name, 4, 3) for name in ("up", "gate"))
+    net = Channels((up, gate), TargetLinear("down", 3, 4))
+    energies = Spectrum(torch.tensor([4.0, 2.0, 1.0]), True)
+    spectra = {"up": energies, "gate": energies, "down": energies, "other": energies}
+    curves = {net.name: ChannelCurve(torch.tensor([2, 4]), torch.tensor([5.0, 0.0]), torch.tensor([0.5, 1.0]))}
+    ranks = {"up": 1, "down": 2, "other": 1}
+    assert predicted_errors(spectra, curves, [net], ranks) == {"up": 3.0, "down": 1.0, "other": 3.0}
+    narrow = predicted_errors(spectra, curves, [net], {**ranks, net.name: 2})
+    assert narrow == {"up": 1.5, "down": 0.5, "other": 3.0, net.name: 5.0}
 
 
 def test_where_nothing_is_left_out_nothing_is_scaled() -> None:

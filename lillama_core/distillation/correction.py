@@ -75,10 +75,16 @@ class Corrected:
         gradient_scale: float,
         generator: torch.Generator,
     ) -> nn.Module:
-        """Factors of the corrected map for the inputs that it has; see `MapStatistics` for the gradients."""
+        """Factors of the corrected map for the inputs that it has.
+
+        ``gradients`` is F [out, out] of the dense map, which may have had more inputs, with its mean diagonal.
+        """
         exact = exact_device(self.weight)
-        seen = MapStatistics(self.inputs, gradients, gradient_scale, 1.0, self.center, self.bias is not None).to(exact)
         weight = self.weight.to(exact)
+        if gradients is not None and weight.shape[0] > weight.shape[1]:
+            # Fewer channels than outputs are left: see `MapStatistics`, on the smaller side.
+            gradients = weight.T @ gradients.to(exact) @ weight
+        seen = MapStatistics(self.inputs, gradients, gradient_scale, 1.0, self.center, self.bias is not None).to(exact)
         found = initializer.decompose(weight, seen)
         B, A = initializer.factors(weight, rank, found, generator)
         bias = found.bias(None if self.bias is None else self.bias.to(exact), weight, B, A)

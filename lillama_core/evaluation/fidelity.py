@@ -184,3 +184,14 @@ def measure_costs(
     sums = [found.item() for found in (divergence if predicts else wrong)]
     *sums, size_of_all, rows_of_all = world.sums([*sums, size.item(), rows])
     return [2 * found / rows_of_all if predicts else found / max(size_of_all, 1e-30) for found in sums]
+
+
+def predictions_per_row(harness: StackHarness, data: Samples, autocast: torch.dtype | None) -> float | None:
+    """How many predictions a row of ``data`` has on average, as `measure_costs` counts; None: the outputs are none."""
+    device = next(harness.model.parameters()).device
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        outputs = harness.formal_outputs({k: v[:1].to(device) for k, v in data.inputs.items()})
+    logits = class_logits(harness.model, outputs)
+    if logits is None or data.output_mask is None:
+        return None if logits is None else float(logits.shape[:-1].numel())
+    return float((data.output_mask > 0).sum().item()) / len(data)

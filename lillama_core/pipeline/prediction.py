@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lillama_core.allocation.plan import RankPlan, describe_plan, make_budget
 from lillama_core.errors import UserError
+from lillama_core.evaluation.fidelity import predictions_per_row
 from lillama_core.pipeline.context import CalibrationRows, Context
 from lillama_core.pipeline.spec import CompressionSpec, make_plans
 from lillama_core.statistics.loss_calibration import predicted_errors
@@ -35,7 +36,8 @@ class Prediction:
         """``scales``: what the energies of each map count for, by its path, as far as that was measured."""
         self._spec: CompressionSpec = context.spec
         self._allocation, self._store, self._scales = context.recipe.allocation, store, scales
-        per_row = _predictions_per_row(context)
+        rows = context.get(CalibrationRows)
+        per_row = predictions_per_row(rows.chains[-1][-1], rows.data, context.autocast)
         # Costs are twice the divergence of a row.
         self.factor = 1.0 if per_row is None else 1 / (2 * per_row)
         """From a cost as it is measured to `unit`."""
@@ -50,7 +52,7 @@ class Prediction:
         for block in self._spec.all_blocks:
             ranks = {**plan.of(block), **plan.channels_of(block)}
             if ranks:
-                lost = predicted_errors(self._store.spectra(block), self._store.curves(block), ranks)
+                lost = predicted_errors(self._store.spectra(block), self._store.curves(block), block.channels, ranks)
                 total += sum(value * self.factors[block.path_of(name)] for name, value in lost.items())
         return total
 
@@ -65,14 +67,6 @@ class Prediction:
                 after = describe_plan(spec.maps, plan, spec.format, spec.total_parameters, 1)["parameters_after"]
                 found.append(Size(reduction, after, self.of(plan), len(plan.ranks), len(plan.channels)))
         return found
-
-
-def _predictions_per_row(context: Context) -> float | None:
-    """How many predictions a row of the calibration data has on average; None where the outputs are none."""
-    data = context.get(CalibrationRows).data
-    if data.output_mask is not None:
-        return float((data.output_mask > 0).sum().item()) / len(data)
-    return None if data.targets is None else float(data.targets.numel()) / len(data)
 
 
 def _names(spec: CompressionSpec) -> list[str]:

@@ -167,6 +167,13 @@ class StackHarness:
             self._without_earlier = torch.equal(whole, short)
         return self._without_earlier
 
+    def formal_outputs(self, inputs: Inputs) -> Any:
+        """The model's outputs when all blocks hand on what they get: of the right form, without their numbers."""
+        with torch.no_grad(), contextlib.ExitStack() as bypassed:
+            for stack in (*self.earlier, self):
+                bypassed.enter_context(stack._bypassed(lambda index, hidden, args, kwargs: hidden))
+            return self._forward(inputs)
+
     def _outputs(self, inputs: Inputs, last_hidden: torch.Tensor, skip_earlier: bool) -> Any:
         """As `outputs`. What an encoder says is of no use to blocks that are bypassed, and costs most of the time."""
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lillama_core.architecture.blocks import Block
-from lillama_core.architecture.targets.embedding import BandedEmbeddingTarget, embedding_target, is_embedding
+from lillama_core.architecture.targets.embedding import BandedEmbeddingTarget, embedding_target, is_embedding, scale_of
 from lillama_core.architecture.targets.linear_map import TargetLinear
 from lillama_core.data.modality import Samples
 from lillama_core.initialization import Initializer, MapStatistics
+from lillama_core.models.outputs import main_output
 from lillama_core.runtime.masks import StackMasks
 from lillama_core.statistics.moments import SecondMoment, flat_rows
 from lillama_core.statistics.reduction import reduce_moments
@@ -28,17 +32,44 @@ SPREAD = 0.1
 34.5, 35.5 on tales."""
 
 
+class HeadCall:
+    """One call of an output head within a forward pass, and what comes back to it; holds nothing of the graph."""
+
+    def __init__(self, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        self.rows = rows.detach()
+        """What the head reads [..., width]."""
+        self.scores = scores.detach()
+        """The head's output [..., vocabulary], then the logits that the model makes of it."""
+        self.gain: float | torch.Tensor = 1.0
+        """What the head's output is multiplied by to be the logits, in root mean square, once gradients came back."""
+        self._at_logits: torch.Tensor | None = None
+        scores.register_hook(self._note_scores)
+
+    def ends_in(self, logits: torch.Tensor) -> None:
+        """Take what the model puts out for what it makes of this call, if that has the same shape."""
+        if logits.shape == self.scores.shape:
+            self.scores = logits.detach()
+            logits.register_hook(self._note_logits)
+
+    def _note_logits(self, gradient: torch.Tensor) -> None:
+        self._at_logits = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+    def _note_scores(self, gradient: torch.Tensor) -> None:
+        if self._at_logits is not None:
+            self.gain = torch.linalg.vector_norm(gradient, dtype=torch.float32) / self._at_logits
+
+
 class EmbeddingObserver:
     """Accumulates what the factors of the embedding are chosen by, during the sensitivity pass."""
 
     def __init__(self, target: BandedEmbeddingTarget) -> None:
         self.target = target
         self.inputs = SecondMoment()
-        """G, of the rows that the heads read."""
+        """G, of the rows that the heads read, times what makes logits of their outputs."""
         self.entry = SecondMoment()
-        """S, of the gradients at the entry of the first block."""
+        """S, of the gradients at the entry of the first block, times the `gain` of the rows there."""
         self.predicted = torch.zeros(target.vocabulary, dtype=torch.float64)
-        """Sum of the probabilities that the heads give each token, over the rows in `inputs`."""
+        """Sum of the probabilities that the model gives each token, over the rows in `inputs`."""
         self.entered: set[str] = set()
         """Stacks whose gradients are in `entry`: a run that goes on adds none twice."""
 
@@ -52,6 +83,7 @@ class EmbeddingObserver:
         """While open, forward and backward passes through the heads are observed."""
 
         seen: list[torch.Tensor] = []
+        calls: list[HeadCall] = []
 
         def observe_input(_: TargetLinear, x: torch.Tensor) -> None:
             seen[:] = [x]
@@ -59,26 +91,43 @@ class EmbeddingObserver:
         def observe_output(_: TargetLinear, y: torch.Tensor) -> None:
             (x,) = seen
             if x.requires_grad:
-                rows, scores = x.detach(), y.detach()
-                x.register_hook(lambda g: self._add(rows, scores, g))
+                calls.append(HeadCall(x, y))
+                x.register_hook(functools.partial(self._add, calls[-1]))
 
-        with self.target.observe(model, observe_input, observe_output):
-            yield
+        def observe_outputs(_: nn.Module, __: Any, outputs: Any) -> None:
+            for call in calls:
+                call.ends_in(main_output(outputs))
+            calls.clear()
 
-    def enters(self, model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> bool:
-        """Whether ``run`` gives something else when all rows that are looked up are zero.
+        handle = model.register_forward_hook(observe_outputs)
+        try:
+            with self.target.observe(model, observe_input, observe_output):
+                yield
+        finally:
+            handle.remove()
 
-        It gives what enters a stack. Below an encoder of sounds or images nothing is looked up, or nothing of it read.
+    def gain(self, model: nn.Module, run: Callable[[], Sequence[torch.Tensor]]) -> float:
+        """What rows of the table are multiplied by, in root mean square, on their way into what ``run`` gives.
+
+        It gives what enters a stack. 0 where that stays the same when all rows that are looked up are zero: below an
+        encoder of sounds or images nothing is looked up, or nothing of it read.
         """
+        rows: list[torch.Tensor] = []
+
+        def take_out(module: nn.Module, _: Any, found: torch.Tensor) -> torch.Tensor:
+            rows.append(found / scale_of(module))
+            return torch.zeros_like(found)
+
         before = run()
         tables = [m for m in self.target.modules(model).values() if is_embedding(m)]
-        handles = [m.register_forward_hook(lambda _, __, rows: torch.zeros_like(rows)) for m in tables]
+        handles = [m.register_forward_hook(take_out) for m in tables]
         try:
             after = run()
         finally:
             for handle in handles:
                 handle.remove()
-        return not all(map(torch.equal, before, after))
+        entered = _mean_square([a - b for a, b in zip(before, after, strict=True)])
+        return math.sqrt(entered / _mean_square(rows)) if entered else 0.0
 
     def write(self, path: Path) -> None:
         """Keep what was seen so far in a file."""
@@ -108,11 +157,11 @@ class EmbeddingObserver:
     def _moments(self) -> dict[str, SecondMoment]:
         return {"inputs": self.inputs, "entry": self.entry}
 
-    def _add(self, rows: torch.Tensor, scores: torch.Tensor, gradients: torch.Tensor) -> None:
-        rows, scores, gradients = (t.flatten(0, -2) for t in (rows, scores, gradients))
+    def _add(self, call: HeadCall, gradients: torch.Tensor) -> None:
+        gradients, rows, scores = (t.flatten(0, -2) for t in (gradients, call.rows, call.scores))
         # Where nothing is predicted, behind the end of a row, there is no gradient: what is read there is no matter.
         counted = (gradients != 0).any(-1)
-        self.inputs.add(rows[counted])
+        self.inputs.add(rows[counted] * call.gain)
         # Some rows at a time: the table of probabilities is as wide as the vocabulary.
         for part in scores[counted].split(64):
             self.predicted += part.float().softmax(-1).sum(0).cpu()
@@ -158,9 +207,7 @@ class EmbeddingObserver:
 
         ``needed`` [n] says how often each row is, in ``rows`` tokens of a row of data.
         """
-        # A gradient at a row that is multiplied on its way in counts as often at the table's.
-        parts = ((self.entry, self.target.scale**2), (self.inputs, 1.0))
-        moments = [factor * m.mean().to(weight.device) for m, factor in parts if m.count]
+        moments = [m.mean().to(weight.device) for m in (self.entry, self.inputs) if m.count]
         # A model may project the rows to another width before its first block.
         inputs = sum((m for m in moments if len(m) == weight.shape[1]), torch.zeros((), device=weight.device))
         if not inputs.dim():
@@ -171,6 +218,13 @@ class EmbeddingObserver:
         W = weight.float()
         moment = often.diag() if wide else W.T @ (often[:, None] * W)
         return MapStatistics(inputs, moment, float(often.mean().item()), rows)
+
+
+def _mean_square(tensors: Sequence[torch.Tensor]) -> float:
+    """Mean over rows of |x|^2, of the rows x [..., width] that are not zero; 0 if all are."""
+    squares = [t.float().square().sum(-1) for t in tensors]
+    total, rows = sum(s.sum().item() for s in squares), sum(int((s > 0).sum().item()) for s in squares)
+    return total / rows if rows else 0.0
 
 
 def order_file(store: DecompositionStore) -> Path:

@@ -18,6 +18,7 @@ from torch import nn
 
 from lillama_core.allocation import ChannelCurve, Spectrum
 from lillama_core.architecture.blocks import Block
+from lillama_core.architecture.targets.channels import Channels
 from lillama_core.architecture.targets.linear_map import kind_of
 from lillama_core.evaluation.fidelity import measure_costs
 from lillama_core.runtime.activations import ActivationStore
@@ -102,8 +103,8 @@ class StackErrors:
     blocks: Sequence[Block]
     ranks: Mapping[str, Ranks]
     """By the names of blocks."""
-    left_out: Mapping[str, ByMap]
-    """The energies beyond the ranks, by the names of blocks."""
+    left_out: Mapping[str, Callable[[Ranks], ByMap]]
+    """By the names of blocks, what tells the energies that some of the ranks leave out: `predicted_errors`."""
 
     def variants(self, parts: int) -> list[Variant]:
         """First at most ``parts`` runs of blocks, then each kind of map in all blocks."""
@@ -118,15 +119,12 @@ class StackErrors:
 
     def predicted(self, parts: int) -> list[float]:
         """The energies that each of the `variants` leaves out, all together."""
-        return [
-            sum(self.left_out[name][n] for name, mine in variant.ranks.items() for n in mine)
-            for variant in self.variants(parts)
-        ]
+        return [sum(self._lost(name, mine) for name, mine in v.ranks.items()) for v in self.variants(parts)]
 
     def scales(self, parts: int, costs: Sequence[float]) -> dict[str, float]:
         """What the energies of each map count for, by its path; ``costs`` are those of the `variants`."""
-        runs = parts_of(self.blocks, parts)
-        predicted = [sum(sum(self.left_out[b.name].values()) for b in run if b.name in self.ranks) for run in runs]
+        runs, variants = parts_of(self.blocks, parts), self.variants(parts)
+        predicted = self.predicted(parts)[: len(runs)]
         of_runs, of_kinds = costs[: len(runs)], costs[len(runs) :]
         typical = safe_ratio(sum(of_runs), sum(predicted), 1.0)
         of_block = {
@@ -135,32 +133,38 @@ class StackErrors:
             for block in run
         }
         of_kind = {}
-        for kind, cost in zip(kinds_of(self.ranks), of_kinds, strict=True):
-            expected = sum(
-                of_block[name] * self.left_out[name][n]
-                for name, mine in self.ranks.items()
-                for n in mine
-                if kind_of(n) == kind
-            )
-            of_kind[kind] = safe_ratio(cost, expected, 1.0)
+        for variant, cost in zip(variants[len(runs) :], of_kinds, strict=True):
+            expected = sum(of_block[name] * self._lost(name, mine) for name, mine in variant.ranks.items())
+            of_kind[variant.name] = safe_ratio(cost, expected, 1.0)
         return {
             block.path_of(name): of_block[block.name] * of_kind.get(kind_of(name), 1.0)
             for block in self.blocks
             for name in [*(m.name for m in block.maps), *(c.name for c in block.channels)]
         }
 
+    def _lost(self, name: str, ranks: Ranks) -> float:
+        return sum(self.left_out[name](ranks).values())
+
 
 def predicted_errors(
-    spectra: Mapping[str, Spectrum], curves: Mapping[str, ChannelCurve], ranks: Ranks
+    spectra: Mapping[str, Spectrum], curves: Mapping[str, ChannelCurve], channels: Sequence[Channels], ranks: Ranks
 ) -> dict[str, float]:
-    """The energies of a block's maps beyond their ranks, and what its channels cost that are taken out."""
-    found = {}
+    """The energies of a block's maps beyond their ranks, and what its ``channels`` cost that are taken out.
+
+    As an allocator counts them: errors of maps between which channels are taken out are of those that stay.
+    """
+    found, shares = dict[str, float](), dict[str, float]()
+    for own in channels:
+        if own.name in ranks:
+            curve = curves[own.name]
+            share = float(curve.shares[curve.counts == ranks[own.name]])
+            shares |= {m.name: share for m in (*own.sources, own.sink)}
     for name, number in ranks.items():
         if name in curves:
             curve = curves[name]
             found[name] = float(curve.errors[curve.counts == number])
         else:
-            found[name] = spectra[name].squared_singular_values[number:].sum().item()
+            found[name] = shares.get(name, 1.0) * spectra[name].squared_singular_values[number:].sum().item()
     return found
 
 

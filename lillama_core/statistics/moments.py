@@ -58,13 +58,17 @@ class SecondMoment:
             self._count = self._count + weights.sum(dtype=exact)
         # Autocast would round the products to half precision, which leaves the small eigenvalues to chance.
         with torch.autocast(rows.device.type, enabled=False):
-            self.sum += rows.sum(0) if weights is None else weights @ rows
-            if weights is not None:
-                rows = rows * weights.sqrt().unsqueeze(1)
+            roots = None if weights is None else weights.sqrt()
+            if roots is not None:
+                rows = rows * roots.unsqueeze(1)
+            rounded = half and sums_bfloat16(rows.device)
+            if rounded:
+                # Before both sums: G - E[x] E[x]^T is positive only if G and E[x] are of the same rows.
+                rows = rows.bfloat16().float()
+            self.sum += rows.sum(0) if roots is None else roots @ rows
             if rows.device.type == "cpu":
-                add_upper_gram(self.total, rows, half)
-            elif half and rows.device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype"):
-                # Products of bfloat16 that are summed up in fp32: CUDA alone has them, since PyTorch 2.8.
+                add_upper_gram(self.total, rows, rounded)
+            elif rounded:
                 rows = rows.bfloat16()
                 self.total = torch.addmm(self.total, rows.T, rows, out_dtype=torch.float32)
             else:
@@ -102,11 +106,10 @@ class SecondMoment:
 def add_upper_gram(total: torch.Tensor, rows: torch.Tensor, half: bool = False) -> None:
     """Add the upper triangle of rows^T rows to ``total`` [d, d], in place; both in fp32 on the CPU, rows [n, d].
 
-    ``half``: the rows are bfloat16 numbers, or may be rounded to such.
+    ``half``: the rows are bfloat16 numbers, and the CPU has products of such.
     """
     if not len(rows):
         return
-    half = half and has_fast_bfloat16_cpu()
     if half or torch.get_num_threads() > 1:
         # Threads of scipy's BLAS and torch's own wait for each other: between products of torch on two threads ssyrk
         # took 2.8 times (1536 features) and 3.4 times (576) as long as these tiles.
@@ -118,6 +121,13 @@ def add_upper_gram(total: torch.Tensor, rows: torch.Tensor, half: bool = False) 
         return
     # BLAS counts by columns: what it sees is rows^T and total^T, whose lower triangle is the upper one of total.
     ssyrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+
+
+def sums_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` has products of bfloat16 that are summed up in fp32; CUDA since PyTorch 2.8."""
+    if device.type == "cpu":
+        return has_fast_bfloat16_cpu()
+    return device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype")
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

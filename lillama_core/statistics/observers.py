@@ -135,7 +135,8 @@ class InputObserver:
 
     def _group(self, name: str) -> dict[str, SecondMoment]:
         """What the maps in the group of ``name`` have seen, of those that have seen rows."""
-        return {n: m for n in group_of(self.block, name) if (m := self.moments.get(n)) is not None and m.count}
+        leaders = {n: self._leader.get(n, n) for n in group_of(self.block, name)}
+        return {n: m for n, of in leaders.items() if (m := self.moments.get(of)) is not None and m.count}
 
     def _average(self, group: dict[str, SecondMoment], what: str) -> torch.Tensor:
         # Asked for once for every map of the group, when all rows have been seen; the first map stands for the group.

@@ -230,10 +230,10 @@ class SensitivityPass:
             self.enter(below)
             self._save(below.stack, len(below.blocks))
 
-    def add_entry(self, harness: StackHarness, moment: SecondMoment) -> None:
-        """Add the gradients at the entry of a stack, whose first block has been passed, to ``moment``."""
+    def add_entry(self, harness: StackHarness, moment: SecondMoment, gain: float) -> None:
+        """Add the gradients at the entry of a stack that has been passed, times ``gain``, to ``moment``."""
         for gradient, masks in zip(self._gradients[harness.stack], self.masks, strict=True):
-            moment.add(*flat_rows(gradient, masks))
+            moment.add(*flat_rows(gain * gradient, masks))
 
     def _hidden(self, stack: str, position: int, piece: Piece) -> torch.Tensor:
         states = self._states.read(stack, position, [piece.batch])

@@ -8,15 +8,16 @@ that does not know the format stops.
 Its rows are taken in bands, see `targets.bands`, each of which has a U and an A of its own, or stays as it is. The
 factors minimise, to second order, what both uses do to the model's predictions:
 
-- the head: tr(F dW G dW^T), with G = E[x x^T] of the hidden states that it reads, F the Fisher information of its
-  logits;
+- the head: tr(F dW G dW^T), with G = t^2 E[x x^T] of the hidden states x that it reads, t what its outputs are
+  multiplied by to be the logits, and F the Fisher information of these;
 - the lookup: tr(D dW S dW^T), with D the frequencies of the tokens (diagonal) and S = s^2 E[g g^T] of the gradients
   at the entry of the first block; s is what rows are multiplied by on the way there.
 
-F is about diag(p) with p the predicted probabilities; p and D are about alike, and with their mean on the output side
-of both the sum is tr((diag(p) + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same unit, and
-solved in closed form on the input side. Some of the mean is spread over all tokens: text of another kind has others.
-An untied table has the lookup's part alone. The factors are not trained.
+Models multiply in code of their own, so s and t are measured: s by taking the rows out, t by the gradients on both
+sides. F is about diag(p) with p the predicted probabilities; p and D are about alike, and with their mean on the output
+side of both the sum is tr((diag(p) + D) / 2 dW (G + S) dW^T), the same problem as for every other map, in the same
+unit, and solved in closed form on the input side. Some of the mean is spread over all tokens: text of another kind has
+others. An untied table has the lookup's part alone. The factors are not trained.
 """
 
 from __future__ import annotations
@@ -62,8 +63,6 @@ class EmbeddingTarget(TargetModule):
         assert isinstance(weight, torch.Tensor)
         width = module.projection.width if isinstance(module, LowRankEmbedding) else weight.shape[1]
         super().__init__(name, (TargetLinear(name, weight.shape[0], width),))
-        self.scale = _scale(module)
-        """What looked-up rows are multiplied by."""
 
     @classmethod
     def at(cls, name: str, module: nn.Module) -> EmbeddingTarget:
@@ -124,7 +123,7 @@ class EmbeddingTarget(TargetModule):
             if isinstance(old, nn.Linear | LowRankHead):
                 new = LowRankHead(weight, projection, old.bias)
             else:
-                new = LowRankEmbedding(weight, projection, _scale(old), owns=path == self.name)
+                new = LowRankEmbedding(weight, projection, scale_of(old), owns=path == self.name)
             replace_module(block, path, new)
 
     def layer(self, block: nn.Module, map_: TargetLinear) -> nn.Module:
@@ -171,7 +170,6 @@ class BandedEmbeddingTarget(EmbeddingTarget):
             for i, (start, stop) in enumerate(self.bounds)
         )
         TargetModule.__init__(self, name, maps)
-        self.scale = _scale(module)
         self.order = None
 
     @classmethod
@@ -195,13 +193,13 @@ class BandedEmbeddingTarget(EmbeddingTarget):
         if self.order is not None:
             order = torch.argsort(self.order).to(device, torch.int32)
         modules = self.modules(block)
-        table = BandedEmbedding(bands, order, self.width, _scale(modules[self.name]))
+        table = BandedEmbedding(bands, order, self.width, scale_of(modules[self.name]))
         for path, old in modules.items():
             new: nn.Module = table
             if isinstance(old, nn.Linear | BandedHead):
                 new = BandedHead(table, old.bias)
             elif path != self.name:
-                new = TiedEmbedding(table, _scale(old))
+                new = TiedEmbedding(table, scale_of(old))
             replace_module(block, path, new)
 
     def _band(self, block: nn.Module, map_: TargetLinear, layer: nn.Module | None) -> Band:
@@ -238,7 +236,8 @@ def is_embedding(module: nn.Module) -> bool:
     )
 
 
-def _scale(module: nn.Module) -> float:
+def scale_of(module: nn.Module) -> float:
+    """What an embedding multiplies looked-up rows by."""
     if isinstance(module, LowRankEmbedding | BandedEmbedding | TiedEmbedding):
         return module.scale
     # As a number where there is one: the buffer of the same value may be on the meta device.

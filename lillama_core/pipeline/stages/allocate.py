@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ class AllocateStage(Stage):
             for harness in (h for h in chain if h.stack in dense.chosen):
                 ranks = {b.name: r for b in harness.blocks if (r := {**plan.of(b), **plan.channels_of(b)})}
                 left_out = {
-                    b.name: predicted_errors(store.spectra(b), store.curves(b), ranks[b.name])
+                    b.name: functools.partial(predicted_errors, store.spectra(b), store.curves(b), b.channels)
                     for b in harness.blocks
                     if b.name in ranks
                 }

@@ -176,10 +176,10 @@ class StatisticsStage(Stage):
             if (
                 embedding is not None
                 and harness.stack not in embedding.entered
-                and world.from_main(functools.partial(enters, embedding, model, small, harness))
+                and (gain := world.from_main(functools.partial(entry_gain, embedding, model, small, harness))) > 0
             ):
                 # Only where its rows enter do gradients say what they matter.
-                sensitivity.add_entry(harness, embedding.entry)
+                sensitivity.add_entry(harness, embedding.entry, gain)
                 embedding.entered.add(harness.stack)
                 embedding.write(kept)
             # Its blocks have been passed: what they were given goes before another stack begins.
@@ -243,7 +243,7 @@ def names_of(context: Context, chain: Sequence[StackHarness], has: Callable[[Blo
     return frozenset(context.world.from_main(lambda: [b.name for of in chain for b in of.blocks if has(b)]))
 
 
-def enters(embedding: EmbeddingObserver, model: nn.Module, small: ActivationStore, harness: StackHarness) -> bool:
-    """Whether what enters a stack is made of rows of the embedding."""
+def entry_gain(embedding: EmbeddingObserver, model: nn.Module, small: ActivationStore, harness: StackHarness) -> float:
+    """What rows of the embedding are multiplied by on their way into a stack; 0: it is made of others."""
     first = small.select([0])
-    return embedding.enters(model, lambda: first.record(harness).hidden)
+    return embedding.gain(model, lambda: first.record(harness).hidden)
