@@ -53,8 +53,8 @@ class RunDirectory:
         self.healing = self.path / "healing"
         self.result = self.path / "result"
         self.replaced = self.path / "replaced"
-        self.opened = False
-        """Whether this run has taken the directory: what is in it is its own from then on."""
+        self.made = False
+        """Whether this run has made the directory: all that is in it is its own."""
         # Beside the directory, so that it can be taken before the directory is touched.
         self._lock = FileLock(str(self.output.with_name(f".{self.output.name}.lock")))
 
@@ -181,15 +181,20 @@ class RunDirectory:
             shutil.rmtree(self.path)
         self.check_fingerprint(fingerprint)
         overwrite = overwrite or self._started().get("overwrite") is True
+        self.made = not self.path.exists()
         shutil.rmtree(self.result, ignore_errors=True)
         self.blocks.mkdir(parents=True, exist_ok=True)
         for folder in (self.store, self.states, self.gradients, self.healing):
             folder.mkdir(exist_ok=True)
         write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
-        self.opened = True
+
+    @property
+    def is_mere_beginning(self) -> bool:
+        """Whether this run has made the directory, and put nothing into it that took long: statistics, blocks."""
+        return self.made and not any(any(f.glob("*.safetensors")) for f in (self.store, self.blocks))
 
     def discard(self) -> None:
-        """Remove the directory: the run was refused before any of its blocks was done."""
+        """Remove the directory: the run was refused at its beginning, or what it was to give has been published."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:

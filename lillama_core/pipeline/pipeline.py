@@ -81,7 +81,7 @@ class CompressionPipeline:
         return cls([stages[name] for name in order])
 
     def run(self, context: Context) -> RunRecord:
-        """Run the stages one after the other; a request that turns out mistaken leaves nothing behind."""
+        """Run the stages one after the other; a request that turns out mistaken before statistics leaves nothing."""
         if context.request.resume:
             left = [line for stage in self.stages if (line := stage.found(context)) is not None]
             if left:
@@ -92,12 +92,7 @@ class CompressionPipeline:
                 with context.record.timed(stage.name):
                     stage.run(context)
         except UserError:
-            # What another run left is not this one's to remove.
-            if (
-                context.world.is_main
-                and context.directory.opened
-                and not any(context.directory.blocks.glob("*.safetensors"))
-            ):
+            if context.world.is_main and context.directory.is_mere_beginning:
                 context.directory.discard()
             raise
         return context.record
