@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import lillama_core
 from lillama_core.errors import UserError
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.pipeline.quantize import QuantizeRequest
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.to_size import Way, way_to
 from lillama_core.recipe.model import Recipe
@@ -105,6 +108,48 @@ def test_a_failing_second_step_leaves_the_first_one(
     )
     assert bytes_of(tmp_path / "small") <= 60_000
     assert not list(tmp_path.glob("small.*"))
+
+
+def test_an_overwriting_run_goes_on_from_either_step(
+    dense: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lillama_core.pipeline import to_size
+
+    output, low_rank = tmp_path / "small", tmp_path / "small.low-rank"
+    output.mkdir()
+    (output / "lillama.json").write_text("old")
+
+    def start(request: Request, *_: Any) -> None:
+        RunDirectory(request.output).open({}, request.overwrite)
+        raise lillama_core.LillamaError("stopped in the first step")
+
+    def finish(request: Request, *_: Any) -> None:
+        shutil.rmtree(tmp_path / "small.low-rank.partial")
+        low_rank.mkdir()
+        (low_rank / "lillama.json").write_text("{}")
+
+    def begin(request: QuantizeRequest, *_: Any) -> None:
+        RunDirectory(request.output).check(request.overwrite, False)
+        raise lillama_core.LillamaError("stopped before the second step")
+
+    def run(**options: Any) -> None:
+        lillama_core.compress(dense, output, calibration=calibration_text, target_size="60KB", **FEW, **options)
+
+    monkeypatch.setattr(to_size, "_check_same", lambda *_: None)
+    monkeypatch.setattr(to_size, "quantize", begin)
+    monkeypatch.setattr(to_size, "compress", start)
+    with pytest.raises(UserError, match="is finished: there is nothing to resume"):
+        run(resume=True)
+    with pytest.raises(lillama_core.LillamaError, match="in the first step"):
+        run(overwrite=True)
+    with pytest.raises(UserError, match="exists; pass overwrite=True to replace it, or resume=True to go on"):
+        run()
+    monkeypatch.setattr(to_size, "compress", finish)
+    for _ in range(2):
+        with pytest.raises(lillama_core.LillamaError, match="before the second step"):
+            run(resume=True)
+        monkeypatch.setattr(to_size, "compress", None)
+    assert (output / "lillama.json").read_text() == "old"
 
 
 def test_ranks_of_a_wide_model_fill_groups(make_model: Callable[..., Path], tmp_path: Path) -> None:

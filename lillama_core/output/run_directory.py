@@ -58,17 +58,20 @@ class RunDirectory:
         # Beside the directory, so that it can be taken before the directory is touched.
         self._lock = FileLock(str(self.output.with_name(f".{self.output.name}.lock")))
 
-    def check(self, overwrite: bool, resume: bool) -> None:
-        """Raise UserError, touching nothing, when a run may not write to the output."""
+    def check(self, overwrite: bool, resume: bool, earlier: Path | None = None) -> None:
+        """Raise UserError, touching nothing, when a run may not write to the output.
+
+        ``earlier`` is the output of a step before: what its unfinished run was to replace, the last step replaces.
+        """
         if overwrite and resume:
             raise UserError("--overwrite and --resume exclude each other")
         try:
-            self._check_output(overwrite, resume)
+            self._check_output(overwrite, resume, earlier)
             self._check_partial(overwrite, resume)
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _check_output(self, overwrite: bool, resume: bool) -> None:
+    def _check_output(self, overwrite: bool, resume: bool, earlier: Path | None) -> None:
         output, shown = self.output, repr(str(self.output))
         if output.is_symlink() or self.path.is_symlink():
             raise UserError(f"output {shown} is a symbolic link; name the directory itself")
@@ -76,12 +79,13 @@ class RunDirectory:
             if not output.is_dir():
                 raise UserError(f"output {shown} is a file")
             # A run that was to replace the output goes on to do so.
-            replacing = overwrite or (resume and self._started().get("overwrite") is True)
+            steps = [self] if earlier is None else [self, RunDirectory(earlier)]
+            to_replace = not overwrite and any(step._started().get("overwrite") is True for step in steps)
+            replacing = overwrite or (resume and to_replace)
             if resume and not replacing:
                 raise UserError(f"output {shown} is finished: there is nothing to resume")
             if not replacing:
-                going_on = self.resumes and self._started().get("overwrite")
-                resumable = ", or --resume to go on with the run that was to" if going_on else ""
+                resumable = ", or --resume to go on with the run that was to" if self.resumes and to_replace else ""
                 raise UserError(f"output {shown} exists; pass --overwrite to replace it{resumable}")
             if any(output.iterdir()) and not (output / "lillama.json").is_file():
                 # A slip such as `--output ~ --overwrite` must not cost somebody's files.

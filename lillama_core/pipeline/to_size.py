@@ -131,7 +131,8 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
     """
     with parsed_once(request.model):
         way = way_to(request, target)
-        RunDirectory(request.output).check(request.overwrite, request.resume)
+        directory, low_rank = RunDirectory(request.output), low_rank_of(request.output)
+        directory.check(request.overwrite, request.resume, low_rank)
         rounding = QuantizeRequest(
             model=request.model,
             output=request.output,
@@ -148,17 +149,25 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
         if not way.reduction:
             quantize(rounding, verbosity)
             return read_record(request.output)
-        low_rank = request.output.with_name(f"{request.output.name}.low-rank")
         if request.resume and (low_rank / "lillama.json").is_file():
             _check_same(low_rank, request, way)
         else:
             compress(replace(request, output=low_rank, recipe=way.recipe), verbosity)
+            if rounding.overwrite and request.output.exists():
+                # That it is to be replaced stood in the directory of the first step's run, which is gone.
+                with directory.locked():
+                    directory.open({}, True)
     try:
         quantize(replace(rounding, model=str(low_rank), tokenizer=None), verbosity)
     except LillamaError as error:
         raise type(error)(f"{error}; the model before it was rounded is in {str(low_rank)!r}") from None
     shutil.rmtree(low_rank)
     return read_record(request.output)
+
+
+def low_rank_of(output: Path) -> Path:
+    """Where the model stands until it is rounded."""
+    return output.with_name(f"{output.name}.low-rank")
 
 
 def _check_same(low_rank: Path, request: Request, way: Way) -> None:
