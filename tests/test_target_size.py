@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ended
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lillama_core
@@ -24,7 +25,7 @@ from lillama_core.recipe.model import Recipe
 Cli = Callable[..., Ended]
 
 FEW: dict[str, Any] = {
-    "recipe": "fast", "tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128,
+    "recipe": {"recipe": "fast", "sensitivity_tokens": 128}, "tokens": 1024, "sequence_length": 32, "batch_size": 4,
     "self_share": 0.0, "quiet": True,
 }  # fmt: skip
 
@@ -186,6 +187,38 @@ def test_a_number_of_parameters(dense: Path, run_cli: Cli) -> None:
 def test_options_that_leave_no_choice(option: tuple[str, str], dense: Path, tmp_path: Path, run_cli: Cli) -> None:
     ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "60KB", *option)
     assert ended.error.startswith(f"{option[0]} does nothing: --target-size says")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("stream", True, "stream=True"),
+        ("stream", False, "no_stream=True"),
+        ("max_memory", "1GB", "max_memory="),
+        ("track", "tensorboard", "track="),
+        ("exclude", ["mlp.up_proj"], "exclude"),
+        ("init", {"name": "fisher", "input_damping": 1e-4}, "init"),
+    ],
+)
+def test_options_that_rounding_alone_does_not_read(
+    option: str, value: Any, name: str, dense: Path, tmp_path: Path
+) -> None:
+    few = {**FEW, "compress_embeddings": False, option: value}
+    with pytest.raises(UserError, match=rf"{name}.* does nothing: this target_size= is reached by bits alone"):
+        lillama_core.compress(dense, tmp_path / "small", target_size=bytes_of(dense) - 1, **few)
+
+
+def test_the_dtype_counts_where_bits_suffice(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    few = {**FEW, "calibration": calibration_text, "dtype": "float16"}
+    with pytest.raises(UserError, match=r"nothing to do: the weights take .* in float16$"):
+        lillama_core.compress(tiny_model, tmp_path / "small", target_size="110KB", **few)
+    found = lillama_core.compress(tiny_model, tmp_path / "small", target_size="60KB", **few)
+    assert {t.dtype for t in load_file(tmp_path / "small" / "model.safetensors").values()} == {
+        torch.float16,
+        torch.uint8,
+    }
+    assert found.record.dtype == "float16"
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_a_dry_run_says_how(dense: Path, calibration_text: Path, tmp_path: Path, run_cli: Cli) -> None:

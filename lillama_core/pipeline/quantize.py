@@ -24,7 +24,7 @@ from lillama_core.errors import UserError, in_one_line, nearest
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.healing.factors import balanced
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.models.loading import check_finite, count_parameters, load_config, load_model
+from lillama_core.models.loading import DTYPES, check_finite, count_parameters, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
@@ -66,6 +66,8 @@ class QuantizeRequest:
     overwrite: bool = False
     calibration: Recipe | None = None
     """Of which the `DATA_FIELDS` count: data that weights in 4 bits are rounded for; None: they are rounded plainly."""
+    dtype: str | None = None
+    """In which the model is loaded and the weights are saved that keep their numbers; None: its own."""
     data: Any = None
     """Such data as objects, see `lillama_core.data.objects.given_data`; it needs a ``calibration``."""
     device: str = "auto"
@@ -110,6 +112,9 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     with directory.locked(), Progress(verbosity) as progress:
         progress.line(f"Loading {request.model}")
         dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
+        if request.dtype is not None:
+            # The record names what is saved.
+            dtype = config.dtype = DTYPES[request.dtype]
         model: Any = load_model(source, architecture, dtype)
         check_finite(model)
         parameters = count_parameters(model)

@@ -34,6 +34,7 @@ from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.quantization.options import DATA_FIELDS, TOKENS
 from lillama_core.quantization.packing import GROUP
 from lillama_core.recipe.model import Recipe
+from lillama_core.recipe.reading import OFF
 from lillama_core.strategies import StrategyChoice, make
 from lillama_core.system.processes import world_of_environment
 from lillama_core.system.progress import Verbosity
@@ -43,6 +44,8 @@ MARGIN = 0.005
 columns otherwise."""
 WIDE = 8 * GROUP
 """Width from which on ranks are multiples of a group; in narrower models there would be few to choose among."""
+READ_BY_ROUNDING = frozenset((*DATA_FIELDS, "calibration", "dtype"))
+"""Fields of the recipe that count where no ranks are lowered."""
 TRIES = 8
 """Reductions that are tried on the shapes alone; each is nearer by what the last one was too large."""
 
@@ -78,11 +81,13 @@ def way_to(request: Request, target: int) -> Way:
     separated(model)
     weights = weights_of(model, left_alone(model, spec.architecture))
     if target >= (now := whole_bytes(model)):
+        how = "as they are" if recipe.dtype is None else f"in {recipe.dtype}"
         raise UserError(
-            f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} as they are"
+            f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} {how}"
         )
     least = least_bytes(model, weights)
     if target >= least:
+        _check_read_by_rounding(request)
         return Way(0.0, recipe)
     reduction = 1 - target / least
     for _ in range(TRIES):
@@ -92,6 +97,19 @@ def way_to(request: Request, target: int) -> Way:
         # Just below 1: what cannot be met is told by what the maps can give.
         reduction = min(reduction + (taken - target) / least, 0.99)
     return Way(chosen.reduction, chosen)
+
+
+def _check_read_by_rounding(request: Request) -> None:
+    """Raise UserError for an option that does nothing where no ranks are lowered; recipes are for where they are."""
+    of_run = {"--stream": request.stream, "--max-memory": request.max_memory, "--track": request.track}
+    unread = [name for name, value in of_run.items() if value not in (None, False)]
+    unread += ["--no-stream"] if request.stream is False else []
+    for layer in request.recipe.layers:
+        if not layer.where.startswith("recipe"):
+            off = {name for name, value in OFF.items() if name in layer.spelled and layer.values[name] == value}
+            unread += [written for name, written in layer.spelled.items() if name not in READ_BY_ROUNDING | off]
+    if unread:
+        raise UserError(f"{unread[0]} does nothing: this --target-size is reached by bits alone; leave it out")
 
 
 def _within(request: Request, reduction: float, target: int, known: CompressionSpec) -> tuple[Recipe, CompressionSpec]:
@@ -145,6 +163,7 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
             calibration=_calibration(request.recipe, given=request.data is not None),
             data=request.data,
             device=request.device,
+            dtype=request.recipe.dtype,
         )
         if not way.reduction:
             quantize(rounding, verbosity)
@@ -158,7 +177,7 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
                 with directory.locked():
                     directory.open({}, True)
     try:
-        quantize(replace(rounding, model=str(low_rank), tokenizer=None), verbosity)
+        quantize(replace(rounding, model=str(low_rank), tokenizer=None, dtype=None), verbosity)
     except LillamaError as error:
         raise type(error)(f"{error}; the model before it was rounded is in {str(low_rank)!r}") from None
     shutil.rmtree(low_rank)
