@@ -227,5 +227,14 @@ def test_a_dry_run_says_how(dense: Path, calibration_text: Path, tmp_path: Path,
     assert ended.status == 0, ended
     assert ended.stdout.startswith("--target-size: weights in 8 and 4 bits, ")
     assert "factored" in ended.stdout
+    bits = ("compress", dense, "--target-size", str(bytes_of(dense) - 1), "--dry-run", *options)
+    ended = run_cli(*bits, "--output", tmp_path / "small")
+    assert (ended.status, len(ended.stdout.splitlines())) == (0, 1), ended
+    # What suffices in bits is checked as a run does it, too.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "thesis.txt").touch()
+    assert "exists" in run_cli(*bits, "--output", tmp_path / "old").error
+    for wrong, said in (("--calibration", "none.txt"), ("--tokenizer", "nowhere"), ("--device", "cuda:99")):
+        assert said in run_cli(*bits, "--output", tmp_path / "small", wrong, said).error
     ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "cheap", *options)
     assert "--target-size" in ended.error

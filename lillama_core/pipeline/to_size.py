@@ -27,8 +27,9 @@ from lillama_core.output.record import RunRecord, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.shards import compressed_meta_model
 from lillama_core.pipeline.fitting import least_bytes, whole_bytes
-from lillama_core.pipeline.pipeline import compress
+from lillama_core.pipeline.pipeline import check, compress
 from lillama_core.pipeline.quantize import QuantizeRequest, left_alone, quantize, separated
+from lillama_core.pipeline.quantize import check as check_rounding
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.quantization.options import DATA_FIELDS, TOKENS
@@ -148,30 +149,16 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
     goes on from it. Raises as `compress` and `quantize` do.
     """
     with parsed_once(request.model):
-        way = way_to(request, target)
+        way, rounding = way_to(request, target), _rounding(request, target)
         directory, low_rank = RunDirectory(request.output), low_rank_of(request.output)
         directory.check(request.overwrite, request.resume, low_rank)
-        rounding = QuantizeRequest(
-            model=request.model,
-            output=request.output,
-            target_size=target,
-            architecture=request.architecture,
-            tokenizer=request.tokenizer,
-            trust_remote_code=request.trust_remote_code,
-            # Rounding goes on from nothing: what an interrupted one left is made anew.
-            overwrite=request.overwrite or request.resume,
-            calibration=_calibration(request.recipe, given=request.data is not None),
-            data=request.data,
-            device=request.device,
-            dtype=request.recipe.dtype,
-        )
         if not way.reduction:
             quantize(rounding, verbosity)
             return read_record(request.output)
-        if request.resume and (low_rank / "lillama.json").is_file():
+        if _stands(low_rank, request):
             _check_same(low_rank, request, way)
         else:
-            compress(replace(request, output=low_rank, recipe=way.recipe), verbosity)
+            compress(lowering(request, way), verbosity)
             if rounding.overwrite and request.output.exists():
                 # That it is to be replaced stood in the directory of the first step's run, which is gone.
                 with directory.locked():
@@ -182,6 +169,46 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
         raise type(error)(f"{error}; the model before it was rounded is in {str(low_rank)!r}") from None
     shutil.rmtree(low_rank)
     return read_record(request.output)
+
+
+def check_sized(request: Request, target: int) -> Way:
+    """`way_to`, and all checks that `compress_to_size` makes before weights are read; raises UserError as these do."""
+    way, low_rank = way_to(request, target), low_rank_of(request.output)
+    RunDirectory(request.output).check(request.overwrite, request.resume, low_rank)
+    if not way.reduction:
+        check_rounding(_rounding(request, target))
+    elif _stands(low_rank, request):
+        _check_same(low_rank, request, way)
+    else:
+        check(lowering(request, way))
+    return way
+
+
+def lowering(request: Request, way: Way) -> Request:
+    """The compression before all is rounded."""
+    return replace(request, output=low_rank_of(request.output), recipe=way.recipe)
+
+
+def _rounding(request: Request, target: int) -> QuantizeRequest:
+    return QuantizeRequest(
+        model=request.model,
+        output=request.output,
+        target_size=target,
+        architecture=request.architecture,
+        tokenizer=request.tokenizer,
+        trust_remote_code=request.trust_remote_code,
+        # Rounding goes on from nothing: what an interrupted one left is made anew.
+        overwrite=request.overwrite or request.resume,
+        calibration=_calibration(request.recipe, given=request.data is not None),
+        data=request.data,
+        device=request.device,
+        dtype=request.recipe.dtype,
+    )
+
+
+def _stands(low_rank: Path, request: Request) -> bool:
+    """Whether the compression before has been done by the run that ``request`` goes on with."""
+    return request.resume and (low_rank / "lillama.json").is_file()
 
 
 def low_rank_of(output: Path) -> Path:
