@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -168,7 +169,12 @@ def test_plan_needs_the_config_and_shapes_alone(run_cli: Cli, tiny_model: Path) 
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(
-    run_cli: Cli, compressed: Path, tiny_model: Path, calibration_text: Path, tmp_path: Path
+    run_cli: Cli,
+    compressed: Path,
+    tiny_model: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ("compress", tiny_model, "--output", tmp_path / "new", "--calibration", calibration_text, "--dry-run")
     done = run_cli(*words, "--reduction", "0.3")
@@ -179,8 +185,14 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
         (("--calibration", tmp_path / "none.txt"), "none.txt"),
         (("--output", compressed), "exists"),
         (("--tokenizer", tmp_path / "none"), "tokenizer"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--max-memory", "1MB"), "raise --max-memory to"),
+        (("--stream", "--self-share", "0", "--recipe", "best"), "--healing-epochs: the blocks are read from disk"),
     ):
         assert said in run_cli(*words, *wrong).error
+    usage = dataclasses.make_dataclass("Usage", ["free"])(free=1000)
+    monkeypatch.setattr("lillama_core.pipeline.residency.shutil.disk_usage", lambda path: usage)
+    assert "of disk, and 1 kB are free" in run_cli(*words).error
     assert list(tmp_path.iterdir()) == [tiny_model]
 
 

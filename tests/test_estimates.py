@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import UserError
 from lillama_core.estimates.estimate import Estimate, estimate
 from lillama_core.estimates.machine import Machine, machine_names, named_machine
-from lillama_core.estimates.measure import this_machine
+from lillama_core.estimates.measure import _disk, this_machine
 from lillama_core.estimates.memory import Memory
 from lillama_core.estimates.phases import Phases
 from lillama_core.estimates.shapes import remembered_numbers, split_rows
@@ -502,6 +503,18 @@ def test_rates_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         file.write_text(damaged)
         assert this_machine(torch.device("cpu")).float32 == 1e11
     assert len(calls) == 5
+
+
+def test_the_disk_is_measured_where_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LILLAMA_CACHE", str(tmp_path / "file" / "cache"))
+    written, read = _disk(2**20)
+    assert min(written, read) > 0
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"neither the cache '.*' can be written .* nor temporary files"):
+        _disk(2**20)
 
 
 def test_this_machine_has_rates() -> None:

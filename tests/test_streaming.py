@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lillama_core import load_recipe
-from lillama_core.errors import LillamaError
+from lillama_core.errors import LillamaError, UserError
+from lillama_core.models import shards
 from lillama_core.output.record import RunRecord
 from lillama_core.pipeline import Request, compress
+from lillama_core.pipeline.stages.allocate import AllocateStage
+from lillama_core.pipeline.stages.calibrate import CalibrateStage
 from lillama_core.runtime.modules import exact
 from lillama_core.runtime.states import StateStore
 from lillama_registry import registry
@@ -92,6 +95,39 @@ def test_a_run_that_stops_at_any_file_goes_on_to_the_same_bytes(
     assert run(made, tmp_path / "stopped", True, resume=True, **TRAINED).resumed
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == whole
     assert not (tmp_path / "stopped.partial").exists()
+
+
+def test_what_stops_a_run_once_there_are_statistics_leaves_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = specimen("llama", tmp_path / "dense")
+    statistics = tmp_path / "small.partial" / "profile"
+    opened, allocate = shards.safe_open, AllocateStage.run
+
+    def failing(file: Path, **options: Any) -> Any:
+        if any(statistics.glob("*.safetensors")):
+            raise OSError(5, "Input/output error")
+        return opened(file, **options)
+
+    def refusing(*_: Any) -> None:
+        raise UserError("refused on purpose")
+
+    monkeypatch.setattr(shards, "safe_open", failing)
+    # A disk that fails for a moment is no mistake of the request.
+    with pytest.raises(LillamaError, match=r"cannot be read: .*Input/output error.* --resume") as met:
+        run(made, tmp_path / "small", True)
+    assert not isinstance(met.value, UserError)
+    assert any(statistics.glob("*.safetensors"))
+    monkeypatch.setattr(shards, "safe_open", opened)
+    monkeypatch.setattr(AllocateStage, "run", refusing)
+    with pytest.raises(UserError, match="refused on purpose"):
+        run(made, tmp_path / "small", True, resume=True)
+    monkeypatch.setattr(AllocateStage, "run", allocate)
+    assert run(made, tmp_path / "small", True, resume=True).resumed
+    monkeypatch.setattr(CalibrateStage, "run", lambda stage, context: [context.directory.open({}, False), refusing()])
+    with pytest.raises(UserError, match="refused on purpose"):
+        run(made, tmp_path / "other", True)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_weights_that_autocast_would_round_to_themselves_are_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ended
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lillama_core
 from lillama_core.errors import UserError
+from lillama_core.output.run_directory import RunDirectory
+from lillama_core.pipeline.quantize import QuantizeRequest
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.to_size import Way, way_to
 from lillama_core.recipe.model import Recipe
@@ -21,7 +25,7 @@ from lillama_core.recipe.model import Recipe
 Cli = Callable[..., Ended]
 
 FEW: dict[str, Any] = {
-    "recipe": "fast", "tokens": 1024, "sequence_length": 32, "batch_size": 4, "sensitivity_tokens": 128,
+    "recipe": {"recipe": "fast", "sensitivity_tokens": 128}, "tokens": 1024, "sequence_length": 32, "batch_size": 4,
     "self_share": 0.0, "quiet": True,
 }  # fmt: skip
 
@@ -107,6 +111,48 @@ def test_a_failing_second_step_leaves_the_first_one(
     assert not list(tmp_path.glob("small.*"))
 
 
+def test_an_overwriting_run_goes_on_from_either_step(
+    dense: Path, calibration_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lillama_core.pipeline import to_size
+
+    output, low_rank = tmp_path / "small", tmp_path / "small.low-rank"
+    output.mkdir()
+    (output / "lillama.json").write_text("old")
+
+    def start(request: Request, *_: Any) -> None:
+        RunDirectory(request.output).open({}, request.overwrite)
+        raise lillama_core.LillamaError("stopped in the first step")
+
+    def finish(request: Request, *_: Any) -> None:
+        shutil.rmtree(tmp_path / "small.low-rank.partial")
+        low_rank.mkdir()
+        (low_rank / "lillama.json").write_text("{}")
+
+    def begin(request: QuantizeRequest, *_: Any) -> None:
+        RunDirectory(request.output).check(request.overwrite, False)
+        raise lillama_core.LillamaError("stopped before the second step")
+
+    def run(**options: Any) -> None:
+        lillama_core.compress(dense, output, calibration=calibration_text, target_size="60KB", **FEW, **options)
+
+    monkeypatch.setattr(to_size, "_check_same", lambda *_: None)
+    monkeypatch.setattr(to_size, "quantize", begin)
+    monkeypatch.setattr(to_size, "compress", start)
+    with pytest.raises(UserError, match="is finished: there is nothing to resume"):
+        run(resume=True)
+    with pytest.raises(lillama_core.LillamaError, match="in the first step"):
+        run(overwrite=True)
+    with pytest.raises(UserError, match="exists; pass overwrite=True to replace it, or resume=True to go on"):
+        run()
+    monkeypatch.setattr(to_size, "compress", finish)
+    for _ in range(2):
+        with pytest.raises(lillama_core.LillamaError, match="before the second step"):
+            run(resume=True)
+        monkeypatch.setattr(to_size, "compress", None)
+    assert (output / "lillama.json").read_text() == "old"
+
+
 def test_ranks_of_a_wide_model_fill_groups(make_model: Callable[..., Path], tmp_path: Path) -> None:
     wide = make_model(tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=1, dtype=torch.float16)
     found = way(wide, 230_000)
@@ -143,11 +189,52 @@ def test_options_that_leave_no_choice(option: tuple[str, str], dense: Path, tmp_
     assert ended.error.startswith(f"{option[0]} does nothing: --target-size says")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("stream", True, "stream=True"),
+        ("stream", False, "no_stream=True"),
+        ("max_memory", "1GB", "max_memory="),
+        ("track", "tensorboard", "track="),
+        ("exclude", ["mlp.up_proj"], "exclude"),
+        ("init", {"name": "fisher", "input_damping": 1e-4}, "init"),
+    ],
+)
+def test_options_that_rounding_alone_does_not_read(
+    option: str, value: Any, name: str, dense: Path, tmp_path: Path
+) -> None:
+    few = {**FEW, "compress_embeddings": False, option: value}
+    with pytest.raises(UserError, match=rf"{name}.* does nothing: this target_size= is reached by bits alone"):
+        lillama_core.compress(dense, tmp_path / "small", target_size=bytes_of(dense) - 1, **few)
+
+
+def test_the_dtype_counts_where_bits_suffice(tiny_model: Path, calibration_text: Path, tmp_path: Path) -> None:
+    few = {**FEW, "calibration": calibration_text, "dtype": "float16"}
+    with pytest.raises(UserError, match=r"nothing to do: the weights take .* in float16$"):
+        lillama_core.compress(tiny_model, tmp_path / "small", target_size="110KB", **few)
+    found = lillama_core.compress(tiny_model, tmp_path / "small", target_size="60KB", **few)
+    assert {t.dtype for t in load_file(tmp_path / "small" / "model.safetensors").values()} == {
+        torch.float16,
+        torch.uint8,
+    }
+    assert found.record.dtype == "float16"
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float16"
+
+
 def test_a_dry_run_says_how(dense: Path, calibration_text: Path, tmp_path: Path, run_cli: Cli) -> None:
     options = ("--calibration", calibration_text, "--self-share", "0", "--tokens", "1024", "--sequence-length", "32")
     ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "60KB", "--dry-run", *options)
     assert ended.status == 0, ended
     assert ended.stdout.startswith("--target-size: weights in 8 and 4 bits, ")
     assert "factored" in ended.stdout
+    bits = ("compress", dense, "--target-size", str(bytes_of(dense) - 1), "--dry-run", *options)
+    ended = run_cli(*bits, "--output", tmp_path / "small")
+    assert (ended.status, len(ended.stdout.splitlines())) == (0, 1), ended
+    # What suffices in bits is checked as a run does it, too.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "thesis.txt").touch()
+    assert "exists" in run_cli(*bits, "--output", tmp_path / "old").error
+    for wrong, said in (("--calibration", "none.txt"), ("--tokenizer", "nowhere"), ("--device", "cuda:99")):
+        assert said in run_cli(*bits, "--output", tmp_path / "small", wrong, said).error
     ended = run_cli("compress", dense, "--output", tmp_path / "small", "--target-size", "cheap", *options)
     assert "--target-size" in ended.error

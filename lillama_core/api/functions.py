@@ -41,7 +41,7 @@ from lillama_core.models.loading import DTYPES, load_config, load_model
 from lillama_core.models.source import locate
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.pipeline.evaluate import EvaluationRequest, compare
-from lillama_core.pipeline.to_size import compress_to_size
+from lillama_core.pipeline.to_size import compress_to_size, low_rank_of
 from lillama_core.recipe.model import Recipe
 from lillama_core.system.devices import choose_device
 
@@ -96,7 +96,7 @@ def compress(
         chosen = recipe_of(recipe, calibration, options, compress)
         given = None if data is None else given_data(data)
         check_architecture(architecture)
-        RunDirectory(path).check(bool(overwrite), bool(resume))
+        RunDirectory(path).check(bool(overwrite), bool(resume), None if target_size is None else low_rank_of(path))
         with contextlib.ExitStack() as stack:
             # Beside the output, where there must be room for a model.
             scratch = Scratch(stack, path.absolute().parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from lillama_core.cli.options import (
 )
 from lillama_core.cli.pushing import push_options, pushing
 from lillama_core.cli.silence import silence_transformers
+from lillama_core.errors import UserError
 
 if TYPE_CHECKING:
     from lillama_core.pipeline import Request
@@ -124,20 +124,24 @@ def run(options: dict[str, Any]) -> int:
 
 
 def show(request: Request, target: int | None) -> int:
-    """Check all of a request that can be checked without weights, and print its plan."""
+    """Check all of a request that can be checked without weights, and print its plan.
+
+    Raises UserError where a run would be refused, in the end also for what the plan takes.
+    """
     from lillama_core.models.gguf_header import parsed_once
     from lillama_core.pipeline.dry_run import dry_run, show_plan
     from lillama_core.pipeline.pipeline import check
-    from lillama_core.pipeline.to_size import way_to
+    from lillama_core.pipeline.to_size import check_sized, lowering
 
     with parsed_once(request.model):
-        if target is not None:
-            way = way_to(request, target)
+        if target is None:
+            check(request)
+        else:
+            way = check_sized(request, target)
             print(f"--target-size: weights in 8 and 4 bits, {way.reduction:.1%} of the parameters removed before")
             if not way.reduction:
                 return 0
-            request = replace(request, recipe=way.recipe)
-        check(request)
+            request = lowering(request, way)
         found = dry_run(
             request.model,
             request.recipe,
@@ -145,6 +149,11 @@ def show(request: Request, target: int | None) -> int:
             request.trust_remote_code,
             stream=request.stream,
             max_memory=request.max_memory,
+            device=request.device,
+            output=request.output,
+            evaluate=request.evaluate,
         )
     print(show_plan(found))
+    if found["estimate"]["refused"]:
+        raise UserError(found["estimate"]["refused"])
     return 0

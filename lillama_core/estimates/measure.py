@@ -244,22 +244,37 @@ def _wait(device: torch.device) -> None:
 
 
 def _disk(size: int = 2**26) -> tuple[float, float]:
-    """Bytes a second that are written to the disk of the cache, and read from it."""
+    """Bytes a second that are written to the disk of the cache, and read from it.
+
+    Of temporary files where the cache cannot be written. Raises UserError where they cannot either.
+    """
     folder = default_cache_dir()
     data = os.urandom(2**20) * (size >> 20)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            begun = time.perf_counter()
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            written = time.perf_counter() - begun
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-            begun = time.perf_counter()
-            file.read()
-            return size / written, size / (time.perf_counter() - begun)
+        return _disk_of(folder, data)
     except OSError as error:
-        raise UserError(f"the cache {str(folder)!r} cannot be written: {error.strerror or error}") from None
+        unwritable = error
+    try:
+        return _disk_of(None, data)
+    except OSError as error:
+        raise UserError(
+            f"neither the cache {str(folder)!r} can be written ({unwritable.strerror or unwritable}) nor temporary"
+            f" files ({error.strerror or error}): make room, or name another cache with LILLAMA_CACHE"
+        ) from None
+
+
+def _disk_of(folder: Path | None, data: bytes) -> tuple[float, float]:
+    """Bytes a second of a file with ``data`` in ``folder``, None: where temporary files are."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter() - begun
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        begun = time.perf_counter()
+        file.read()
+        return len(data) / written, len(data) / (time.perf_counter() - begun)

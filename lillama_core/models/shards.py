@@ -153,8 +153,8 @@ class BlockReader:
         """A new module on the CPU with the weights of the block at ``path``, in eval mode and without gradients.
 
         Its weights are in the dtypes that ``from_pretrained`` gives them. `model` keeps its block on the meta device.
-        Raises UserError when the files have become unreadable since they were looked at, and what a `prefetch` of this
-        block met.
+        Raises LillamaError when the files have become unreadable since they were looked at, and what a `prefetch` of
+        this block met.
         """
         self._check_path(path)
         self._check_whole(path)
@@ -213,7 +213,11 @@ class BlockReader:
                         opened[file] = stack.enter_context(safe_open(file, framework="pt"))
                     tensor: torch.Tensor = opened[file].get_slice(key)[...]
                 except (SafetensorError, OSError) as error:
-                    raise UserError(f"weight file {str(file)!r} cannot be read: {one_line(error)}") from None
+                    # No mistake in the request: all headers were sound before.
+                    raise LillamaError(
+                        f"weight file {str(file)!r} cannot be read: {one_line(error)}; it could at the start: see to"
+                        " its disk and repeat the command, with --resume where it takes that"
+                    ) from None
                 return tensor
 
             for step in self._steps[group]:

@@ -53,22 +53,25 @@ class RunDirectory:
         self.healing = self.path / "healing"
         self.result = self.path / "result"
         self.replaced = self.path / "replaced"
-        self.opened = False
-        """Whether this run has taken the directory: what is in it is its own from then on."""
+        self.made = False
+        """Whether this run has made the directory: all that is in it is its own."""
         # Beside the directory, so that it can be taken before the directory is touched.
         self._lock = FileLock(str(self.output.with_name(f".{self.output.name}.lock")))
 
-    def check(self, overwrite: bool, resume: bool) -> None:
-        """Raise UserError, touching nothing, when a run may not write to the output."""
+    def check(self, overwrite: bool, resume: bool, earlier: Path | None = None) -> None:
+        """Raise UserError, touching nothing, when a run may not write to the output.
+
+        ``earlier`` is the output of a step before: what its unfinished run was to replace, the last step replaces.
+        """
         if overwrite and resume:
             raise UserError("--overwrite and --resume exclude each other")
         try:
-            self._check_output(overwrite, resume)
+            self._check_output(overwrite, resume, earlier)
             self._check_partial(overwrite, resume)
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def _check_output(self, overwrite: bool, resume: bool) -> None:
+    def _check_output(self, overwrite: bool, resume: bool, earlier: Path | None) -> None:
         output, shown = self.output, repr(str(self.output))
         if output.is_symlink() or self.path.is_symlink():
             raise UserError(f"output {shown} is a symbolic link; name the directory itself")
@@ -76,12 +79,13 @@ class RunDirectory:
             if not output.is_dir():
                 raise UserError(f"output {shown} is a file")
             # A run that was to replace the output goes on to do so.
-            replacing = overwrite or (resume and self._started().get("overwrite") is True)
+            steps = [self] if earlier is None else [self, RunDirectory(earlier)]
+            to_replace = not overwrite and any(step._started().get("overwrite") is True for step in steps)
+            replacing = overwrite or (resume and to_replace)
             if resume and not replacing:
                 raise UserError(f"output {shown} is finished: there is nothing to resume")
             if not replacing:
-                going_on = self.resumes and self._started().get("overwrite")
-                resumable = ", or --resume to go on with the run that was to" if going_on else ""
+                resumable = ", or --resume to go on with the run that was to" if self.resumes and to_replace else ""
                 raise UserError(f"output {shown} exists; pass --overwrite to replace it{resumable}")
             if any(output.iterdir()) and not (output / "lillama.json").is_file():
                 # A slip such as `--output ~ --overwrite` must not cost somebody's files.
@@ -181,15 +185,20 @@ class RunDirectory:
             shutil.rmtree(self.path)
         self.check_fingerprint(fingerprint)
         overwrite = overwrite or self._started().get("overwrite") is True
+        self.made = not self.path.exists()
         shutil.rmtree(self.result, ignore_errors=True)
         self.blocks.mkdir(parents=True, exist_ok=True)
         for folder in (self.store, self.states, self.gradients, self.healing):
             folder.mkdir(exist_ok=True)
         write_json(self.path / "run.json", {**fingerprint, "overwrite": overwrite})
-        self.opened = True
+
+    @property
+    def is_mere_beginning(self) -> bool:
+        """Whether this run has made the directory, and put nothing into it that took long: statistics, blocks."""
+        return self.made and not any(any(f.glob("*.safetensors")) for f in (self.store, self.blocks))
 
     def discard(self) -> None:
-        """Remove the directory: the run was refused before any of its blocks was done."""
+        """Remove the directory: the run was refused at its beginning, or what it was to give has been published."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:

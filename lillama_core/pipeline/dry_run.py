@@ -16,7 +16,7 @@ from lillama_core.estimates.measure import this_machine
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype
 from lillama_core.pipeline.request import Request
-from lillama_core.pipeline.residency import Estimates, Residency, choose_residency, lacks
+from lillama_core.pipeline.residency import Estimates, Residency, check_streamed, choose_residency, lacks
 from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.recipe.model import Recipe
 from lillama_core.strategies import make
@@ -32,18 +32,23 @@ def dry_run(
     machine: str | None = None,
     stream: bool | None = None,
     max_memory: int | None = None,
+    device: str = "auto",
+    output: Path | None = None,
+    evaluate: bool = False,
     with_estimate: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Ranks by map, totals, and a note when the real ranks will follow measurements; JSON-serialisable.
 
-    ``with_estimate``: memory, disk and time on ``machine``, or on this one, whose rates are measured at first use.
+    ``with_estimate``: memory, disk and time on ``machine``, or on this one, whose rates are measured at first use, and
+    why a run would be refused that holds the model so, on ``device``, and for ``output``, if given, on its disk.
 
     Of a local model the directory may hold its config alone. An allocator that needs spectra cannot be run without
     weights: ``uniform`` ranks at the same budget stand in, and the totals are the same.
     """
     with parsed_once(model):
         prepared = prepare(model, recipe, architecture, trust_remote_code, with_weights=False)
+    asked = Request(model, output or Path("."), recipe, None, None, None, device, stream, max_memory, evaluate=evaluate)
     measured = make("allocators", recipe.allocation).needs_spectra
     plan = make_plan(prepared, "uniform" if measured else recipe.allocation, None)
     dtype = check_dtype(recipe.dtype, _config_dtype(prepared.config), prepared.source.gguf_file is not None)
@@ -78,34 +83,29 @@ def dry_run(
         "dtype": str(dtype).removeprefix("torch."),
         "note": note,
         **totals,
-        "estimate": _estimate(prepared, recipe, machine, stream, max_memory, say) if with_estimate else None,
+        "estimate": _estimate(prepared, asked, machine, output is not None, say) if with_estimate else None,
         "maps": maps,
     }
 
 
 def _estimate(
-    prepared: CompressionSpec,
-    recipe: Recipe,
-    machine: str | None,
-    stream: bool | None,
-    max_memory: int | None,
-    say: Callable[[str], None],
+    prepared: CompressionSpec, request: Request, machine: str | None, look_at_disk: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """What a run would take, how the model would be held and why; ``refused`` says why it would not run."""
-    device = choose_device("auto")
+    recipe, stream, limit = request.recipe, request.stream, request.max_memory
+    device = choose_device(request.device)
     found = this_machine(device, say) if machine is None else named_machine(machine)
     half = choose_autocast(recipe.compute, device) is not None
     if machine is not None:
         half = recipe.compute == "bfloat16" or (recipe.compute == "auto" and found.bfloat16 is not None)
-    # Where the result would go is not known, so that no disk can be looked at.
-    request = Request(prepared.source.spec, Path("."), recipe, stream=stream, max_memory=max_memory)
     estimates = Estimates.make(prepared, recipe, found, half)
     refused = None
     try:
-        chosen = choose_residency(request, estimates, look_at_disk=False)
+        chosen = choose_residency(request, estimates, look_at_disk)
+        check_streamed(chosen, request, prepared.architecture)
     except UserError as error:
         refused = str(error)
-        streamed = stream if stream is not None else lacks(estimates.of(False), found, max_memory) is not None
+        streamed = stream if stream is not None else lacks(estimates.of(False), found, limit) is not None
         chosen = Residency(streamed, "", estimates.of(streamed))
     assert chosen.estimate is not None
     return {"machine": found.name, "reason": chosen.reason, "refused": refused, **chosen.estimate.to_dict()}

@@ -24,7 +24,7 @@ from lillama_core.pipeline.evaluate import check_measurable
 from lillama_core.pipeline.evaluate_result import evaluate_result, options_for
 from lillama_core.pipeline.planning import speed_workload
 from lillama_core.pipeline.request import Request
-from lillama_core.pipeline.residency import choose_streaming
+from lillama_core.pipeline.residency import check_streamed, choose_streaming
 from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.pipeline.stage import Stage
 from lillama_core.recipe.model import Recipe
@@ -81,7 +81,7 @@ class CompressionPipeline:
         return cls([stages[name] for name in order])
 
     def run(self, context: Context) -> RunRecord:
-        """Run the stages one after the other; a request that turns out mistaken leaves nothing behind."""
+        """Run the stages one after the other; a request that turns out mistaken before statistics leaves nothing."""
         if context.request.resume:
             left = [line for stage in self.stages if (line := stage.found(context)) is not None]
             if left:
@@ -92,12 +92,7 @@ class CompressionPipeline:
                 with context.record.timed(stage.name):
                     stage.run(context)
         except UserError:
-            # What another run left is not this one's to remove.
-            if (
-                context.world.is_main
-                and context.directory.opened
-                and not any(context.directory.blocks.glob("*.safetensors"))
-            ):
+            if context.world.is_main and context.directory.is_mere_beginning:
                 context.directory.discard()
             raise
         return context.record
@@ -183,23 +178,7 @@ def begun(request: Request, verbosity: Verbosity, world: World = ALONE) -> Itera
             progress.line(remark)
         autocast = choose_autocast(recipe.compute, device)
         residency = choose_streaming(spec, request, device, autocast is not None)
-        if residency.streamed and recipe.healing_epochs > 0:
-            raise UserError(
-                f"--healing-epochs: the blocks are read from disk one at a time ({residency.reason}), and healing needs"
-                " all of them in memory, of the dense model as well; pass --no-stream, or run 'lillama finetune' on"
-                " the result where there is room"
-            )
-        if residency.streamed and recipe.target_speedup is not None:
-            raise UserError(
-                f"--target-speedup: the blocks are read from disk one at a time ({residency.reason}), and a speed can"
-                " only be measured of a model in memory; pass --no-stream, or give --reduction instead"
-            )
-        if residency.streamed and request.evaluate and not spec.architecture.evaluation.by_block:
-            raise UserError(
-                f"--evaluate: the blocks are read from disk one at a time ({residency.reason}), and no metric of"
-                f" architecture {spec.architecture.name!r} measures a model so; pass --no-stream, or run 'lillama"
-                " evaluate' on the result where there is room"
-            )
+        check_streamed(residency, request, spec.architecture)
         if residency.streamed:
             progress.line(f"Blocks are read from disk one at a time: {residency.reason}")
         record = RunRecord(

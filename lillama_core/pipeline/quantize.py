@@ -18,13 +18,13 @@ from lillama_core.architecture.targets.expert_layouts import fused_experts
 from lillama_core.architecture.targets.experts import ExpertsTarget
 from lillama_core.architecture.targets.linear_map import matches_any
 from lillama_core.architecture.targets.quantized import hold, matrix, weights_of
-from lillama_core.data.modality import SampleRequest, as_dtype, made_up_inputs, modality_of
+from lillama_core.data.modality import Modality, SampleRequest, as_dtype, made_up_inputs, modality_of
 from lillama_core.data.objects import given_data
 from lillama_core.errors import UserError, in_one_line, nearest
 from lillama_core.formats import Factored, FactoredLinear
 from lillama_core.healing.factors import balanced
 from lillama_core.models.gguf_header import parsed_once
-from lillama_core.models.loading import check_finite, count_parameters, load_config, load_model
+from lillama_core.models.loading import DTYPES, check_finite, count_parameters, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
@@ -32,7 +32,7 @@ from lillama_core.output.origin import Described
 from lillama_core.output.public import public_name
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
-from lillama_core.output.record import read_record
+from lillama_core.output.record import RunRecord, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
 from lillama_core.pipeline.calibrated import FEEDBACK_BITS, Calibration, plain, round_by_blocks
@@ -66,6 +66,8 @@ class QuantizeRequest:
     overwrite: bool = False
     calibration: Recipe | None = None
     """Of which the `DATA_FIELDS` count: data that weights in 4 bits are rounded for; None: they are rounded plainly."""
+    dtype: str | None = None
+    """In which the model is loaded and the weights are saved that keep their numbers; None: its own."""
     data: Any = None
     """Such data as objects, see `lillama_core.data.objects.given_data`; it needs a ``calibration``."""
     device: str = "auto"
@@ -82,17 +84,35 @@ def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> Quant
 
     Raises UserError for what can be known before the work, leaving nothing behind.
     """
+    with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
+        return _quantize(request, verbosity)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a request before a weight is read."""
+
+    directory: RunDirectory
+    source: ModelSource
+    config: Any
+    targets: Mapping[str, Any] | None
+    """Of a compressed model, see `_targets`."""
+    record: RunRecord | None
+    architecture: Architecture
+    modality: Modality
+    given: Any
+    processor: Any
+    device: torch.device
+
+
+def check(request: QuantizeRequest) -> Checked:
+    """Find out what can be known of ``request`` before the weights are read; raises UserError for what is wrong."""
     for name, bits in (("--bits", request.bits), ("--embedding-bits", request.table_bits)):
         if bits not in BITS:
             raise UserError(f"{name} must be {' or '.join(map(str, BITS))}, not {bits}")
     if request.calibration is not None and request.target_size is None and request.bits != FEEDBACK_BITS:
         raise UserError("--calibration does nothing in 8 bits, where nothing is lost by plain rounding; add --bits 4")
-    with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
-        return _quantize(request, verbosity)
-
-
-def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord:
-    started = time.monotonic()
+    device = choose_device(request.device)
     directory = RunDirectory(request.output)
     directory.check(request.overwrite, False)
     source = locate(request.model, request.trust_remote_code)
@@ -107,14 +127,24 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     if request.calibration is not None:
         modality.check(request.calibration) if given is None else modality.check_given(request.calibration, given)
     processor = modality.load_processor(source, request.tokenizer)
+    return Checked(directory, source, config, targets, record, architecture, modality, given, processor, device)
+
+
+def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord:
+    started, checked = time.monotonic(), check(request)
+    directory, source, config, record = checked.directory, checked.source, checked.config, checked.record
+    architecture, modality, given, device = checked.architecture, checked.modality, checked.given, checked.device
     with directory.locked(), Progress(verbosity) as progress:
         progress.line(f"Loading {request.model}")
         dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
+        if request.dtype is not None:
+            # The record names what is saved.
+            dtype = config.dtype = DTYPES[request.dtype]
         model: Any = load_model(source, architecture, dtype)
         check_finite(model)
         parameters = count_parameters(model)
         before = sum(t.numel() * t.element_size() for t in model.parameters())
-        sites = {**(targets or {}), **separated(model)}
+        sites = {**(checked.targets or {}), **separated(model)}
         if request.bits == 4 or request.target_size is not None:
             level_factors(model)
         weights = _weights(model, architecture, request)
@@ -122,11 +152,10 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             check_target(model, weights, request.target_size)
         data, calibration = None, None
         if request.calibration is not None:
-            device = choose_device(request.device)
             autocast = choose_autocast(request.calibration.compute, device)
             fingerprint = model_fingerprint(source)
             asked = SampleRequest(
-                request.calibration, model.to(device), processor, fingerprint, device, autocast, progress, given
+                request.calibration, model.to(device), checked.processor, fingerprint, device, autocast, progress, given
             )
             data = modality.load(asked) if given is None else modality.load_given(asked)
             size = request.calibration.batch_size
@@ -153,7 +182,7 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         result.mkdir(exist_ok=True)
         with quiet():
             model.save_pretrained(result)
-        modality.save_processor(processor, result)
+        modality.save_processor(checked.processor, result)
         copy_processors(source, result)
         progress.line("Checking that a fresh process loads the result")
         inputs = made_up_inputs(architecture, model.config)

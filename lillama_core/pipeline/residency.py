@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lillama_core import strategies
+from lillama_core.architecture.base import Architecture
 from lillama_core.architecture.blocks import dense_blocks
 from lillama_core.data.modality import modality_of
 from lillama_core.errors import UserError, one_line
@@ -134,6 +135,28 @@ def choose_residency(request: Request, found: Estimates, look_at_disk: bool = Tr
     if look_at_disk and chosen.estimate is not None:
         check_disk(request, found, chosen)
     return chosen
+
+
+def check_streamed(chosen: Residency, request: Request, architecture: Architecture) -> None:
+    """Raise UserError for what ``request`` asks for that cannot be done where blocks are read from disk."""
+    if not chosen.streamed:
+        return
+    how = f"the blocks are read from disk one at a time ({chosen.reason})"
+    if request.recipe.healing_epochs > 0:
+        raise UserError(
+            f"--healing-epochs: {how}, and healing needs all of them in memory, of the dense model as well; pass"
+            " --no-stream, or run 'lillama finetune' on the result where there is room"
+        )
+    if request.recipe.target_speedup is not None:
+        raise UserError(
+            f"--target-speedup: {how}, and a speed can only be measured of a model in memory; pass --no-stream, or give"
+            " --reduction instead"
+        )
+    if request.evaluate and not architecture.evaluation.by_block:
+        raise UserError(
+            f"--evaluate: {how}, and no metric of architecture {architecture.name!r} measures a model so; pass"
+            " --no-stream, or run 'lillama evaluate' on the result where there is room"
+        )
 
 
 def lacks(found: Estimate, machine: Machine, limit: int | None) -> str | None:

@@ -27,13 +27,15 @@ from lillama_core.output.record import RunRecord, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.shards import compressed_meta_model
 from lillama_core.pipeline.fitting import least_bytes, whole_bytes
-from lillama_core.pipeline.pipeline import compress
+from lillama_core.pipeline.pipeline import check, compress
 from lillama_core.pipeline.quantize import QuantizeRequest, left_alone, quantize, separated
+from lillama_core.pipeline.quantize import check as check_rounding
 from lillama_core.pipeline.request import Request
 from lillama_core.pipeline.spec import CompressionSpec, make_plan, prepare
 from lillama_core.quantization.options import DATA_FIELDS, TOKENS
 from lillama_core.quantization.packing import GROUP
 from lillama_core.recipe.model import Recipe
+from lillama_core.recipe.reading import OFF
 from lillama_core.strategies import StrategyChoice, make
 from lillama_core.system.processes import world_of_environment
 from lillama_core.system.progress import Verbosity
@@ -43,6 +45,8 @@ MARGIN = 0.005
 columns otherwise."""
 WIDE = 8 * GROUP
 """Width from which on ranks are multiples of a group; in narrower models there would be few to choose among."""
+READ_BY_ROUNDING = frozenset((*DATA_FIELDS, "calibration", "dtype"))
+"""Fields of the recipe that count where no ranks are lowered."""
 TRIES = 8
 """Reductions that are tried on the shapes alone; each is nearer by what the last one was too large."""
 
@@ -78,11 +82,13 @@ def way_to(request: Request, target: int) -> Way:
     separated(model)
     weights = weights_of(model, left_alone(model, spec.architecture))
     if target >= (now := whole_bytes(model)):
+        how = "as they are" if recipe.dtype is None else f"in {recipe.dtype}"
         raise UserError(
-            f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} as they are"
+            f"a --target-size of {show_size(target)} is nothing to do: the weights take {show_size(now)} {how}"
         )
     least = least_bytes(model, weights)
     if target >= least:
+        _check_read_by_rounding(request)
         return Way(0.0, recipe)
     reduction = 1 - target / least
     for _ in range(TRIES):
@@ -92,6 +98,19 @@ def way_to(request: Request, target: int) -> Way:
         # Just below 1: what cannot be met is told by what the maps can give.
         reduction = min(reduction + (taken - target) / least, 0.99)
     return Way(chosen.reduction, chosen)
+
+
+def _check_read_by_rounding(request: Request) -> None:
+    """Raise UserError for an option that does nothing where no ranks are lowered; recipes are for where they are."""
+    of_run = {"--stream": request.stream, "--max-memory": request.max_memory, "--track": request.track}
+    unread = [name for name, value in of_run.items() if value not in (None, False)]
+    unread += ["--no-stream"] if request.stream is False else []
+    for layer in request.recipe.layers:
+        if not layer.where.startswith("recipe"):
+            off = {name for name, value in OFF.items() if name in layer.spelled and layer.values[name] == value}
+            unread += [written for name, written in layer.spelled.items() if name not in READ_BY_ROUNDING | off]
+    if unread:
+        raise UserError(f"{unread[0]} does nothing: this --target-size is reached by bits alone; leave it out")
 
 
 def _within(request: Request, reduction: float, target: int, known: CompressionSpec) -> tuple[Recipe, CompressionSpec]:
@@ -130,35 +149,71 @@ def compress_to_size(request: Request, target: int, verbosity: Verbosity = "norm
     goes on from it. Raises as `compress` and `quantize` do.
     """
     with parsed_once(request.model):
-        way = way_to(request, target)
-        RunDirectory(request.output).check(request.overwrite, request.resume)
-        rounding = QuantizeRequest(
-            model=request.model,
-            output=request.output,
-            target_size=target,
-            architecture=request.architecture,
-            tokenizer=request.tokenizer,
-            trust_remote_code=request.trust_remote_code,
-            # Rounding goes on from nothing: what an interrupted one left is made anew.
-            overwrite=request.overwrite or request.resume,
-            calibration=_calibration(request.recipe, given=request.data is not None),
-            data=request.data,
-            device=request.device,
-        )
+        way, rounding = way_to(request, target), _rounding(request, target)
+        directory, low_rank = RunDirectory(request.output), low_rank_of(request.output)
+        directory.check(request.overwrite, request.resume, low_rank)
         if not way.reduction:
             quantize(rounding, verbosity)
             return read_record(request.output)
-        low_rank = request.output.with_name(f"{request.output.name}.low-rank")
-        if request.resume and (low_rank / "lillama.json").is_file():
+        if _stands(low_rank, request):
             _check_same(low_rank, request, way)
         else:
-            compress(replace(request, output=low_rank, recipe=way.recipe), verbosity)
+            compress(lowering(request, way), verbosity)
+            if rounding.overwrite and request.output.exists():
+                # That it is to be replaced stood in the directory of the first step's run, which is gone.
+                with directory.locked():
+                    directory.open({}, True)
     try:
-        quantize(replace(rounding, model=str(low_rank), tokenizer=None), verbosity)
+        quantize(replace(rounding, model=str(low_rank), tokenizer=None, dtype=None), verbosity)
     except LillamaError as error:
         raise type(error)(f"{error}; the model before it was rounded is in {str(low_rank)!r}") from None
     shutil.rmtree(low_rank)
     return read_record(request.output)
+
+
+def check_sized(request: Request, target: int) -> Way:
+    """`way_to`, and all checks that `compress_to_size` makes before weights are read; raises UserError as these do."""
+    way, low_rank = way_to(request, target), low_rank_of(request.output)
+    RunDirectory(request.output).check(request.overwrite, request.resume, low_rank)
+    if not way.reduction:
+        check_rounding(_rounding(request, target))
+    elif _stands(low_rank, request):
+        _check_same(low_rank, request, way)
+    else:
+        check(lowering(request, way))
+    return way
+
+
+def lowering(request: Request, way: Way) -> Request:
+    """The compression before all is rounded."""
+    return replace(request, output=low_rank_of(request.output), recipe=way.recipe)
+
+
+def _rounding(request: Request, target: int) -> QuantizeRequest:
+    return QuantizeRequest(
+        model=request.model,
+        output=request.output,
+        target_size=target,
+        architecture=request.architecture,
+        tokenizer=request.tokenizer,
+        trust_remote_code=request.trust_remote_code,
+        # Rounding goes on from nothing: what an interrupted one left is made anew.
+        overwrite=request.overwrite or request.resume,
+        calibration=_calibration(request.recipe, given=request.data is not None),
+        data=request.data,
+        device=request.device,
+        dtype=request.recipe.dtype,
+    )
+
+
+def _stands(low_rank: Path, request: Request) -> bool:
+    """Whether the compression before has been done by the run that ``request`` goes on with."""
+    return request.resume and (low_rank / "lillama.json").is_file()
+
+
+def low_rank_of(output: Path) -> Path:
+    """Where the model stands until it is rounded."""
+    return output.with_name(f"{output.name}.low-rank")
 
 
 def _check_same(low_rank: Path, request: Request, way: Way) -> None:
