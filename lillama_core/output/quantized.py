@@ -96,6 +96,7 @@ def publish_dense(
             rows=quantization_rows(record.to_dict()),
             auto_class=architecture.auto_class,
             processor_class=modality_of(architecture).processor_class,
+            remote_code=source.trust_remote_code,
             versions=[(code(k), code(v)) for k, v in record.versions.items()],
         )
     )

@@ -107,7 +107,8 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
     source, config = _compressed(request.model, request.trust_remote_code)
     record = read_record(Path(source.location))
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
-    check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
+    origin = Described.by_name(record.model, config, architecture, request.trust_remote_code)
+    check_publishable(record, origin, request.model)
     objective = Objective.named(options.objective)
     teacher_source = _teacher(request, config, objective)
     modality = modality_of(architecture)
@@ -158,7 +159,6 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
         record = _described(record, request, healing, fidelity, data, split, world)
         if world.is_main:
             dtype = check_dtype(None, config.dtype or torch.float32, False)
-            origin = Described.by_name(record.model, config, architecture)
             _write(student, dtype, source, processor, modality, record, origin, directory)
         return record
 
@@ -297,6 +297,6 @@ def _write(
     inputs = made_up_inputs(origin.architecture, student.config)
     with torch.no_grad():
         expected = main_output(student(**as_dtype(inputs, dtype))).float()
-    check_reload(expected, inputs, result, (WHOLE, origin.architecture.auto_class))
+    check_reload(expected, inputs, result, (WHOLE, origin.architecture.auto_class), source.trust_remote_code)
     release_memory()
     publish(record, origin, directory)

@@ -100,8 +100,10 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     targets = _targets(request.model, source, config)
     record = read_record(Path(source.location)) if targets is not None else None
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    origin = None
     if record is not None:
-        check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
+        origin = Described.by_name(record.model, config, architecture, request.trust_remote_code)
+        check_publishable(record, origin, request.model)
     modality = modality_of(architecture)
     given = None if request.data is None else given_data(request.data)
     if request.calibration is not None:
@@ -177,10 +179,10 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             else {"sha256": data.sha256, "tokens": data.tokens, "sources": data.description},
             target_size=request.target_size,
         )
-        if record is not None:
+        if record is not None and origin is not None:
             record.quantization = found.to_dict()
             record.bytes["compressed"] = found.bytes_after
-            publish(record, Described.by_name(record.model, config, architecture), directory)
+            publish(record, origin, directory)
         else:
             publish_dense(found, source, config, architecture, directory)
         return found
