@@ -448,9 +448,8 @@ def stranger(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, cali
 
 
 def trusting(command: str, model: Path, *options: str | Path) -> Ended:
-    """The command on a model that comes with its code, in a process of its own, which copies that code."""
-    env = environment(HF_MODULES_CACHE=str(model.parent / "modules"))
-    return run_process(command, model, "--architecture", "auto", "--trust-remote-code", *options, env=env)
+    """The command on a model that comes with its code, in a process of its own."""
+    return run_process(command, model, "--architecture", "auto", "--trust-remote-code", *options)
 
 
 def test_a_model_that_comes_with_its_code(stranger: Path) -> None:
@@ -469,6 +468,13 @@ def test_training_a_model_that_comes_with_its_code(stranger: Path, calibration_t
     )  # fmt: skip
     assert done.status == 0, done
     assert "trust_remote_code=True" in (tmp_path / "trained" / "README.md").read_text()
+
+
+def test_rounding_a_model_that_comes_with_its_code(stranger: Path, tmp_path: Path) -> None:
+    for name in ("dense", "small"):
+        done = trusting("quantize", stranger / name, "-o", tmp_path / name)
+        assert done.status == 0, done
+        assert "trust_remote_code=True" in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
