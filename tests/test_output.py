@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core import Architecture, Recipe, load_recipe
 from lillama_core.allocation.plan import Budget
+from lillama_core.api.results import CompressionResult
+from lillama_core.cli.main import main
 from lillama_core.models.source import ModelSource
 from lillama_core.output import card, numbers
 from lillama_core.output.card import write_card
@@ -442,6 +444,31 @@ def test_report_states_the_numbers_of_the_record(result: Path) -> None:
     )
     assert corrected in " ".join(page.text.split())
     assert "/home" not in page.text
+
+
+ROUNDED = {
+    "bits": 4, "table_bits": 8, "matrices": {"4": 6, "8": 1}, "group": 32, "bytes_before": 215_250_000,
+    "bytes_after": 60_000_000, "seconds": 47.0, "with_feedback": 0, "calibration": None, "target_size": None,
+}  # fmt: skip
+"""What a record says of a rounding."""
+
+
+def test_numbers_from_before_a_rounding_say_so(
+    result: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = make_record(quantization=ROUNDED)
+    record.seconds["total"] = 600.0
+    _, page = report_of(result, record)
+    assert "; perplexity before rounding, on rows that chose nothing 20.1 → 22.3" in page.text
+    assert page.text.count("before rounding; ") == 3
+    assert "rounded to few bits after all that is shown below was done and measured" in page.text
+    assert "6 in 4 bits, 1 in 8 bits" in page.text
+    table = CompressionResult(result, record, lambda: None)
+    for shown in (repr(table), table._repr_html_()):
+        assert "perplexity (before rounding, 2048 held-out tokens)" in shown
+    monkeypatch.setattr("lillama_core.pipeline.to_size.compress_to_size", lambda *_: record)
+    assert main(["compress", "model", "-o", str(result), "--target-size", "60MB"]) == 0
+    assert "22.34  (before rounding, calibration rows that chose nothing, 2048 tokens)" in capsys.readouterr().out
 
 
 def test_report_shares_are_those_of_the_format(result: Path) -> None:

@@ -67,6 +67,10 @@ def test_what_comes_out_fits(part: float, dense: Path, calibration_text: Path, t
     assert bool(record["plan"].get("ranks")) == (part < 1)
     assert "parameters" in repr(found)
     assert found._repr_html_()
+    seconds = record["seconds"]
+    assert seconds["total"] >= record["quantization"]["seconds"] == seconds.get("quantization", seconds["total"])
+    if part < 1:
+        assert sum(s for name, s in seconds.items() if name in ("blocks", "quantization")) <= seconds["total"]
     ids = torch.tensor([[5, 6, 7]])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(model(ids).logits, found.model(ids).logits)

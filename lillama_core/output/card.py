@@ -41,6 +41,7 @@ STAGE_LABELS = {
     "blocks": "compressing blocks",
     "report": "measuring fidelity",
     "healing": "training the whole model",
+    "quantization": "rounding the weights",
     "output": "writing the result",
     "evaluation": "evaluating both models",
 }

@@ -32,7 +32,7 @@ from lillama_core.output.origin import Described
 from lillama_core.output.public import public_name
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
-from lillama_core.output.record import read_record
+from lillama_core.output.record import peak_memory_bytes, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
 from lillama_core.pipeline.calibrated import FEEDBACK_BITS, Calibration, plain, round_by_blocks
@@ -182,6 +182,9 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
         if record is not None and origin is not None:
             record.quantization = found.to_dict()
             record.bytes["compressed"] = found.bytes_after
+            for name in ("quantization", "total"):
+                record.seconds[name] = round(record.seconds.get(name, 0.0) + found.seconds, 3)
+            record.peak_memory_bytes = max(record.peak_memory_bytes, peak_memory_bytes())
             publish(record, origin, directory)
         else:
             publish_dense(found, source, config, architecture, directory)
