@@ -195,6 +195,8 @@ def test_factors_are_rounded_for_what_they_read(
     record = json.loads((small / "lillama.json").read_text())["quantization"]
     assert record["with_feedback"] > 0
     assert record["calibration"]["tokens"] == 2048
+    assert [told["path"] for told in record["calibration"]["sources"].values()] == ["calibration.txt"]
+    assert str(calibration_text.parent) not in (small / "lillama.json").read_text()
     assert run_cli("verify", small).status == 0
 
 

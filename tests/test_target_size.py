@@ -64,6 +64,7 @@ def test_what_comes_out_fits(part: float, dense: Path, calibration_text: Path, t
     record = json.loads((tmp_path / "small" / "lillama.json").read_text())
     assert record["quantization"]["target_size"] == target
     assert record["quantization"]["with_feedback"] > 0
+    assert str(calibration_text.parent) not in json.dumps(record)
     assert bool(record["plan"].get("ranks")) == (part < 1)
     assert "parameters" in repr(found)
     assert found._repr_html_()

@@ -19,6 +19,14 @@ def public_name(spec: str) -> str:
     return spec
 
 
+def public_sources(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What a record says of its sources of data, with local files named without their folders."""
+    return {
+        public_name(name): {k: public_name(v) if k == "path" else v for k, v in told.items()}
+        for name, told in sources.items()
+    }
+
+
 def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as plain values, with files of calibration data named without their folders."""
     sources = [Source.parse(text) for text in recipe["calibration"]]

@@ -27,7 +27,7 @@ from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
-from lillama_core.output.public import public_name
+from lillama_core.output.public import public_name, public_sources
 from lillama_core.output.quantizer import narrow_paths
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
@@ -246,10 +246,7 @@ def _described(
             "sha256": data.sha256,
             "rows": len(data),
             "tokens": data.tokens,
-            "sources": {
-                public_name(name): {k: public_name(v) if k == "path" else v for k, v in what.items()}
-                for name, what in data.description.items()
-            },
+            "sources": public_sources(data.description),
             "parts": split.describe(),
         },
         "seconds": seconds,

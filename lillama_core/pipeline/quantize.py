@@ -29,7 +29,7 @@ from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described
-from lillama_core.output.public import public_name
+from lillama_core.output.public import public_name, public_sources
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
 from lillama_core.output.record import peak_memory_bytes, read_record
@@ -176,7 +176,7 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             with_feedback=with_feedback,
             calibration=None
             if data is None
-            else {"sha256": data.sha256, "tokens": data.tokens, "sources": data.description},
+            else {"sha256": data.sha256, "tokens": data.tokens, "sources": public_sources(data.description)},
             target_size=request.target_size,
         )
         if record is not None and origin is not None:
