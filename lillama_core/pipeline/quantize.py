@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -87,13 +88,13 @@ def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> Quant
             raise UserError(f"{name} must be {' or '.join(map(str, BITS))}, not {bits}")
     if request.calibration is not None and request.target_size is None and request.bits != FEEDBACK_BITS:
         raise UserError("--calibration does nothing in 8 bits, where nothing is lost by plain rounding; add --bits 4")
-    with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
+    with parsed_once(request.model), in_one_line("the output was not written"):
         return _quantize(request, verbosity)
 
 
 def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord:
     started = time.monotonic()
-    directory = RunDirectory(request.output)
+    directory = RunDirectory(request.output, resumes=False)
     directory.check(request.overwrite, False)
     source = locate(request.model, request.trust_remote_code)
     config = load_config(source, allow_compressed=True)
@@ -109,7 +110,7 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
     if request.calibration is not None:
         modality.check(request.calibration) if given is None else modality.check_given(request.calibration, given)
     processor = modality.load_processor(source, request.tokenizer)
-    with directory.locked(), Progress(verbosity) as progress:
+    with directory.locked(), contextlib.ExitStack() as held, Progress(verbosity) as progress:
         progress.line(f"Loading {request.model}")
         dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
         model: Any = load_model(source, architecture, dtype)
@@ -134,6 +135,8 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             size = request.calibration.batch_size
             batches = [data.part(start, start + size) for start in range(0, len(data), size)]
             calibration = Calibration(batches, device, autocast, progress)
+        # Published, or not to be: nothing goes on with a part of it.
+        held.callback(directory.discard)
         directory.open({"model": model_fingerprint(source), "bits": request.bits}, request.overwrite)
         progress.release()
         if request.target_size is None:
