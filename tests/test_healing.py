@@ -220,6 +220,9 @@ def test_what_cannot_be_healed(
     assert error(str(model), *data).endswith("pass --teacher MODEL")
     assert error(str(model), *teacher, *data[:-2], "--objective", "lm").startswith("--teacher does nothing")
     assert error(str(model), "--objective", "lm", *data[:-2], "--self-share", "0.5").startswith("--self-share")
+    for own in ((), ("--data", "self")):
+        alone = error(str(model), "--objective", "lm", *own, *data[2:-2])
+        assert alone == "--objective lm needs text that the model did not write: name it by --data, and not 'self'"
     other = make_model(tmp_path / "other", vocab_size=500)
     assert "has a vocabulary of 500" in error(str(model), "--teacher", str(other), *data)
     assert "at least two batches" in error(str(model), *teacher, *data, "--tokens", "64")

@@ -17,6 +17,7 @@ from lillama_core.data.modality import Modality, SampleRequest, Samples, as_dtyp
 from lillama_core.data.objects import given_data
 from lillama_core.data.self_generated.sampling import converted
 from lillama_core.data.sharing import shared_samples
+from lillama_core.data.sources import SELF, Source
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.healing.objective import Objective
@@ -111,6 +112,9 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
     check_publishable(record, origin, request.model)
     objective = Objective.named(options.objective)
     teacher_source = _teacher(request, config, objective)
+    sources = [Source.parse(text).name for text in recipe.calibration]
+    if teacher_source is None and (SELF in sources or (not sources and given is None)):
+        raise UserError("--objective lm needs text that the model did not write: name it by --data, and not 'self'")
     modality = modality_of(architecture)
     if given is None:
         modality.check(recipe)
