@@ -193,6 +193,11 @@ def test_the_command_makes_a_better_model(
     assert record["plan"] == before["plan"]
     assert record["seconds"]["total"] > before["seconds"]["total"]
     assert "Healing" in (out / "README.md").read_text()
+    (line,) = [line for line in (out / "README.md").read_text().split("\n") if line.startswith("lillama finetune")]
+    assert line == (
+        "lillama finetune OUTPUT --output OUTPUT2 --teacher dense --data calibration.txt --self-share 0.0 --tokens 1024"
+        " --sequence-length 32 --learning-rate 0.003 --epochs 3.0"
+    )
     assert str(tmp_path) not in (out / "lillama.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(out)
     other = AutoModelForCausalLM.from_pretrained(model)

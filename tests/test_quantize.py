@@ -278,6 +278,7 @@ def test_a_dense_result_has_a_card_and_keeps_what_is_left_out(tiny_model: Path, 
     assert isinstance(model.model.layers[1].mlp.up_proj, QuantizedLinear)
     assert "in 8 bits" in (small / "README.md").read_text()
     assert str(tmp_path) not in (small / "README.md").read_text() + (small / "lillama.json").read_text()
+    assert "there is no compression to repeat" in run_cli("reproduce", small).error
 
 
 def test_what_an_ended_run_leaves(

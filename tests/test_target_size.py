@@ -71,6 +71,8 @@ def test_what_comes_out_fits(part: float, dense: Path, calibration_text: Path, t
     seconds = record["seconds"]
     assert seconds["total"] >= record["quantization"]["seconds"] == seconds.get("quantization", seconds["total"])
     if part < 1:
+        again = f"lillama quantize OUTPUT --output OUTPUT2 --target-size {target} --calibration calibration.txt"
+        assert again in (tmp_path / "small" / "README.md").read_text()
         assert sum(s for name, s in seconds.items() if name in ("blocks", "quantization")) <= seconds["total"]
     ids = torch.tensor([[5, 6, 7]])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")

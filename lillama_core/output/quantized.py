@@ -50,6 +50,8 @@ class QuantizedRecord:
     """Numbers that the model has, before as after."""
     target_size: int | None = None
     """Bytes that were asked for in place of bits."""
+    exclude: list[str] = field(default_factory=list)
+    """Paths of modules that keep their numbers."""
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,14 +21,14 @@ from lillama_core.data.sources import SELF, Source
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.healing.objective import Objective
-from lillama_core.healing.options import EPOCHS, TOKENS, HealingOptions
+from lillama_core.healing.options import DATA_FIELDS, EPOCHS, TOKENS, HealingOptions
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype, check_finite, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
-from lillama_core.output.public import public_name, public_sources
+from lillama_core.output.public import public_data, public_name, public_sources
 from lillama_core.output.quantizer import narrow_paths
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
@@ -251,6 +251,7 @@ def _described(
             "rows": len(data),
             "tokens": data.tokens,
             "sources": public_sources(data.description),
+            "recipe": public_data(request.recipe, DATA_FIELDS),
             "parts": split.describe(),
         },
         "seconds": seconds,

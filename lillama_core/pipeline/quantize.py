@@ -30,7 +30,7 @@ from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described
-from lillama_core.output.public import public_name, public_sources
+from lillama_core.output.public import public_data, public_name, public_sources
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
 from lillama_core.output.record import peak_memory_bytes, read_record
@@ -38,7 +38,7 @@ from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
 from lillama_core.pipeline.calibrated import FEEDBACK_BITS, Calibration, plain, round_by_blocks
 from lillama_core.pipeline.fitting import bits_within, check_target
-from lillama_core.quantization.options import TOKENS
+from lillama_core.quantization.options import DATA_FIELDS, TOKENS
 from lillama_core.quantization.packing import BITS, packing_of
 from lillama_core.recipe.model import COMMAND_LINE, Recipe
 from lillama_core.runtime.modules import replace_module
@@ -178,9 +178,15 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             seconds=round(time.monotonic() - started, 3),
             with_feedback=with_feedback,
             calibration=None
-            if data is None
-            else {"sha256": data.sha256, "tokens": data.tokens, "sources": public_sources(data.description)},
+            if data is None or request.calibration is None
+            else {
+                "sha256": data.sha256,
+                "tokens": data.tokens,
+                "sources": public_sources(data.description),
+                "recipe": public_data(request.calibration, DATA_FIELDS),
+            },
             target_size=request.target_size,
+            exclude=list(request.exclude),
         )
         if record is not None and origin is not None:
             record.quantization = found.to_dict()
