@@ -447,8 +447,11 @@ class StrangerForCausalLM(PreTrainedModel):
 """
 
 
-def test_a_model_that_comes_with_its_code(tmp_path: Path, tiny_tokenizer: Any, calibration_text: Path) -> None:
-    dense = tmp_path / "dense"
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, calibration_text: Path) -> Path:
+    """A folder with a dense model that comes with its code, ``dense``, and what a compression made of it, ``small``."""
+    folder = tmp_path_factory.mktemp("stranger")
+    dense = folder / "dense"
     dense.mkdir()
     (dense / "modeling_stranger.py").write_text(REMOTE)
     names = {"AutoConfig": "StrangerConfig", "AutoModelForCausalLM": "StrangerForCausalLM"}
@@ -462,13 +465,39 @@ def test_a_model_that_comes_with_its_code(tmp_path: Path, tiny_tokenizer: Any, c
     )
     safetensors.torch.save_file(model.state_dict(), dense / "model.safetensors", {"format": "pt"})
     tiny_tokenizer.save_pretrained(dense)
-    done = run_process("compress", dense, "-o", tmp_path / "out", "--architecture", "auto", "--trust-remote-code",
-                       *QUICK, "--calibration", calibration_text)  # fmt: skip
+    done = trusting("compress", dense, "-o", folder / "small", *QUICK, "--calibration", calibration_text)
     assert done.status == 0, done
-    again = run_process("evaluate", tmp_path / "out", "--baseline", dense, "--architecture", "auto",
-                        "--trust-remote-code", "--windows", "2", "--sequence-length", "32")  # fmt: skip
-    assert again.status == 0, again
-    assert "perplexity" in again.stdout
+    return folder
+
+
+def trusting(command: str, model: Path, *options: str | Path) -> Ended:
+    """The command on a model that comes with its code, in a process of its own."""
+    return run_process(command, model, "--architecture", "auto", "--trust-remote-code", *options)
+
+
+def test_a_model_that_comes_with_its_code(stranger: Path) -> None:
+    done = trusting(
+        "evaluate", stranger / "small", "--baseline", stranger / "dense", "--windows", "2", "--sequence-length", "32"
+    )
+    assert done.status == 0, done
+    assert "perplexity" in done.stdout
+
+
+def test_training_a_model_that_comes_with_its_code(stranger: Path, calibration_text: Path, tmp_path: Path) -> None:
+    done = trusting(
+        "finetune", stranger / "small", "--teacher", stranger / "dense", "-o", tmp_path / "trained", "--data",
+        calibration_text, "--self-share", "0", "--tokens", "1024", "--sequence-length", "32", "--batch-size", "4",
+        "--epochs", "1", "--evaluations", "1",
+    )  # fmt: skip
+    assert done.status == 0, done
+    assert "trust_remote_code=True" in (tmp_path / "trained" / "README.md").read_text()
+
+
+def test_rounding_a_model_that_comes_with_its_code(stranger: Path, tmp_path: Path) -> None:
+    for name in ("dense", "small"):
+        done = trusting("quantize", stranger / name, "-o", tmp_path / name)
+        assert done.status == 0, done
+        assert "trust_remote_code=True" in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,11 @@ def test_the_command_makes_a_better_model(
     assert record["plan"] == before["plan"]
     assert record["seconds"]["total"] > before["seconds"]["total"]
     assert "Healing" in (out / "README.md").read_text()
+    (line,) = [line for line in (out / "README.md").read_text().split("\n") if line.startswith("lillama finetune")]
+    assert line == (
+        "lillama finetune OUTPUT --output OUTPUT2 --teacher dense --data calibration.txt --self-share 0.0 --tokens 1024"
+        " --sequence-length 32 --learning-rate 0.003 --epochs 3.0"
+    )
     assert str(tmp_path) not in (out / "lillama.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(out)
     other = AutoModelForCausalLM.from_pretrained(model)
@@ -221,6 +226,9 @@ def test_what_cannot_be_healed(
     assert error(str(model), *data).endswith("pass --teacher MODEL")
     assert error(str(model), *teacher, *data[:-2], "--objective", "lm").startswith("--teacher does nothing")
     assert error(str(model), "--objective", "lm", *data[:-2], "--self-share", "0.5").startswith("--self-share")
+    for own in ((), ("--data", "self")):
+        alone = error(str(model), "--objective", "lm", *own, *data[2:-2])
+        assert alone == "--objective lm needs text that the model did not write: name it by --data, and not 'self'"
     other = make_model(tmp_path / "other", vocab_size=500)
     assert "has a vocabulary of 500" in error(str(model), "--teacher", str(other), *data)
     assert "at least two batches" in error(str(model), *teacher, *data, "--tokens", "64")

@@ -20,6 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lillama_core import Architecture, Recipe, load_recipe
 from lillama_core.allocation.plan import Budget
+from lillama_core.api.results import CompressionResult
+from lillama_core.cli.main import main
+from lillama_core.healing.options import HealingOptions
 from lillama_core.models.source import ModelSource
 from lillama_core.output import card, numbers
 from lillama_core.output.card import write_card
@@ -375,8 +378,42 @@ def test_command_repeats_the_choices_outside_the_recipe(local: CompressionSpec) 
     other = replace(local, source=source, config=SimpleNamespace(model_type="other"))
     assert card.reproduce_command(make_record(tokenizer="/home/someone/words"), other) == (
         "lillama compress 'my model.gguf' --recipe lillama_recipe.yaml --output OUTPUT"
-        " --architecture transformer --tokenizer words --trust-remote-code"
+        " --tokenizer words --architecture transformer --trust-remote-code"
     )
+
+
+TRAINED: dict[str, Any] = {
+    **HealingOptions(learning_rate=1e-4).model_dump(), "epochs": 0.5, "teacher": "my tiny", "kept_step": 0,
+    "curve": [{"step": 0, "tokens": 0, "loss": 1.0}], "fidelity_before": None,
+    "data": {
+        "sources": {"cal.txt": {"kind": "text"}},
+        "recipe": {"calibration": ["cal.txt@2"], "self_share": 0.5, "tokens": 4096, "held_out": 0.25},
+    },
+}  # fmt: skip
+"""What a record says of a training after the compression."""
+
+
+def test_card_has_the_commands_after_the_compression(result: Path, local: CompressionSpec) -> None:
+    rounded = ROUNDED | {"target_size": 60_000_000, "exclude": ["lm_head"]}
+    record = make_record(healing=[TRAINED], quantization=rounded)
+    other = replace(local, source=replace(local.source, trust_remote_code=True))
+    write_card(result, record, other)
+    text = (result / "README.md").read_text(encoding="utf-8")
+    assert (
+        "--output OUTPUT --trust-remote-code\n"
+        "lillama finetune OUTPUT --output OUTPUT2 --teacher 'my tiny' --data cal.txt@2 --tokens 4096 --held-out 0.25"
+        " --learning-rate 0.0001 --epochs 0.5 --trust-remote-code\n"
+        "lillama quantize OUTPUT2 --output OUTPUT3 --target-size 60000000 --exclude lm_head --trust-remote-code\n"
+        "```\n\n`lillama_recipe.yaml` lies"
+    ) in text
+
+
+def test_card_says_what_was_done_with_data_that_no_command_names(result: Path, local: CompressionSpec) -> None:
+    handed = {**TRAINED, "data": {**TRAINED["data"], "sources": {"data": {"kind": "texts"}}}}
+    write_card(result, make_record(healing=[handed], quantization=ROUNDED | {"exclude": []}), local)
+    text = (result / "README.md").read_text(encoding="utf-8")
+    assert "--output OUTPUT\n```" in text
+    assert "After that it was trained by `lillama finetune` and its weights were rounded by `lillama quantize`" in text
 
 
 def test_recipe_file_is_the_recipe(result: Path, local: CompressionSpec) -> None:
@@ -442,6 +479,31 @@ def test_report_states_the_numbers_of_the_record(result: Path) -> None:
     )
     assert corrected in " ".join(page.text.split())
     assert "/home" not in page.text
+
+
+ROUNDED = {
+    "bits": 4, "table_bits": 8, "matrices": {"4": 6, "8": 1}, "group": 32, "bytes_before": 215_250_000,
+    "bytes_after": 60_000_000, "seconds": 47.0, "with_feedback": 0, "calibration": None, "target_size": None,
+}  # fmt: skip
+"""What a record says of a rounding."""
+
+
+def test_numbers_from_before_a_rounding_say_so(
+    result: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = make_record(quantization=ROUNDED)
+    record.seconds["total"] = 600.0
+    _, page = report_of(result, record)
+    assert "; perplexity before rounding, on rows that chose nothing 20.1 → 22.3" in page.text
+    assert page.text.count("before rounding; ") == 3
+    assert "rounded to few bits after all that is shown below was done and measured" in page.text
+    assert "6 in 4 bits, 1 in 8 bits" in page.text
+    table = CompressionResult(result, record, lambda: None)
+    for shown in (repr(table), table._repr_html_()):
+        assert "perplexity (before rounding, 2048 held-out tokens)" in shown
+    monkeypatch.setattr("lillama_core.pipeline.to_size.compress_to_size", lambda *_: record)
+    assert main(["compress", "model", "-o", str(result), "--target-size", "60MB"]) == 0
+    assert "22.34  (before rounding, calibration rows that chose nothing, 2048 tokens)" in capsys.readouterr().out
 
 
 def test_report_shares_are_those_of_the_format(result: Path) -> None:

@@ -278,6 +278,30 @@ def test_a_dense_result_has_a_card_and_keeps_what_is_left_out(tiny_model: Path, 
     assert isinstance(model.model.layers[1].mlp.up_proj, QuantizedLinear)
     assert "in 8 bits" in (small / "README.md").read_text()
     assert str(tmp_path) not in (small / "README.md").read_text() + (small / "lillama.json").read_text()
+    assert "there is no compression to repeat" in run_cli("reproduce", small).error
+
+
+def test_what_an_ended_run_leaves(
+    tiny_model: Path, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing where it ends by itself, even by Ctrl-C; what a killed one has left is replaced, not gone on with."""
+
+    def ended(*_: Any) -> None:
+        assert (tmp_path / "small.partial" / "result" / "model.safetensors").is_file()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lillama_core.pipeline.quantize.check_reload", ended)
+        with pytest.raises(KeyboardInterrupt):
+            lillama_core.quantize(tiny_model, tmp_path / "small", quiet=True)
+    assert not list(tmp_path.glob("small*"))
+    (tmp_path / "small.partial").mkdir()
+    (tmp_path / "small.partial" / "run.json").write_text("{}")
+    assert run_cli("quantize", tiny_model, "-o", tmp_path / "small").error.endswith("; pass --overwrite to start anew")
+    with pytest.raises(UserError, match=r"; pass overwrite=True to start anew$"):
+        lillama_core.quantize(tiny_model, tmp_path / "small")
+    lillama_core.quantize(tiny_model, tmp_path / "small", overwrite=True, quiet=True)
+    assert not list(tmp_path.glob("small.*"))
 
 
 def test_transformers_alone_refuses(tiny_model: Path, tmp_path: Path) -> None:

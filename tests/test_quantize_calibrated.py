@@ -195,6 +195,12 @@ def test_factors_are_rounded_for_what_they_read(
     record = json.loads((small / "lillama.json").read_text())["quantization"]
     assert record["with_feedback"] > 0
     assert record["calibration"]["tokens"] == 2048
+    assert [told["path"] for told in record["calibration"]["sources"].values()] == ["calibration.txt"]
+    assert (
+        "\nlillama quantize OUTPUT --output OUTPUT2 --bits 4 --calibration calibration.txt --tokens 2048"
+        " --sequence-length 32\n```" in (small / "README.md").read_text()
+    )
+    assert str(calibration_text.parent) not in (small / "lillama.json").read_text()
     assert run_cli("verify", small).status == 0
 
 

@@ -82,6 +82,7 @@ def test_what_differs_is_named(finished: Path, tiny_model: Path, calibration_tex
         ({"model_fingerprint": "ab" * 32}, (), "is not the one that"),
         ({"healing": [{}]}, (), "was trained by 'lillama finetune'"),
         ({"quantization": {"bits": 8}}, (), "was quantised after its compression"),
+        ({"quantization": {"bits": 8, "target_size": 60}}, (), "README.md says by which commands both are made"),
         ({"data": {"sources": {"data": {"kind": "texts"}}}}, (), "objects of a Python program"),
         ({"recipe": {"tokns": 3}}, (), "unknown key 'tokns'; did you mean 'tokens'?"),
         ({"recipe": {"calibration": ["none.txt"]}}, (), "none.txt"),

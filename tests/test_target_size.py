@@ -68,9 +68,16 @@ def test_what_comes_out_fits(part: float, dense: Path, calibration_text: Path, t
     record = json.loads((tmp_path / "small" / "lillama.json").read_text())
     assert record["quantization"]["target_size"] == target
     assert record["quantization"]["with_feedback"] > 0
+    assert str(calibration_text.parent) not in json.dumps(record)
     assert bool(record["plan"].get("ranks")) == (part < 1)
     assert "parameters" in repr(found)
     assert found._repr_html_()
+    seconds = record["seconds"]
+    assert seconds["total"] >= record["quantization"]["seconds"] == seconds.get("quantization", seconds["total"])
+    if part < 1:
+        again = f"lillama quantize OUTPUT --output OUTPUT2 --target-size {target} --calibration calibration.txt"
+        assert again in (tmp_path / "small" / "README.md").read_text()
+        assert sum(s for name, s in seconds.items() if name in ("blocks", "quantization")) <= seconds["total"]
     ids = torch.tensor([[5, 6, 7]])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(model(ids).logits, found.model(ids).logits)

@@ -67,7 +67,7 @@ def quantize(
     with python_terms(), contextlib.ExitStack() as stack:
         path = Path(path_of(output, "output"))
         check_architecture(architecture)
-        RunDirectory(path).check(bool(overwrite), False)
+        RunDirectory(path, resumes=False).check(bool(overwrite), False)
         for name in options:
             if name not in DATA_FIELDS:
                 raise UserError(f"quantize() has no option {name!r}{nearest(name, DATA_FIELDS)}")

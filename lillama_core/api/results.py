@@ -18,6 +18,7 @@ from lillama_core.evaluation.comparison import (
     show_answers,
     show_comparison,
 )
+from lillama_core.output.quantization_rows import before_rounding
 from lillama_core.output.record import RunRecord
 from lillama_core.system.tables import aligned
 
@@ -51,7 +52,7 @@ class CompressionResult:
             _row(f"bytes ({self.record.dtype})", sizes["dense"], sizes["compressed"], ",.0f"),
         ]
         if fidelity.get("perplexity_after") is not None:
-            name = f"perplexity ({fidelity['tokens']} held-out tokens)"
+            name = f"perplexity ({before_rounding(self.record, ', ')}{fidelity['tokens']} held-out tokens)"
             rows.append(_row(name, fidelity["perplexity_before"], fidelity["perplexity_after"], ",.2f"))
         return rows
 

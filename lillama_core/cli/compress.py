@@ -69,6 +69,7 @@ def run(options: dict[str, Any]) -> int:
     """Compress, and print the result's sizes and place on stdout."""
     recipe = recipe_of(options)
     from lillama_core.estimates.sizes import parse_size
+    from lillama_core.output.quantization_rows import before_rounding
     from lillama_core.pipeline import Request
     from lillama_core.pipeline import compress as compress_model
     from lillama_core.pipeline.to_size import compress_to_size
@@ -109,7 +110,7 @@ def run(options: dict[str, Any]) -> int:
     if fidelity.get("perplexity_after") is not None:
         print(
             f"perplexity  {fidelity['perplexity_before']:.2f} -> {fidelity['perplexity_after']:.2f}"
-            f"  (calibration rows that chose nothing, {fidelity['tokens']} tokens)"
+            f"  ({before_rounding(record, ', ')}calibration rows that chose nothing, {fidelity['tokens']} tokens)"
         )
     memory = f", peak memory {record.peak_memory_bytes / 1e6:,.0f} MB" if record.peak_memory_bytes else ""
     print(f"time        {record.seconds['total']:.0f} s{memory}")

@@ -21,6 +21,7 @@ from lillama_core.errors import one_line
 from lillama_core.output.evaluation_rows import evaluation_rows, left_out_rows
 from lillama_core.output.front_matter import front_matter
 from lillama_core.output.healing_rows import healing_rows
+from lillama_core.output.later import later_commands
 from lillama_core.output.numbers import code, count, duration, number, percent, signed_percent, size
 from lillama_core.output.origin import Origin
 from lillama_core.output.public import public_name, public_recipe
@@ -42,6 +43,7 @@ STAGE_LABELS = {
     "blocks": "compressing blocks",
     "report": "measuring fidelity",
     "healing": "training the whole model",
+    "quantization": "rounding the weights",
     "output": "writing the result",
     "evaluation": "evaluating both models",
 }
@@ -89,6 +91,8 @@ def write_card(result: Path, record: RunRecord, origin: Origin) -> None:
             cost=cost_rows(record),
             versions=[(code(k), code(v)) for k, v in record.versions.items()],
             command=reproduce_command(record, origin),
+            later=later_commands(record, outside_choices(record, origin)),
+            trained_later=any("data" in told for told in record.healing),
             recipe_file=RECIPE_FILE,
         )
     )
@@ -116,13 +120,16 @@ def reproduce_command(record: RunRecord, origin: Origin) -> str:
     source = origin.source
     model = (source.gguf_file or source.short_name) if source.is_local else record.model
     parts = ["lillama", "compress", one_line(model, None), "--recipe", RECIPE_FILE, "--output", "OUTPUT"]
-    if getattr(origin.config, "model_type", None) not in origin.architecture.model_types:
-        parts += ["--architecture", record.architecture]
     if record.tokenizer is not None:
         parts += ["--tokenizer", one_line(public_name(record.tokenizer), None)]
-    if source.trust_remote_code:
-        parts.append("--trust-remote-code")
-    return shlex.join(parts)
+    return shlex.join(parts + outside_choices(record, origin))
+
+
+def outside_choices(record: RunRecord, origin: Origin) -> list[str]:
+    """The options that no recipe holds, and every command on the model needs."""
+    known = getattr(origin.config, "model_type", None) in origin.architecture.model_types
+    architecture = [] if known else ["--architecture", record.architecture]
+    return architecture + (["--trust-remote-code"] if origin.source.trust_remote_code else [])
 
 
 # What the record says

@@ -22,7 +22,7 @@ from lillama_core.models.source import ModelSource, local_file
 from lillama_core.output.card import write_card
 from lillama_core.output.checkpoint import CompressedCheckpoint
 from lillama_core.output.origin import Origin
-from lillama_core.output.public import public_name, public_recipe
+from lillama_core.output.public import public_name, public_recipe, public_sources
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report import write_report
 from lillama_core.output.run_directory import RunDirectory
@@ -159,11 +159,6 @@ def copy_processors(source: ModelSource, result: Path) -> None:
 
 def published(record: RunRecord) -> dict[str, Any]:
     """Return the record as it is published: local models and files by name, without their folders."""
-    data = dict(record.data)
-    data["sources"] = {
-        public_name(name): {k: public_name(v) if k == "path" else v for k, v in description.items()}
-        for name, description in record.data["sources"].items()
-    }
     return {
         **record.to_dict(),
         "model": public_name(record.model),
@@ -173,7 +168,7 @@ def published(record: RunRecord) -> dict[str, Any]:
             {**told, "teacher": None if told.get("teacher") is None else public_name(told["teacher"])}
             for told in record.healing
         ],
-        "data": data,
+        "data": {**record.data, "sources": public_sources(record.data["sources"])},
     }
 
 

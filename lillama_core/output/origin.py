@@ -33,7 +33,7 @@ class Described:
     architecture: Architecture
 
     @classmethod
-    def by_name(cls, model: str, config: Any, architecture: Architecture) -> Described:
-        """Of a ``model`` as a record names it."""
+    def by_name(cls, model: str, config: Any, architecture: Architecture, trust_remote_code: bool = False) -> Described:
+        """Of a ``model`` as a record names it; ``trust_remote_code``: whether it is loaded with the code it brings."""
         gguf = model if model.lower().endswith(".gguf") else None
-        return cls(ModelSource(model, model, gguf), config, architecture)
+        return cls(ModelSource(model, model, gguf, trust_remote_code), config, architecture)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lillama_core.output.record import RunRecord
+
+
+def before_rounding(record: RunRecord, then: str) -> str:
+    """What has to stand, with ``then`` after it, beside a number of the compression; empty where no bits were taken."""
+    return f"before rounding{then}" if record.quantization is not None else ""
 
 
 def quantization_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -50,6 +50,8 @@ class QuantizedRecord:
     """Numbers that the model has, before as after."""
     target_size: int | None = None
     """Bytes that were asked for in place of bits."""
+    exclude: list[str] = field(default_factory=list)
+    """Paths of modules that keep their numbers."""
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def publish_dense(
             rows=quantization_rows(record.to_dict()),
             auto_class=architecture.auto_class,
             processor_class=modality_of(architecture).processor_class,
+            remote_code=source.trust_remote_code,
             versions=[(code(k), code(v)) for k, v in record.versions.items()],
         )
     )

@@ -21,6 +21,7 @@ from lillama_core.output.evaluation_rows import evaluation_rows, left_out_rows, 
 from lillama_core.output.numbers import count, number, percent, size
 from lillama_core.output.plots import drawing, svg
 from lillama_core.output.public import public_name
+from lillama_core.output.quantization_rows import before_rounding, quantization_rows
 from lillama_core.output.record import RunRecord
 from lillama_core.output.report_plots import has_training, losses, rank_map, sizes, speeds, times, training
 from lillama_core.output.stacks import stacks
@@ -59,6 +60,7 @@ def write_report(result: Path, record: RunRecord) -> None:
             left_out=left_out_rows(record),
             answers=(record.evaluation or {}).get("answers", []),
             sizes=size_rows(record),
+            quantization=quantization_rows(record.quantization),
             fidelity=fidelity_rows(record),
             recipe=recipe_rows(record),
             data=record.data,
@@ -79,7 +81,8 @@ def verdict(record: RunRecord) -> str:
     before, after = found.get("perplexity_before"), found.get("perplexity_after")
     if before is None or after is None:
         return parameters
-    return f"{parameters}; perplexity on rows that chose nothing {number(before)} → {number(after)}"
+    when = before_rounding(record, ", ")
+    return f"{parameters}; perplexity {when}on rows that chose nothing {number(before)} → {number(after)}"
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
@@ -91,14 +94,15 @@ def tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ("weights", size(weights.after), f"of {size(weights.before)}"),
     ]
     before, after = found.get("perplexity_before"), found.get("perplexity_after")
+    when = before_rounding(record, "; ")
     if before is not None and after is not None:
-        rows.append(("perplexity", number(after), f"dense model: {number(before)}"))
+        rows.append(("perplexity", number(after), f"{when}dense model: {number(before)}"))
     if found.get("divergence") is not None:
-        rows.append(("divergence", number(found["divergence"]), "nats per token from the dense model"))
+        rows.append(("divergence", number(found["divergence"]), f"{when}nats per token from the dense model"))
     if found.get("agreement") is not None:
-        rows.append(("agreement", percent(found["agreement"]), "same most likely next token"))
+        rows.append(("agreement", percent(found["agreement"]), f"{when}same most likely next token"))
     elif found.get("relative_error") is not None:
-        rows.append(("relative error", number(found["relative_error"]), "of the outputs"))
+        rows.append(("relative error", number(found["relative_error"]), f"{when}of the outputs"))
     cost = dict(cost_rows(record))
     if "time" in cost:
         memory = f"peak memory {cost['peak memory']}" if "peak memory" in cost else f"on {record.device}"

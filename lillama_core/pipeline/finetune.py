@@ -17,17 +17,18 @@ from lillama_core.data.modality import Modality, SampleRequest, Samples, as_dtyp
 from lillama_core.data.objects import given_data
 from lillama_core.data.self_generated.sampling import converted
 from lillama_core.data.sharing import shared_samples
+from lillama_core.data.sources import SELF, Source
 from lillama_core.data.split import CalibrationSplit
 from lillama_core.errors import LillamaError, UserError, in_one_line
 from lillama_core.healing.objective import Objective
-from lillama_core.healing.options import EPOCHS, TOKENS, HealingOptions
+from lillama_core.healing.options import DATA_FIELDS, EPOCHS, TOKENS, HealingOptions
 from lillama_core.models.gguf_header import parsed_once
 from lillama_core.models.loading import check_dtype, check_finite, load_config, load_model
 from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described, Origin
-from lillama_core.output.public import public_name
+from lillama_core.output.public import public_data, public_name, public_sources
 from lillama_core.output.quantizer import narrow_paths
 from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record, versions
 from lillama_core.output.run_directory import RunDirectory
@@ -107,9 +108,13 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
     source, config = _compressed(request.model, request.trust_remote_code)
     record = read_record(Path(source.location))
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
-    check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
+    origin = Described.by_name(record.model, config, architecture, request.trust_remote_code)
+    check_publishable(record, origin, request.model)
     objective = Objective.named(options.objective)
     teacher_source = _teacher(request, config, objective)
+    sources = [Source.parse(text).name for text in recipe.calibration]
+    if teacher_source is None and (SELF in sources or (not sources and given is None)):
+        raise UserError("--objective lm needs text that the model did not write: name it by --data, and not 'self'")
     modality = modality_of(architecture)
     if given is None:
         modality.check(recipe)
@@ -158,7 +163,6 @@ def _finetune(request: FinetuneRequest, verbosity: Verbosity, world: World) -> R
         record = _described(record, request, healing, fidelity, data, split, world)
         if world.is_main:
             dtype = check_dtype(None, config.dtype or torch.float32, False)
-            origin = Described.by_name(record.model, config, architecture)
             _write(student, dtype, source, processor, modality, record, origin, directory)
         return record
 
@@ -246,10 +250,8 @@ def _described(
             "sha256": data.sha256,
             "rows": len(data),
             "tokens": data.tokens,
-            "sources": {
-                public_name(name): {k: public_name(v) if k == "path" else v for k, v in what.items()}
-                for name, what in data.description.items()
-            },
+            "sources": public_sources(data.description),
+            "recipe": public_data(request.recipe, DATA_FIELDS),
             "parts": split.describe(),
         },
         "seconds": seconds,
@@ -297,6 +299,6 @@ def _write(
     inputs = made_up_inputs(origin.architecture, student.config)
     with torch.no_grad():
         expected = main_output(student(**as_dtype(inputs, dtype))).float()
-    check_reload(expected, inputs, result, (WHOLE, origin.architecture.auto_class))
+    check_reload(expected, inputs, result, (WHOLE, origin.architecture.auto_class), source.trust_remote_code)
     release_memory()
     publish(record, origin, directory)

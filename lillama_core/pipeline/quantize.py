@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,15 +30,15 @@ from lillama_core.models.outputs import main_output
 from lillama_core.models.source import QUANT_METHOD, ModelSource, locate, model_fingerprint
 from lillama_core.output.directory import check_publishable, check_reload, copy_processors, publish
 from lillama_core.output.origin import Described
-from lillama_core.output.public import public_name
+from lillama_core.output.public import public_data, public_name, public_sources
 from lillama_core.output.quantized import QuantizedRecord, publish_dense
 from lillama_core.output.quantizer import LillamaConfig, attach, bits_entry
-from lillama_core.output.record import RunRecord, read_record
+from lillama_core.output.record import RunRecord, peak_memory_bytes, read_record
 from lillama_core.output.run_directory import RunDirectory
 from lillama_core.output.verify import WHOLE
 from lillama_core.pipeline.calibrated import FEEDBACK_BITS, Calibration, plain, round_by_blocks
 from lillama_core.pipeline.fitting import bits_within, check_target
-from lillama_core.quantization.options import TOKENS
+from lillama_core.quantization.options import DATA_FIELDS, TOKENS
 from lillama_core.quantization.packing import BITS, packing_of
 from lillama_core.recipe.model import COMMAND_LINE, Recipe
 from lillama_core.runtime.modules import replace_module
@@ -84,7 +85,7 @@ def quantize(request: QuantizeRequest, verbosity: Verbosity = "normal") -> Quant
 
     Raises UserError for what can be known before the work, leaving nothing behind.
     """
-    with parsed_once(request.model), in_one_line("pass --overwrite to start anew"):
+    with parsed_once(request.model), in_one_line("the output was not written"):
         return _quantize(request, verbosity)
 
 
@@ -98,6 +99,8 @@ class Checked:
     targets: Mapping[str, Any] | None
     """Of a compressed model, see `_targets`."""
     record: RunRecord | None
+    origin: Described | None
+    """Of a compressed model, as its record."""
     architecture: Architecture
     modality: Modality
     given: Any
@@ -113,28 +116,31 @@ def check(request: QuantizeRequest) -> Checked:
     if request.calibration is not None and request.target_size is None and request.bits != FEEDBACK_BITS:
         raise UserError("--calibration does nothing in 8 bits, where nothing is lost by plain rounding; add --bits 4")
     device = choose_device(request.device)
-    directory = RunDirectory(request.output)
+    directory = RunDirectory(request.output, resumes=False)
     directory.check(request.overwrite, False)
     source = locate(request.model, request.trust_remote_code)
     config = load_config(source, allow_compressed=True)
     targets = _targets(request.model, source, config)
     record = read_record(Path(source.location)) if targets is not None else None
     architecture = find_architecture(config, request.architecture, request.trust_remote_code)
+    origin = None
     if record is not None:
-        check_publishable(record, Described.by_name(record.model, config, architecture), request.model)
+        origin = Described.by_name(record.model, config, architecture, request.trust_remote_code)
+        check_publishable(record, origin, request.model)
     modality = modality_of(architecture)
     given = None if request.data is None else given_data(request.data)
     if request.calibration is not None:
         modality.check(request.calibration) if given is None else modality.check_given(request.calibration, given)
     processor = modality.load_processor(source, request.tokenizer)
-    return Checked(directory, source, config, targets, record, architecture, modality, given, processor, device)
+    return Checked(directory, source, config, targets, record, origin, architecture, modality, given, processor, device)
 
 
 def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord:
     started, checked = time.monotonic(), check(request)
-    directory, source, config, record = checked.directory, checked.source, checked.config, checked.record
+    directory, source, config = checked.directory, checked.source, checked.config
+    record, origin = checked.record, checked.origin
     architecture, modality, given, device = checked.architecture, checked.modality, checked.given, checked.device
-    with directory.locked(), Progress(verbosity) as progress:
+    with directory.locked(), contextlib.ExitStack() as held, Progress(verbosity) as progress:
         progress.line(f"Loading {request.model}")
         dtype: Any = torch.float16 if source.gguf_file is not None else "auto"
         if request.dtype is not None:
@@ -161,6 +167,8 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             size = request.calibration.batch_size
             batches = [data.part(start, start + size) for start in range(0, len(data), size)]
             calibration = Calibration(batches, device, autocast, progress)
+        # Published, or not to be: nothing goes on with a part of it.
+        held.callback(directory.discard)
         directory.open({"model": model_fingerprint(source), "bits": request.bits}, request.overwrite)
         progress.release()
         if request.target_size is None:
@@ -202,14 +210,23 @@ def _quantize(request: QuantizeRequest, verbosity: Verbosity) -> QuantizedRecord
             seconds=round(time.monotonic() - started, 3),
             with_feedback=with_feedback,
             calibration=None
-            if data is None
-            else {"sha256": data.sha256, "tokens": data.tokens, "sources": data.description},
+            if data is None or request.calibration is None
+            else {
+                "sha256": data.sha256,
+                "tokens": data.tokens,
+                "sources": public_sources(data.description),
+                "recipe": public_data(request.calibration, DATA_FIELDS),
+            },
             target_size=request.target_size,
+            exclude=list(request.exclude),
         )
-        if record is not None:
+        if record is not None and origin is not None:
             record.quantization = found.to_dict()
             record.bytes["compressed"] = found.bytes_after
-            publish(record, Described.by_name(record.model, config, architecture), directory)
+            for name in ("quantization", "total"):
+                record.seconds[name] = round(record.seconds.get(name, 0.0) + found.seconds, 3)
+            record.peak_memory_bytes = max(record.peak_memory_bytes, peak_memory_bytes())
+            publish(record, origin, directory)
         else:
             publish_dense(found, source, config, architecture, directory)
         return found

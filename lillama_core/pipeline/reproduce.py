@@ -110,7 +110,13 @@ def _check(request: ReproduceRequest, record: RunRecord) -> None:
         if world_of_environment().size > 1:
             raise UserError("several processes need one place to write to: pass --output")
     if record.quantization is not None:
-        raise UserError(f"{shown} was quantised after its compression: reproduce the directory that it was made of")
+        if not record.recipe:
+            raise UserError(f"{shown} was quantised and not compressed: there is no compression to repeat")
+        gone = "; where --target-size has removed that, README.md says by which commands both are made"
+        raise UserError(
+            f"{shown} was quantised after its compression: reproduce the directory that it was made of"
+            f"{gone if record.quantization.get('target_size') else ''}"
+        )
     if len(record.healing) > (record.recipe.get("healing_epochs", 0) > 0):
         raise UserError(f"{shown} was trained by 'lillama finetune': reproduce the directory that it was made of")
     for name, source in record.data.get("sources", {}).items():

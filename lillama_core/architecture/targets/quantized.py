@@ -7,6 +7,7 @@ embedding, with the output head that is tied to it; a band of one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,13 +49,13 @@ def weights_of(model: Any, left_out: Iterable[str] = ()) -> dict[str, bool]:
     """
     outside = tuple(left_out)
     # Other embeddings are of positions: small, and some families write into them when they are loaded.
-    words: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    words = _told(model, "get_input_embeddings")
     tables = [p for p, m in model.named_modules() if isinstance(m, _TABLES) or (m is words and is_embedding(m))]
     # What is tied to a table comes with it.
     tied = {
         other for path in tables if not isinstance(model.get_submodule(path), Band) for other in tied_paths(model, path)
     }
-    heads = {id(model.get_output_embeddings())} if hasattr(model, "get_output_embeddings") else set()
+    head = _told(model, "get_output_embeddings")
     found = {}
     for path, module in model.named_modules():
         if path in tied or any(path == name or path.startswith(f"{name}.") for name in outside):
@@ -63,8 +64,15 @@ def weights_of(model: Any, left_out: Iterable[str] = ()) -> dict[str, bool]:
             found[path] = True
         elif LinearTarget.accepts(module):
             # What a low-rank table is multiplied by is a part of it.
-            found[path] = id(module) in heads or any(path.startswith(f"{table}.") for table in tables)
+            found[path] = module is head or any(path.startswith(f"{table}.") for table in tables)
     return found
+
+
+def _told(model: Any, getter: str) -> Any:
+    """What a method of a model gives; None where it has none, or one without an answer, as code of its own may have."""
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return getattr(model, getter)()
+    return None
 
 
 def _is_table(module: nn.Module) -> bool:
