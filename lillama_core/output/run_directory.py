@@ -194,8 +194,12 @@ class RunDirectory:
 
     @property
     def is_mere_beginning(self) -> bool:
-        """Whether this run has made the directory, and put nothing into it that took long: statistics, blocks."""
-        return self.made and not any(any(f.glob("*.safetensors")) for f in (self.store, self.blocks))
+        """Whether this run has made the directory, and no block is done.
+
+        Statistics alone are of no use to a request that had to be changed: they are of other options. Those of an
+        earlier run, which this one resumed, are not its own to remove.
+        """
+        return self.made and not any(self.blocks.glob("*.safetensors"))
 
     def discard(self) -> None:
         """Remove the directory: the run was refused at its beginning, or what it was to give has been published."""

@@ -81,7 +81,7 @@ class CompressionPipeline:
         return cls([stages[name] for name in order])
 
     def run(self, context: Context) -> RunRecord:
-        """Run the stages one after the other; a request that turns out mistaken before statistics leaves nothing."""
+        """Run the stages one after the other; a request that turns out wrong before the first block leaves nothing."""
         if context.request.resume:
             left = [line for stage in self.stages if (line := stage.found(context)) is not None]
             if left:
