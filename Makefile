@@ -26,7 +26,7 @@ demo: .venv/smollm2.gguf
 # Two processes of one thread each: most tests wait for a fresh process to load its libraries.
 test: export LILLAMA_TEST_ZOO ?= .venv/zoo
 test: .venv/smollm2.gguf
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 20
 
 lint: .venv/installed
 	$(BIN)/ruff check .
