@@ -79,8 +79,8 @@ def sample_rows(
 
     Every other row goes on from the model's start token, the others from one token that is drawn evenly from the
     vocabulary (LLM-QAT, arXiv 2305.17888, section 3.1), behind the start token where the tokenizer begins every text
-    with it. SmolLM2-Instruct at 20 % by `fast`, beside an encyclopaedia: perplexity on program code 24 with such rows, 53
-    with the start token before all of them, which in that model opens a turn of a chat.
+    with it. SmolLM2-Instruct at 20 % by `fast`, beside an encyclopaedia: perplexity on program code 24 with such rows,
+    53 with the start token before all of them, which in that model opens a turn of a chat.
 
     Temperature 1 and nothing cut off, whatever the model's generation settings. An end-of-text token is kept
     and writing goes on after it, as in pretraining text. Row i depends on the seed and i alone, and batches
